@@ -1,0 +1,242 @@
+/* sim.h: the seam inside the simulated CUDA device.
+ *
+ * Below it: PTX text -> module -> interpreter, device memory with checks, counters (ptx_*.c,
+ * exec_*.c, mem.c, check.c, counters.c). Above it: the CUDA Driver API (api_*.c, stream.c, ...).
+ * Results are CUresult numbers. A device address is a host address (one flat space, as with UVA),
+ * every device has its own range, so the upper half may memcpy() to and from device memory after
+ * asking sim_mem_check(). Thread rule: module, memory and launch calls are made by one thread at a
+ * time (the upper half holds its lock); a launch may use worker threads inside. */
+#ifndef SIM_H
+#define SIM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* The CUresult values that the lower half returns. */
+enum {
+    SIM_SUCCESS = 0,
+    SIM_ERROR_INVALID_VALUE = 1,
+    SIM_ERROR_OUT_OF_MEMORY = 2,
+    SIM_ERROR_INVALID_PTX = 218,
+    SIM_ERROR_UNSUPPORTED_PTX_VERSION = 222,
+    SIM_ERROR_NOT_FOUND = 500,
+    SIM_ERROR_ILLEGAL_ADDRESS = 700,
+    SIM_ERROR_LAUNCH_OUT_OF_RESOURCES = 701,
+    SIM_ERROR_LAUNCH_TIMEOUT = 702,
+    SIM_ERROR_ASSERT = 710,
+    SIM_ERROR_ILLEGAL_INSTRUCTION = 715, /* also trap */
+    SIM_ERROR_MISALIGNED_ADDRESS = 716,
+    SIM_ERROR_LAUNCH_FAILED = 719, /* every other finding: races, uninitialised reads, ... */
+};
+
+enum { SIM_MAX_DEVICES = 16, SIM_SHARED_MAX = 101376, SIM_WARP = 32 };
+
+/* ------------------------------------------------------------------------------------------------
+ * options: set before the first module is loaded, read by both halves */
+
+typedef struct {
+    int threads;         /* worker threads of a launch; 0: one per CPU, at most 4 */
+    uint64_t seed;       /* orders warps and blocks (0: ascending) and perturbs, see below */
+    bool strict;         /* findings that hardware would survive fail the launch too (default) */
+    bool check_init;     /* uninitialised reads: registers, shared, local and global memory */
+    bool check_races;    /* shared and global races */
+    bool count_unique;   /* unique sectors per launch */
+    int perturb_ulp;     /* approx functions and mma sums are off by up to so many ulp, seeded */
+    uint64_t watchdog;   /* warp instructions per warp and launch before a time-out */
+    int ptx_version_max; /* highest .version accepted, 10 * major + minor (90 = 9.0); 0: any */
+    int sm;              /* compute capability of the devices, 86; .target above it is refused */
+} SimOptions;
+
+extern SimOptions sim_options; /* holds the defaults from the start */
+
+/* ------------------------------------------------------------------------------------------------
+ * findings: everything a check has to say goes through one sink */
+
+typedef enum {
+    SIM_BOUNDS,      /* outside every allocation, or across the end of one */
+    SIM_FREED,       /* use after free */
+    SIM_FOREIGN,     /* another device's memory without peer access, or host memory not mapped */
+    SIM_ALIGN,       /* address not a multiple of the access size */
+    SIM_READONLY,    /* store to constant or parameter memory */
+    SIM_UNINIT,      /* read of bytes or a register that nothing wrote */
+    SIM_RACE,        /* two threads, one writes, no barrier between */
+    SIM_BARRIER,     /* divergent barrier, barrier after exit, dead lock */
+    SIM_WARP_MASK,   /* shfl, vote, match, redux, mma, ldmatrix with the wrong lanes */
+    SIM_CP_ASYNC,    /* bytes of an asynchronous copy used before it was waited for */
+    SIM_DIV_ZERO,    /* integer division by zero */
+    SIM_TIMEOUT,     /* the watchdog */
+    SIM_TRAP,        /* trap, failed assertion, brkpt */
+    SIM_UNSUPPORTED, /* legal PTX that this simulator does not run */
+    SIM_HOST,        /* the upper half: misuse of the Driver API */
+    SIM_N_KINDS
+} SimKind;
+
+typedef struct {
+    SimKind kind;
+    const char *kernel; /* "" for findings outside kernels */
+    int device;         /* ordinal or -1 */
+    int ptx_line;       /* line in the PTX text, 0 = none */
+    const char *file;   /* source file and line from .loc, "" and 0 = none */
+    int line;
+    unsigned block[3], thread[3];
+    uint64_t address;
+    char text[400]; /* what happened, in words, without the fields above */
+} SimFinding;
+
+/* The sink may be called from any thread, one call at a time. NULL: print to stderr (default). */
+void sim_set_sink(void (*sink)(void *user, const SimFinding *finding), void *user);
+void sim_report(const SimFinding *finding);
+const char *sim_kind_name(SimKind kind);
+/* One line: kernel, PTX line, source line, block, thread, address and text. Returns `out`. */
+char *sim_finding_text(const SimFinding *finding, char *out, size_t size);
+
+/* ------------------------------------------------------------------------------------------------
+ * memory */
+
+/* What lies at an address. */
+typedef struct {
+    uint64_t base, size; /* of the allocation */
+    int device;          /* owner, or -1 for pinned / registered host memory */
+    bool freed;
+    bool module_global;  /* belongs to a loaded module, cannot be freed by itself */
+} SimRange;
+
+/* Sets the size of a device's memory in bytes (default 24 GiB); only before its first allocation. */
+void sim_mem_limit(int device, uint64_t bytes);
+/* Free and total bytes of a device. */
+void sim_mem_info(int device, uint64_t *free_bytes, uint64_t *total_bytes);
+/* Allocates device memory, 512-byte aligned, with red zones, filled with poison and marked
+ * uninitialised. SIM_ERROR_OUT_OF_MEMORY past the limit, INVALID_VALUE for 0 bytes. */
+int sim_mem_alloc(int device, uint64_t bytes, uint64_t *address);
+/* Frees; INVALID_VALUE unless `address` is the start of a live allocation of a device. */
+int sim_mem_free(uint64_t address);
+/* Frees all of a device's memory (device reset, process end). */
+void sim_mem_reset(int device);
+/* Makes host memory known to kernels (pinned or registered); the caller owns the memory itself.
+ * INVALID_VALUE if it overlaps a known range. Host memory counts as initialised. */
+int sim_mem_host_add(void *host, uint64_t bytes);
+int sim_mem_host_remove(void *host);
+/* Looks an address up; freed ranges are remembered. False: nothing there. */
+bool sim_mem_find(uint64_t address, SimRange *range);
+/* Is [address, address + bytes) inside one live allocation? On failure returns ILLEGAL_ADDRESS or
+ * INVALID_VALUE and describes why in text (may be NULL). */
+int sim_mem_check(uint64_t address, uint64_t bytes, char *text, size_t text_size);
+/* Marks bytes as initialised (after a copy from the host or a memset) or not. */
+void sim_mem_mark(uint64_t address, uint64_t bytes, bool initialised);
+/* Carries the marks of `bytes` bytes from source to destination (after a device-to-device copy). */
+void sim_mem_copy_marks(uint64_t destination, uint64_t source, uint64_t bytes);
+/* Number of leading bytes that are initialised (== bytes: all of them). */
+uint64_t sim_mem_initialised(uint64_t address, uint64_t bytes);
+/* Lets kernels on `device` use memory of `peer`, or not (default: not). */
+void sim_mem_peer(int device, int peer, bool allowed);
+
+/* ------------------------------------------------------------------------------------------------
+ * modules and kernels */
+
+typedef struct SimModule SimModule;
+
+typedef struct {
+    uint32_t offset, size, align; /* bytes */
+} SimParam;
+
+typedef struct SimKernel {
+    const char *name;
+    SimModule *module;
+    int n_params;
+    const SimParam *params;
+    uint32_t param_bytes;  /* size of the whole parameter block */
+    uint32_t shared_bytes; /* static */
+    uint32_t local_bytes;  /* per thread */
+    uint32_t const_bytes;  /* of the module */
+    int registers;         /* estimate from live ranges, 32-bit registers per thread */
+    int max_threads;       /* .maxntid / .reqntid product, else 1024 */
+    unsigned required_block[3]; /* .reqntid, else zeros */
+    struct SimCode *code;  /* lower half only */
+} SimKernel;
+
+/* Parses and checks PTX text (NUL terminated; `size` without the NUL) and creates the module's
+ * globals in the device's memory. On failure returns INVALID_PTX, UNSUPPORTED_PTX_VERSION or
+ * OUT_OF_MEMORY and writes "line N: ..." to log. */
+int sim_module_load(int device, const char *ptx, size_t size, SimModule **module, char *log,
+                    size_t log_size);
+void sim_module_unload(SimModule *module);
+int sim_module_device(const SimModule *module);
+int sim_module_ptx_version(const SimModule *module); /* 10 * major + minor */
+int sim_module_target(const SimModule *module);      /* 86 for sm_86 */
+/* Kernels in the order of the text. */
+int sim_module_n_kernels(const SimModule *module);
+SimKernel *sim_module_kernel(const SimModule *module, int index);
+SimKernel *sim_module_find(const SimModule *module, const char *name); /* NULL: none */
+/* A .global or .const variable; NOT_FOUND if there is none. */
+int sim_module_global(const SimModule *module, const char *name, uint64_t *address,
+                      uint64_t *bytes);
+
+/* ------------------------------------------------------------------------------------------------
+ * counters */
+
+typedef enum {
+    SIM_C_INT,     /* integer, logic, moves, comparisons, select */
+    SIM_C_FP32,    /* add, mul, fma, min, max, ... in f32 */
+    SIM_C_FP64,
+    SIM_C_HALF,    /* packed and single f16 / bf16 */
+    SIM_C_SPECIAL, /* rcp, sqrt, ex2, lg2, sin, cos, tanh, div */
+    SIM_C_CVT,
+    SIM_C_DP4A,
+    SIM_C_MMA,
+    SIM_C_GLOBAL,  /* ld / st, generic addresses count where they point */
+    SIM_C_SHARED,  /* ld / st / ldmatrix */
+    SIM_C_LOCAL,
+    SIM_C_CONST,   /* ld.const and ld.param */
+    SIM_C_ASYNC,   /* cp.async and its commits and waits */
+    SIM_C_ATOMIC,
+    SIM_C_WARP,    /* shfl, vote, match, redux, activemask, bar.warp.sync */
+    SIM_C_BARRIER,
+    SIM_C_CONTROL, /* bra, ret, call */
+    SIM_N_CLASSES
+} SimClass;
+
+enum { SIM_N_WIDTHS = 5 }; /* bytes per thread and access: 1, 2, 4, 8, 16 */
+
+typedef struct {
+    uint64_t warp, lane; /* instructions: per warp, and times active lanes */
+    uint64_t bytes;      /* asked for by active lanes */
+    uint64_t sectors;    /* 32-byte sectors touched, counted per warp instruction */
+} SimAccess;
+
+typedef struct {
+    uint64_t launches, blocks, threads;
+    uint64_t warp[SIM_N_CLASSES], lane[SIM_N_CLASSES];
+    SimAccess load[SIM_N_WIDTHS], store[SIM_N_WIDTHS]; /* global memory, cp.async included */
+    uint64_t unique_load_sectors, unique_store_sectors; /* summed over launches */
+    uint64_t shared_accesses; /* warp instructions that touch shared memory */
+    uint64_t shared_passes;   /* what they take with bank conflicts */
+    uint64_t shared_ideal;    /* what they would take without */
+    uint64_t barriers;        /* per warp */
+    uint64_t atomics;         /* lanes */
+    uint64_t divergent;       /* branches that split a warp */
+    uint64_t mma_half, mma_int;         /* mma instructions per warp */
+    uint64_t mma_half_mac, mma_int_mac; /* multiply-adds */
+} SimCounters;
+
+void sim_counters_add(SimCounters *sum, const SimCounters *part);
+const char *sim_class_name(SimClass class);
+/* Sums over the classes / widths. */
+uint64_t sim_warp_instructions(const SimCounters *counters);
+uint64_t sim_lane_instructions(const SimCounters *counters);
+
+/* ------------------------------------------------------------------------------------------------
+ * launch */
+
+typedef struct {
+    const SimKernel *kernel;
+    unsigned grid[3], block[3];
+    uint32_t dynamic_shared; /* bytes; the upper half has checked the 48 KB rule */
+    const void *params;      /* param_bytes bytes laid out as kernel->params says */
+} SimLaunch;
+
+/* Runs a kernel to its end on its module's device and adds to `counters`. Returns SIM_SUCCESS or
+ * the error of the first finding (which went to the sink). */
+int sim_launch(const SimLaunch *launch, SimCounters *counters);
+
+#endif
