@@ -2,10 +2,10 @@
  *
  * Below it: PTX text -> module -> interpreter, device memory with checks, counters (ptx_*.c,
  * exec_*.c, mem.c, check.c, counters.c). Above it: the CUDA Driver API (api_*.c, stream.c, ...).
- * Results are CUresult numbers. A device address is a host address (one flat space, as with UVA),
- * every device has its own range, so the upper half may memcpy() to and from device memory after
- * asking sim_mem_check(). Thread rule: module, memory and launch calls are made by one thread at a
- * time (the upper half holds its lock); a launch may use worker threads inside. */
+ * Results are CUresult numbers. Device addresses are numbers above the host's address space (a host
+ * that follows one crashes, as it should), each device has its own range, never reused;
+ * sim_mem_ptr() gives the host bytes behind one. Thread rule: module, memory and launch calls are
+ * made by one thread at a time (the upper half holds its lock); a launch may use worker threads. */
 #ifndef SIM_H
 #define SIM_H
 
@@ -43,7 +43,7 @@ typedef struct {
     bool check_races;    /* shared and global races */
     bool count_unique;   /* unique sectors per launch */
     int perturb_ulp;     /* approx functions and mma sums are off by up to so many ulp, seeded */
-    uint64_t watchdog;   /* warp instructions per warp and launch before a time-out */
+    uint64_t watchdog;   /* taken branches per warp before a time-out */
     int ptx_version_max; /* highest .version accepted, 10 * major + minor (90 = 9.0); 0: any */
     int sm;              /* compute capability of the devices, 86; .target above it is refused */
 } SimOptions;
@@ -122,6 +122,8 @@ bool sim_mem_find(uint64_t address, SimRange *range);
 /* Is [address, address + bytes) inside one live allocation? On failure returns ILLEGAL_ADDRESS or
  * INVALID_VALUE and describes why in text (may be NULL). */
 int sim_mem_check(uint64_t address, uint64_t bytes, char *text, size_t text_size);
+/* The host bytes behind an address that sim_mem_check() accepted; host memory maps to itself. */
+void *sim_mem_ptr(uint64_t address);
 /* Marks bytes as initialised (after a copy from the host or a memset) or not. */
 void sim_mem_mark(uint64_t address, uint64_t bytes, bool initialised);
 /* Carries the marks of `bytes` bytes from source to destination (after a device-to-device copy). */
