@@ -1,0 +1,4513 @@
+// dsv4: DeepSeek-V4-Flash from its published checkpoints, on CPUs and on NVIDIA GPUs, in one C file.
+//
+//     cc -O3 -std=gnu11 -ffp-contract=off -pthread -o dsv4 dsv4.c apps/*.c -ldl -lm      (or: make)
+//     ./dsv4 -m MODEL_DIR -p "prompt"
+//
+// The file reads from top to bottom; nothing is used before it is shown:
+//     small tools      errors, checked sizes, strings, files
+//     types            Config, Mat, Layer, Cache: every field with its shape
+//     files            JSON, safetensors, config.json
+//     text             tokenizer, chat encoding, sampler
+//     products         thread pool, number formats, matrix products for INT4, INT8, FP4, FP8, BF16, FP32
+//     weights          the table of tensors
+//     devices          the list of operations that a device must offer
+//     forward          these operations on the CPU: the model's specification in code
+//     model            the forward pass over stages of layers, sessions, snapshots
+//     programs         generate, chat, tokenize, info, bench, ppl; the option table; main
+// Sections in brackets, like (4.3), point into the model's description: 2 hyper-connections, 3 rope, 4 attention,
+// 5 compressor, 6 indexer, 7 mixture of experts, 8 weight formats, 10 MTP.
+
+#define _GNU_SOURCE
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#if defined __x86_64__
+#include <immintrin.h>
+#endif
+
+// ---------------------------------------------------------------------------
+// small tools: errors, checked sizes, memory, strings, files, clock
+
+typedef uint16_t bf16;      // the upper half of a float32
+
+// An error that a caller may want to survive (a server request, a fuzz target): one line of text.
+// Functions that can fail take an Err* and return false / NULL after fail().
+typedef struct { char text[512]; } Err;
+
+__attribute__((format(printf, 2, 3)))
+static bool fail(Err *e, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(e->text, sizeof e->text, fmt, ap);
+    va_end(ap);
+    return false;
+}
+
+// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage.
+__attribute__((noreturn, format(printf, 2, 3)))
+static void die(int code, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fflush(stdout);
+    fputs("dsv4: ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+    exit(code);
+}
+
+// One fact `# ...` on stderr.
+__attribute__((format(printf, 1, 2)))
+static void note(const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    fputs("# ", stderr);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+}
+
+// Sizes from files saturate: an overflow becomes SIZE_MAX, which no file and no allocation can satisfy.
+static size_t cmul(size_t a, size_t b) { size_t r; return __builtin_mul_overflow(a, b, &r) ? SIZE_MAX : r; }
+static size_t cadd(size_t a, size_t b) { size_t r; return __builtin_add_overflow(a, b, &r) ? SIZE_MAX : r; }
+
+// Zeroed memory for n items of `size` bytes, 64-byte aligned; never NULL. Free with free().
+static void *xalloc(size_t n, size_t size) {
+    size_t bytes = cadd(cmul(n, size), 63) & ~(size_t)63;
+    void *p = bytes > PTRDIFF_MAX ? NULL : aligned_alloc(64, bytes ? bytes : 64);
+    if (!p) die(1, "out of memory: %zu items of %zu bytes", n, size);
+    return memset(p, 0, bytes ? bytes : 64);
+}
+
+// Bytes somebody else owns. Not terminated; may hold NUL.
+typedef struct { const char *p; size_t n; } Span;
+
+// A growing byte string. p is always NUL-terminated once something was added. Release with free(s.p).
+typedef struct { char *p; size_t n, cap; } Str;
+
+static void str_add(Str *s, const void *p, size_t n) {
+    if (cadd(s->n, cadd(n, 1)) > s->cap) {
+        s->cap = cadd(cmul(s->cap, 2), cadd(n, 64));
+        s->p = realloc(s->p, s->cap);
+        if (!s->p) die(1, "out of memory: string of %zu bytes", s->cap);
+    }
+    if (n) memcpy(s->p + s->n, p, n);
+    s->p[s->n += n] = 0;
+}
+static void str_puts(Str *s, const char *z) { str_add(s, z, strlen(z)); }
+static bool span_is(Span s, const char *z) { return s.n == strlen(z) && !memcmp(s.p, z, s.n); }
+static Span span_of(const char *z) { return (Span){ z, strlen(z) }; }
+static Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
+
+// Seconds on a clock that never jumps.
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+// A file mapped read-only and private. An empty file gives n = 0.
+static bool map_file(const char *path, Span *out, Err *e) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) {
+        int err = errno;
+        if (fd >= 0) close(fd);
+        return fail(e, "%s: %s", path, strerror(err));
+    }
+    void *p = "";
+    if (!S_ISREG(st.st_mode)) {
+        close(fd);
+        return fail(e, "%s: not a regular file", path);
+    }
+    if (st.st_size) p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    int err = errno;
+    close(fd);
+    if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(err));
+    *out = (Span){ p, (size_t)st.st_size };
+    return true;
+}
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+// A progress line that overwrites itself; only where a person is watching.
+static void progress(const char *what, int64_t done, int64_t total) {
+    if (!isatty(2)) return;
+    int width = 30, full = total ? (int)(width * done / total) : width;
+    fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################", width - full, "",
+            total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
+    fflush(stderr);
+}
+// ---------------------------------------------------------------------------
+// types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection streams,
+// H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A active experts,
+// F expert hidden dim, V vocabulary, I index heads, J index dim, M compress ratio of a layer
+
+typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4, N_FORMATS } Format;
+
+// A matrix [n, k] in the checkpoint's own layout, y = W x. May lie at any byte address.
+//   F32, BF16   w [n, k]
+//   INT8, FP8   w [n, k] bytes,  s [ceil(n/128), ceil(k/128)] BF16 / E8M0
+//   INT4, FP4   w [n, k/2] bytes (low nibble = even column), s [n, k/32] BF16 / E8M0
+typedef struct {
+    const void *w, *s;
+    int n, k;
+    Format fmt;
+    int row0;       // row 0's place in the grid of 128-row scale blocks (a slice of wo_a), else 0
+} Mat;
+
+// Rows of activations: FP32 always, and (fast path) as INT8 in groups of 32 along k, last group short.
+// Row t: x + t*ld, q + t*ldq (ldq = 32 * groups, zero padded), s + t*lds (lds = groups of one row).
+typedef struct {
+    float *x;       // [T, k]
+    int8_t *q;      // [T, groups, 32]
+    float *s;       // [T, groups] scale = absmax / 127
+    int k, groups;  // groups = ceil(k / 32); several segments (o_groups) are each padded on their own
+    size_t ld, ldq, lds;
+} Act;
+
+// config.json. The ratio list has one entry per layer, then one per MTP layer.
+typedef struct {
+    int dim, n_layers, n_heads, head_dim, rope_dim, q_lora_rank, o_groups, o_lora_rank, window;
+    int n_experts, n_active, expert_dim, n_hash_layers;
+    int index_heads, index_dim, index_topk;
+    int hc_mult, hc_iters;
+    int vocab, max_ctx, n_mtp;
+    int bos, eos;
+    float hc_eps, norm_eps, route_scale, swiglu_limit;
+    float rope_theta, compress_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
+    int yarn_ctx;               // original_max_position_embeddings
+    int *ratio;                 // [n_layers + n_mtp] 0, 4 or 128
+    bool dspark;                // 0731 releases: another MTP, whose tensors are skipped
+    char quant[32];             // quantization_config.quant_method, "" if none
+} Config;
+
+// One hyper-connection: how the S streams are mixed into a sublayer's input and its output back into them.
+typedef struct {
+    Mat fn;         // [(2+S)*S, S*D]   (hc_head: [S, S*D])
+    float *base;    // [(2+S)*S]        (hc_head: [S])
+    float *scale;   // [3] pre, post, comb   (hc_head: [1])
+} Hyper;
+
+// Pools M tokens (overlap: 2M, for M = 4) into one row of `out` dims.  c = 2 with overlap, else 1
+typedef struct {
+    Mat wkv, wgate;     // [c*out, D]
+    float *ape;         // [M, c*out]
+    float *norm;        // [out]
+    int ratio, out;
+} Compressor;
+
+typedef struct {
+    char name[16];                      // "layers.7", "mtp.0"
+    int ratio;                          // M: 0, 4 or 128
+    Hyper hc_attn, hc_ffn;
+    float *attn_norm, *ffn_norm;        // [D]
+    Mat wq_a, wq_b;                     // [Q, D], [H*K, Q]
+    Mat wkv;                            // [K, D]
+    Mat wo_a, wo_b;                     // [G*L, H*K/G], [D, G*L]
+    float *q_norm, *kv_norm;            // [Q], [K]
+    float *attn_sink;                   // [H]
+    Compressor comp;                    // M > 0: out = K
+    Compressor icomp;                   // M = 4: the indexer's, out = J
+    Mat iwq_b, iproj;                   // M = 4: indexer.wq_b [I*J, Q], indexer.weights_proj [I, D]
+    Mat gate;                           // [E, D]
+    float *gate_bias;                   // [E], NULL on hash layers
+    const int64_t *tid2eid;             // [V, A], NULL on scored layers
+    Mat *w1, *w2, *w3;                  // [E] of [F, D], [D, F], [F, D]
+    Mat sw1, sw2, sw3;                  // the shared expert
+} Layer;
+
+// The draft layer (spec 10): predicts token t+2 from the streams at t and token t+1.
+typedef struct {
+    Layer block;
+    Mat e_proj, h_proj;                 // [D, D]
+    float *enorm, *hnorm, *norm;        // [D]
+    Hyper hc_head;
+} Mtp;
+
+typedef struct {
+    Mat embed, head;                    // [V, D]
+    float *norm;                        // [D]
+    Hyper hc_head;
+    Layer *layers;                      // [n_layers]
+    Mtp *mtp;                           // [n_mtp], NULL if the checkpoint has none
+} Weights;
+
+// What one session keeps in one layer. Rows of K (keys = values) and J (index keys): BF16, or FP32 with --exact.
+// A ring of n slots holds position p in slot p % n; `ring` = window + rows per call + slack, `cring` likewise.
+typedef struct {
+    void *win;          // [ring, K]       window rows
+    void *comp;         // [ctx/M, K]      compressed rows (append-only)
+    void *ikeys;        // [ctx/M, J]      index keys (M = 4)
+    float *cin;         // [cring, 2, c*K] compressor inputs: kv, gate + ape
+    float *icin;        // [cring, 2, c*J]
+} Cache;
+
+// One row of a batch. Rows of one session are consecutive positions in ascending order.
+typedef struct {
+    int token, slot, pos;   // slot: which session's caches
+    int next;               // MTP only: the token at pos + 1
+} Row;
+// ---------------------------------------------------------------------------
+// UTF-8 and JSON. Strict RFC 8259: valid UTF-8, no lone surrogates, no trailing commas, no NaN.
+
+// Decodes the code point at p[0..n), n > 0, and returns how many bytes it takes. Broken bytes give
+// *cp = -1 and the length of their maximal subpart (Unicode 3.9: what becomes one U+FFFD); a
+// sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
+static size_t utf8_next(const char *p, size_t n, int32_t *cp) {
+    const uint8_t *s = (const uint8_t *)p;
+    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
+                 s[0] < 0xf0 ? 3 : 4;
+    *cp = len == 0 ? -1 : len == 1 ? s[0] : s[0] & (0x7f >> len);
+    for (size_t i = 1; i < len; i++) {
+        // the second byte excludes overlong forms, surrogates and what lies above U+10FFFF
+        uint8_t lo = i > 1 ? 0x80 : s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
+        uint8_t hi = i > 1 ? 0xbf : s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
+        if (i == n || s[i] < lo || s[i] > hi) {
+            *cp = i == n ? -2 : -1;
+            return i;
+        }
+        *cp = *cp << 6 | (s[i] & 63);
+    }
+    return len ? len : 1;
+}
+
+static void utf8_put(Str *out, uint32_t c) {
+    char b[4];
+    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6) b[i] = (char)(0x80 | (c & 63));
+    b[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
+    str_add(out, b, n);
+}
+
+// A set of strings, each with a number: tensor names, token texts, the keys of one object. Keys are
+// copied. Release with map_free.
+typedef struct { size_t at, n; uint64_t hash; int64_t value; } MapEntry;
+typedef struct {
+    Str text;               // all keys, one after the other
+    MapEntry *entries;      // [cap / 2] in the order they were added
+    uint32_t *slots;        // [cap] entry + 1, 0 = empty; cap is a power of two
+    size_t n, cap;
+} Map;
+
+static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
+    uint64_t h = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
+    return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
+}
+
+// The slot that holds key, or the empty one where it belongs. cap > 0.
+static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
+    for (size_t i = hash >> 20;; i++) {
+        uint32_t *slot = &m->slots[i & (m->cap - 1)];
+        if (!*slot) return slot;
+        const MapEntry *e = &m->entries[*slot - 1];
+        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n))
+            return slot;
+    }
+}
+
+static void map_grow(Map *m) {
+    size_t cap = m->cap ? cmul(m->cap, 2) : 32;
+    if (cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
+    MapEntry *entries = xalloc(cap / 2, sizeof *entries);
+    if (m->n) memcpy(entries, m->entries, m->n * sizeof *entries);
+    free(m->entries);
+    free(m->slots);
+    m->entries = entries;
+    m->slots = xalloc(cap, sizeof *m->slots);
+    m->cap = cap;
+    for (size_t i = 0; i < m->n; i++) {
+        size_t k = entries[i].hash >> 20;
+        while (m->slots[k & (cap - 1)]) k++;
+        m->slots[k & (cap - 1)] = (uint32_t)i + 1;
+    }
+}
+
+static Span map_key(const Map *m, size_t i) {
+    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
+}
+
+// The entry of key, or NULL. The pointer is good until the next map_add.
+static MapEntry *map_find(const Map *m, Span key) {
+    uint32_t *slot = m->cap ? map_slot(m, key, hash_bytes(key)) : NULL;
+    return slot && *slot ? &m->entries[*slot - 1] : NULL;
+}
+
+// False, and nothing changed, if the key is there already.
+static bool map_add(Map *m, Span key, int64_t value) {
+    if (m->n == m->cap / 2) map_grow(m);
+    uint64_t hash = hash_bytes(key);
+    uint32_t *slot = map_slot(m, key, hash);
+    if (*slot) return false;
+    m->entries[m->n] = (MapEntry){ m->text.n, key.n, hash, value };
+    str_add(&m->text, key.p, key.n);
+    *slot = (uint32_t)++m->n;
+    return true;
+}
+
+static void map_free(Map *m) {
+    free(m->text.p);
+    free(m->entries);
+    free(m->slots);
+    *m = (Map){ 0 };
+}
+
+// A pull parser: the caller asks for what it expects. The first error is kept in *e with its byte
+// offset; from then on every call returns false, so loops end by themselves, and json_end() tells:
+//     Json j = json_open(text, "config.json", &e);
+//     for (json_object(&j); json_member(&j, &key);)
+//         if (span_is(str_span(&key), "hidden_size")) json_int(&j, 1, INT_MAX, &dim);
+//         else json_skip(&j);
+//     bool ok = json_end(&j);
+// Nothing recurses on the input. At most 64 levels, and 4300 bytes a number (Python's limit too).
+enum { JSON_DEPTH = 64, JSON_NUMBER = 4300 };
+typedef struct {
+    const char *start, *p, *end;
+    const char *name;           // what the text is, for errors
+    Err *e;
+    bool bad;
+    int depth;                  // containers open
+    uint64_t objects, begun;    // bit d: the container at depth d+1 is an object; was begun
+} Json;
+
+static Json json_open(Span text, const char *name, Err *e) {
+    return (Json){ .start = text.p, .p = text.p, .end = text.p + text.n, .name = name, .e = e };
+}
+
+// Keeps the first error of a text, with its place; callers use it too. Returns false.
+__attribute__((format(printf, 2, 3)))
+static bool json_fail(Json *j, const char *fmt, ...) {
+    char what[400];
+    if (j->bad) return false;
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(what, sizeof what, fmt, ap);
+    va_end(ap);
+    j->bad = true;
+    return fail(j->e, "%s: byte %zu: %s", j->name, (size_t)(j->p - j->start), what);
+}
+
+// The first byte of the next token, 0 at the end of the text or after an error.
+static char json_peek(Json *j) {
+    while (j->p < j->end && *j->p && strchr(" \n\r\t", *j->p)) j->p++;
+    return j->bad || j->p == j->end ? 0 : *j->p;
+}
+
+static bool json_expected(Json *j, const char *what) {
+    char c = json_peek(j);
+    if (j->p == j->end) return json_fail(j, "expected %s, found the end of the text", what);
+    if (c < 33 || c > 126) return json_fail(j, "expected %s, found byte 0x%02x", what, (uint8_t)c);
+    return json_fail(j, "expected %s, found '%c'", what, c);
+}
+
+static bool json_begin(Json *j, char open, const char *what) {
+    if (json_peek(j) != open) return json_expected(j, what);
+    if (j->depth == JSON_DEPTH) return json_fail(j, "nested deeper than %d levels", JSON_DEPTH);
+    uint64_t bit = 1ull << j->depth++;
+    j->objects = open == '{' ? j->objects | bit : j->objects & ~bit;
+    j->begun &= ~bit;
+    j->p++;
+    return true;
+}
+static bool json_object(Json *j) { return json_begin(j, '{', "an object"); }
+static bool json_array(Json *j) { return json_begin(j, '[', "an array"); }
+
+// Moves to the next item of the innermost array. False after the last one (and ']') or on error.
+static bool json_item(Json *j) {
+    if (j->bad || !j->depth) return false;
+    uint64_t bit = 1ull << (j->depth - 1);
+    char close = j->objects & bit ? '}' : ']', c = json_peek(j);
+    if (c == close) {
+        j->p++;
+        j->depth--;
+        return false;
+    }
+    if (j->begun & bit) {
+        if (c != ',') return json_expected(j, close == ']' ? "',' or ']'" : "',' or '}'");
+        j->p++;
+        if (json_peek(j) == close) return json_fail(j, "trailing comma");
+    }
+    j->begun |= bit;
+    return true;
+}
+
+static bool json_hex4(Json *j, uint32_t *out) {
+    *out = 0;
+    for (int i = 0; i < 4; i++, j->p++) {
+        int c = j->p < j->end ? *j->p : 0;
+        int v = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 :
+                c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (v < 0) return json_fail(j, "expected four hex digits after \\u");
+        *out = *out << 4 | (uint32_t)v;
+    }
+    return true;
+}
+
+// p is behind a backslash. Surrogates must come in pairs.
+static bool json_escape(Json *j, uint32_t *out) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    char c = j->p < j->end ? *j->p : 0;
+    const char *at = c ? strchr(from, c) : NULL;
+    if (!at && c != 'u') return json_fail(j, "bad escape in a string");
+    j->p++;
+    if (at) {
+        *out = (uint8_t)to[at - from];
+        return true;
+    }
+    uint32_t low;
+    if (!json_hex4(j, out)) return false;
+    if (*out < 0xd800 || *out > 0xdfff) return true;
+    if (*out > 0xdbff || j->end - j->p < 2 || j->p[0] != '\\' || j->p[1] != 'u')
+        return json_fail(j, "lone surrogate \\u%04x", *out);
+    j->p += 2;
+    if (!json_hex4(j, &low)) return false;
+    if (low < 0xdc00 || low > 0xdfff) return json_fail(j, "lone surrogate \\u%04x", *out);
+    *out = 0x10000 + ((*out & 0x3ff) << 10) + (low & 0x3ff);
+    return true;
+}
+
+// Replaces *out by the decoded string; out = NULL only checks it.
+static bool json_string(Json *j, Str *out) {
+    if (json_peek(j) != '"') return json_expected(j, "a string");
+    if (out) out->n = 0, str_add(out, "", 0);
+    for (j->p++;;) {
+        const char *from = j->p;
+        int32_t cp = 0;
+        while (j->p < j->end && *j->p != '"' && *j->p != '\\' && (uint8_t)*j->p >= 32 && cp >= 0)
+            if ((uint8_t)*j->p < 0x80) j->p++;
+            else j->p += utf8_next(j->p, (size_t)(j->end - j->p), &cp);
+        if (out) str_add(out, from, (size_t)(j->p - from));
+        if (cp < 0) return json_fail(j, "invalid UTF-8 in a string");
+        if (j->p == j->end) return json_fail(j, "string without an end");
+        if (*j->p == '"') break;
+        if (*j->p != '\\') return json_fail(j, "control byte 0x%02x in a string", (uint8_t)*j->p);
+        uint32_t c;
+        j->p++;
+        if (!json_escape(j, &c)) return false;
+        if (out) utf8_put(out, c);
+    }
+    j->p++;
+    return true;
+}
+
+// Moves to the next member of the innermost object and puts its name in *key (NULL: not wanted).
+// False after the last one (and '}') or on error. Duplicates are the caller's business: map_add.
+static bool json_member(Json *j, Str *key) {
+    if (!json_item(j) || !json_string(j, key)) return false;
+    if (json_peek(j) != ':') return json_expected(j, "':'");
+    j->p++;
+    return true;
+}
+
+// A number that is well formed but not what the caller can take.
+static bool json_reject(Json *j, Span raw, const char *wanted) {
+    j->p = raw.p;
+    return json_fail(j, "expected %s, found %.*s", wanted, raw.n > 40 ? 40 : (int)raw.n, raw.p);
+}
+
+static void json_digits(Json *j) {
+    if (j->p == j->end || *j->p < '0' || *j->p > '9') json_expected(j, "a digit");
+    while (j->p < j->end && *j->p >= '0' && *j->p <= '9') j->p++;
+}
+
+// The text of a number as it stands; *whole: it has neither fraction nor exponent.
+static bool json_number(Json *j, Span *raw, bool *whole) {
+    char c = json_peek(j);
+    if (c != '-' && (c < '0' || c > '9')) return json_expected(j, "a number");
+    const char *from = j->p;
+    if (c == '-') j->p++;
+    if (j->p < j->end && *j->p == '0') j->p++;
+    else json_digits(j);
+    const char *int_end = j->p;
+    if (j->p < j->end && *j->p == '.') j->p++, json_digits(j);
+    if (j->p < j->end && (*j->p == 'e' || *j->p == 'E')) {
+        j->p++;
+        if (j->p < j->end && (*j->p == '+' || *j->p == '-')) j->p++;
+        json_digits(j);
+    }
+    if (j->bad) return false;
+    *raw = (Span){ from, (size_t)(j->p - from) };
+    *whole = j->p == int_end;
+    return raw->n <= JSON_NUMBER || json_reject(j, *raw, "a number of 4300 bytes at most");
+}
+
+// strtod is safe: this program never leaves the "C" locale. Infinite for 1e999 and the like.
+static double json_to_double(Span raw) {
+    char text[JSON_NUMBER + 1];
+    memcpy(text, raw.p, raw.n);
+    text[raw.n] = 0;
+    return strtod(text, NULL);
+}
+
+static bool json_double(Json *j, double *out) {
+    Span raw;
+    bool whole;
+    if (!json_number(j, &raw, &whole)) return false;
+    double v = json_to_double(raw);
+    if (!isfinite(v)) return json_reject(j, raw, "a number within the range of a double");
+    *out = v;
+    return true;
+}
+
+// An integer written without fraction or exponent, lo <= *out <= hi.
+static bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out) {
+    Span raw;
+    bool whole, fits = true;
+    int64_t v = 0;
+    if (!json_number(j, &raw, &whole)) return false;
+    bool negative = raw.p[0] == '-';
+    for (size_t i = negative; whole && i < raw.n; i++) {
+        int digit = negative ? '0' - raw.p[i] : raw.p[i] - '0';
+        fits = fits && !__builtin_mul_overflow(v, 10, &v) && !__builtin_add_overflow(v, digit, &v);
+    }
+    if (!whole || !fits || v < lo || v > hi) {
+        char wanted[80];
+        snprintf(wanted, sizeof wanted, "an integer from %lld to %lld", (long long)lo,
+                 (long long)hi);
+        return json_reject(j, raw, wanted);
+    }
+    *out = v;
+    return true;
+}
+
+static bool json_word(Json *j, const char *word) {
+    size_t n = strlen(word);
+    bool same = json_peek(j) && (size_t)(j->end - j->p) >= n && !memcmp(j->p, word, n);
+    if (same) j->p += n;
+    return same;
+}
+
+// Consumes a null if that is what comes next.
+static bool json_null(Json *j) { return json_word(j, "null"); }
+
+static bool json_bool(Json *j, bool *out) {
+    bool yes = json_word(j, "true");
+    if (!yes && !json_word(j, "false")) return json_expected(j, "true or false");
+    *out = yes;
+    return true;
+}
+
+// Passes over the next value, whatever it is, and checks it.
+static bool json_skip(Json *j) {
+    int base = j->depth;
+    do {
+        if (j->depth > base) {
+            bool object = j->objects >> (j->depth - 1) & 1;
+            if (!(object ? json_member(j, NULL) : json_item(j))) continue;      // it was the last
+        }
+        char c = json_peek(j);
+        Span raw;
+        bool b;
+        if (c == '{') json_object(j);
+        else if (c == '[') json_array(j);
+        else if (c == '"') json_string(j, NULL);
+        else if (c == 't' || c == 'f') json_bool(j, &b);
+        else if (c == '-' || (c >= '0' && c <= '9')) json_number(j, &raw, &b);
+        else if (!json_null(j)) json_expected(j, "a value");
+    } while (!j->bad && j->depth > base);
+    return !j->bad;
+}
+
+// The text of the next value, checked, as it stands: re-open it with json_open when it is needed.
+static bool json_raw(Json *j, Span *out) {
+    json_peek(j);
+    const char *from = j->p;
+    if (!json_skip(j)) return false;
+    *out = (Span){ from, (size_t)(j->p - from) };
+    return true;
+}
+
+// True if the whole text was read without an error and nothing but white space is left.
+static bool json_end(Json *j) {
+    json_peek(j);
+    return !j->bad && (j->p == j->end || json_expected(j, "the end of the text"));
+}
+
+// A string as Python's json.dumps(x, ensure_ascii=False) writes it; s is valid UTF-8.
+static void json_put_string(Str *out, Span s) {
+    str_add(out, "\"", 1);
+    for (size_t i = 0; i < s.n; i++) {
+        static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
+        const char *at = s.p[i] ? strchr(from, s.p[i]) : NULL;
+        char esc[8] = { '\\' };
+        if (at) esc[1] = to[at - from];
+        else if ((uint8_t)s.p[i] < 32) snprintf(esc, sizeof esc, "\\u%04x", s.p[i]);
+        else esc[0] = s.p[i];
+        str_add(out, esc, strlen(esc));
+    }
+    str_add(out, "\"", 1);
+}
+
+// Python's repr of a float: the fewest digits that read back the same, an exponent below 1e-4 and
+// from 1e16 on. Doubles are denser below a power of two than above: the next digits above may do.
+static void json_put_double(Str *out, double v) {
+    char sci[40], text[64];
+    long double above = ((long double)v + nextafter(v, v < 0 ? -INFINITY : INFINITY)) / 2;
+    int digits = 1;
+    for (; digits <= 17; digits++) {
+        snprintf(sci, sizeof sci, "%.*e", digits - 1, v);
+        if (strtod(sci, NULL) == v) break;
+        snprintf(sci, sizeof sci, "%.*Le", digits - 1, above);
+        if (strtod(sci, NULL) == v) break;
+    }
+    int exponent = atoi(strchr(sci, 'e') + 1);
+    if (exponent < -4 || exponent > 15) snprintf(text, sizeof text, "%s", sci);
+    else if (exponent < digits - 1) snprintf(text, sizeof text, "%.*f", digits - 1 - exponent, v);
+    else snprintf(text, sizeof text, "%.1f", v);
+    str_puts(out, text);
+}
+
+static bool json_dump(Json *j, Str *out);
+
+// Of equal keys the last value stands at the first one's place.
+static void json_dump_object(Json *j, Str *out) {
+    Map keys = { 0 };                       // key -> where its value stands in the text
+    Str key = { 0 };
+    json_object(j);
+    while (json_member(j, &key)) {
+        map_add(&keys, str_span(&key), 0);
+        map_find(&keys, str_span(&key))->value = j->p - j->start;
+        json_skip(j);
+    }
+    Json at = *j;
+    str_puts(out, "{");
+    for (size_t i = 0; i < keys.n && !j->bad; i++) {
+        if (i) str_puts(out, ", ");
+        json_put_string(out, map_key(&keys, i));
+        str_puts(out, ": ");
+        at.p = at.start + keys.entries[i].value;
+        j->bad = !json_dump(&at, out);
+    }
+    str_puts(out, "}");
+    free(key.p);
+    map_free(&keys);
+}
+
+static void json_dump_number(Json *j, Str *out) {
+    Span raw = { 0 };
+    bool whole = false;
+    if (!json_number(j, &raw, &whole)) return;
+    double v = json_to_double(raw);
+    if (span_is(raw, "-0")) str_puts(out, "0");         // a Python int has no sign of zero
+    else if (whole) str_add(out, raw.p, raw.n);
+    else if (isfinite(v)) json_put_double(out, v);
+    else json_reject(j, raw, "a number within the range of a double");
+}
+
+// Appends the next value as Python's json.dumps(json.loads(text), ensure_ascii=False) writes it.
+// Recursion is bounded by JSON_DEPTH.
+static bool json_dump(Json *j, Str *out) {
+    char c = json_peek(j);
+    Str s = { 0 };
+    Span raw;
+    if (c == '{') json_dump_object(j, out);
+    else if (c == '[') {
+        json_array(j);
+        str_puts(out, "[");
+        for (int i = 0; json_item(j); i = 1) {
+            if (i) str_puts(out, ", ");
+            json_dump(j, out);
+        }
+        str_puts(out, "]");
+    } else if (c == '"') {
+        if (json_string(j, &s)) json_put_string(out, str_span(&s));
+    } else if (c == '-' || (c >= '0' && c <= '9')) json_dump_number(j, out);
+    else if (json_raw(j, &raw)) str_add(out, raw.p, raw.n);
+    free(s.p);
+    return !j->bad;
+}
+// ---------------------------------------------------------------------------
+// safetensors: u64 length, JSON header, data. A checkpoint is one file, or shards and an index.
+// Nothing is copied: names and data stay in the mapped files. The rules are safetensors' own.
+
+typedef enum {      // in the order of safetensors' own list, by which its writer sorts
+    DT_BOOL, DT_F4, DT_F6_E2M3, DT_F6_E3M2, DT_U8, DT_I8, DT_F8_E5M2, DT_F8_E4M3, DT_F8_E8M0,
+    DT_I16, DT_U16, DT_F16, DT_BF16, DT_I32, DT_U32, DT_F32, DT_C64, DT_F64, DT_I64, DT_U64,
+    N_DTYPES
+} Dtype;
+
+static const struct { const char *name; int bits; } dtypes[N_DTYPES] = {
+    { "BOOL", 8 }, { "F4", 4 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "U8", 8 }, { "I8", 8 },
+    { "F8_E5M2", 8 }, { "F8_E4M3", 8 }, { "F8_E8M0", 8 }, { "I16", 16 }, { "U16", 16 },
+    { "F16", 16 }, { "BF16", 16 }, { "I32", 32 }, { "U32", 32 }, { "F32", 32 }, { "C64", 64 },
+    { "F64", 64 }, { "I64", 64 }, { "U64", 64 },
+};
+
+enum { TENSOR_RANK = 8, SHARD_HEADER = 100 * 1000 * 1000 };
+
+typedef struct {
+    Span name;                  // in the mapped header
+    int dtype, rank, shard;
+    int64_t shape[TENSOR_RANK];
+    const uint8_t *data;        // in the mapped file, at any address
+    size_t bytes;
+} Tensor;
+
+typedef struct {
+    char *path;
+    Span map;                   // the whole file
+    Span metadata;              // "__metadata__" as it stands in the header, or empty
+    size_t header;              // bytes before the data
+} Shard;
+
+// Valid until store_close; a zeroed Store is empty.
+typedef struct {
+    Tensor *tensors;            // [n], shard by shard, each in the order of its header
+    uint32_t *slots;            // [n_slots] tensor + 1, 0 = empty; n_slots is a power of two
+    Shard *shards;              // [n_shards]
+    char **owned;               // [n_owned] names that the file spells with escapes
+    size_t n, cap, n_slots;
+    int n_shards, n_owned;
+} Store;
+
+// The arguments of a %.*s that shows a name from a file, up to a sane length.
+#define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
+
+// "BF16 [64, 128]"
+static const char *tensor_kind(const Tensor *t, char out[static 256]) {
+    int n = snprintf(out, 256, "%s [", dtypes[t->dtype].name);
+    for (int i = 0; i < t->rank; i++)
+        n += snprintf(out + n, 256 - (size_t)n, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    snprintf(out + n, 256 - (size_t)n, "]");
+    return out;
+}
+
+static uint32_t *store_slot(const Store *s, Span name) {
+    for (size_t i = hash_bytes(name) >> 20;; i++) {
+        uint32_t *slot = &s->slots[i & (s->n_slots - 1)];
+        if (!*slot) return slot;
+        Span other = s->tensors[*slot - 1].name;
+        if (other.n == name.n && !memcmp(other.p, name.p, name.n)) return slot;
+    }
+}
+
+static const Tensor *store_find_span(const Store *s, Span name) {
+    uint32_t *slot = s->n_slots ? store_slot(s, name) : NULL;
+    return slot && *slot ? &s->tensors[*slot - 1] : NULL;
+}
+
+// The tensor of that name, or NULL.
+static const Tensor *store_find(const Store *s, const char *name) {
+    return store_find_span(s, span_of(name));
+}
+
+// The path of the shard that is mapped at addr, or NULL. Safe in a signal handler.
+static const char *store_find_address(const Store *s, const void *addr) {
+    for (int i = 0; i < s->n_shards; i++) {
+        uintptr_t from = (uintptr_t)s->shards[i].map.p, at = (uintptr_t)addr;
+        size_t whole_pages = (s->shards[i].map.n + 4095) & ~(size_t)4095;
+        if (at >= from && at - from < whole_pages) return s->shards[i].path;
+    }
+    return NULL;
+}
+
+static void store_close(Store *s) {
+    for (int i = 0; i < s->n_shards; i++) {
+        if (s->shards[i].map.n) munmap((void *)(uintptr_t)s->shards[i].map.p, s->shards[i].map.n);
+        free(s->shards[i].path);
+    }
+    for (int i = 0; i < s->n_owned; i++) free(s->owned[i]);
+    free(s->owned);
+    free(s->shards);
+    free(s->tensors);
+    free(s->slots);
+    *s = (Store){ 0 };
+}
+
+static void store_grow(Store *s) {
+    s->cap = s->cap ? cmul(s->cap, 2) : 1024;
+    s->n_slots = s->cap * 2;
+    if (s->n_slots > UINT32_MAX) die(1, "more than %zu tensors", s->n);
+    s->tensors = realloc(s->tensors, cmul(s->cap, sizeof *s->tensors));
+    free(s->slots);
+    s->slots = calloc(s->n_slots, sizeof *s->slots);
+    if (!s->tensors || !s->slots) die(1, "out of memory: %zu tensors", s->cap);
+    for (size_t i = 0; i < s->n; i++) *store_slot(s, s->tensors[i].name) = (uint32_t)i + 1;
+}
+
+// The key that was just read, where the file spells it: it ends at the quote before the colon. With
+// escapes the file does not hold its bytes, and it is copied.
+static Span store_name(Store *s, const Json *j, const Str *key) {
+    const char *end = j->p - 1;
+    while (*end != '"') end--;
+    if ((size_t)(end - j->start) > key->n && !memcmp(end - key->n, key->p, key->n))
+        return (Span){ end - key->n, key->n };
+    s->owned = realloc(s->owned, cmul((size_t)s->n_owned + 1, sizeof *s->owned));
+    if (!s->owned) die(1, "out of memory: tensor names");
+    char *copy = s->owned[s->n_owned++] = xalloc(key->n + 1, 1);
+    memcpy(copy, key->p, key->n);
+    return (Span){ copy, key->n };
+}
+
+static bool tensor_dtype(Json *j, Tensor *t) {
+    Str name = { 0 };
+    bool ok = json_string(j, &name);
+    for (t->dtype = 0; ok && t->dtype < N_DTYPES; t->dtype++)
+        if (span_is(str_span(&name), dtypes[t->dtype].name)) break;
+    if (ok && t->dtype == N_DTYPES)
+        ok = json_fail(j, "%.*s: unknown dtype %.40s", SHOWN(t->name), name.p);
+    free(name.p);
+    return ok;
+}
+
+static bool tensor_shape(Json *j, Tensor *t) {
+    for (json_array(j); json_item(j);) {
+        if (t->rank == TENSOR_RANK)
+            return json_fail(j, "%.*s: more than %d dimensions", SHOWN(t->name), TENSOR_RANK);
+        json_int(j, 0, INT64_MAX, &t->shape[t->rank++]);
+    }
+    return !j->bad;
+}
+
+static bool tensor_offsets(Json *j, const Tensor *t, int64_t at[2]) {
+    int n = 0;
+    for (json_array(j); json_item(j); n++)
+        if (n == 2 || !json_int(j, 0, INT64_MAX, &at[n])) break;
+    if (j->bad || (n == 2 && at[0] <= at[1])) return !j->bad;
+    return json_fail(j, "%.*s: data_offsets must be [begin, end], begin <= end", (int)t->name.n,
+                     t->name.p);
+}
+
+// One entry of a header: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}. Checks that
+// dtype and shape need exactly that many bytes; *begin is not checked yet.
+static bool tensor_read(Json *j, Tensor *t, int64_t *begin) {
+    static const char *const fields[3] = { "dtype", "shape", "data_offsets" };
+    int64_t at[2] = { 0 };
+    unsigned seen = 0;
+    Str key = { 0 };
+    for (json_object(j); json_member(j, &key);) {
+        unsigned i = 0;
+        while (i < 3 && !span_is(str_span(&key), fields[i])) i++;
+        if (seen >> i & 1 && i < 3) json_fail(j, "%.*s: %s twice", SHOWN(t->name), fields[i]);
+        else if (i == 0) tensor_dtype(j, t);
+        else if (i == 1) tensor_shape(j, t);
+        else if (i == 2) tensor_offsets(j, t, at);
+        else json_skip(j);
+        seen |= 1u << i;
+    }
+    free(key.p);
+    if (j->bad) return false;
+    for (int i = 0; i < 3; i++)
+        if (!(seen >> i & 1)) return json_fail(j, "%.*s: no %s", SHOWN(t->name), fields[i]);
+    size_t bits = (size_t)dtypes[t->dtype].bits;
+    for (int i = 0; i < t->rank; i++) bits = cmul(bits, (size_t)t->shape[i]);
+    t->bytes = (size_t)(at[1] - at[0]);
+    *begin = at[0];
+    char kind[256];
+    if (bits == SIZE_MAX || bits % 8 || bits / 8 != t->bytes)
+        return json_fail(j, "%.*s: %s does not fit data_offsets [%lld, %lld]", SHOWN(t->name),
+                         tensor_kind(t, kind), (long long)at[0], (long long)at[1]);
+    return true;
+}
+
+// Adds a tensor; the name must be new.
+static bool store_add(Store *s, Json *j, const Tensor *t) {
+    if (s->n == s->cap) store_grow(s);
+    uint32_t *slot = store_slot(s, t->name);
+    if (*slot) {
+        const Tensor *other = &s->tensors[*slot - 1];
+        return json_fail(j, "tensor %.*s is there twice, first in %s", SHOWN(t->name),
+                         s->shards[other->shard].path);
+    }
+    s->tensors[s->n++] = *t;
+    *slot = (uint32_t)s->n;
+    return true;
+}
+
+// "__metadata__": an object of strings.
+static bool shard_metadata(Json *j, Shard *sh) {
+    if (sh->metadata.n) return json_fail(j, "__metadata__ twice");
+    json_peek(j);
+    const char *from = j->p;
+    for (json_object(j); json_member(j, NULL);) json_string(j, NULL);
+    sh->metadata = (Span){ from, (size_t)(j->p - from) };
+    return !j->bad;
+}
+
+// Where a tensor's data lie behind the header of its shard.
+typedef struct { int64_t begin; size_t bytes, tensor; } Place;
+
+static int by_begin(const void *a, const void *b) {
+    const Place *x = a, *y = b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
+}
+
+// The data of a shard must fill the rest of the file: no hole, no overlap, nothing left. Then, and
+// not before, the tensors get their addresses.
+static bool shard_layout(Store *s, const Shard *sh, Place *places, size_t n, Err *e) {
+    size_t at = 0;
+    if (n) qsort(places, n, sizeof *places, by_begin);
+    for (size_t i = 0; i < n; i++) {
+        Span name = s->tensors[places[i].tensor].name;
+        size_t begin = (size_t)places[i].begin;
+        if (begin != at)
+            return fail(e, "%s: tensor %.*s begins at data byte %zu, expected %zu (%s): "
+                        "download again", sh->path, SHOWN(name), begin, at,
+                        begin < at ? "overlap" : "hole");
+        at = cadd(at, places[i].bytes);
+    }
+    size_t need = cadd(sh->header, at);
+    if (need != sh->map.n)
+        return fail(e, "%s: file has %zu bytes, its header needs %zu: download again", sh->path,
+                    sh->map.n, need);
+    const uint8_t *data = (const uint8_t *)sh->map.p + sh->header;
+    for (size_t i = 0; i < n; i++) s->tensors[places[i].tensor].data = data + places[i].begin;
+    return true;
+}
+
+// The JSON of a header, its length checked already. Appends to *places; its caller frees them.
+static bool shard_header(Store *s, int number, Place **places, Err *e) {
+    Shard *sh = &s->shards[number];
+    size_t from = s->n, cap = 0;
+    Str key = { 0 };
+    Json j = json_open((Span){ sh->map.p, sh->header }, sh->path, e);
+    j.p += 8;
+    for (json_object(&j); json_member(&j, &key);) {
+        Tensor t = { .shard = number };
+        int64_t begin = 0;
+        if (span_is(str_span(&key), "__metadata__")) {
+            shard_metadata(&j, sh);
+            continue;
+        }
+        t.name = store_name(s, &j, &key);
+        if (!tensor_read(&j, &t, &begin) || !store_add(s, &j, &t)) break;
+        if (s->n - from > cap) {
+            cap = 2 * cap + 64;
+            *places = realloc(*places, cmul(cap, sizeof **places));
+            if (!*places) die(1, "out of memory: %zu tensors", cap);
+        }
+        (*places)[s->n - 1 - from] = (Place){ begin, t.bytes, s->n - 1 };
+    }
+    free(key.p);
+    for (; !j.bad && j.p < j.end; j.p++)
+        if (*j.p != ' ')
+            json_fail(&j, "0x%02x behind the header: only spaces may pad it", (uint8_t)*j.p);
+    return !j.bad;
+}
+
+// Reads the header of shard number `number`, which is mapped already, and adds its tensors.
+static bool shard_read(Store *s, int number, Err *e) {
+    Shard *sh = &s->shards[number];
+    const uint8_t *file = (const uint8_t *)sh->map.p;
+    uint64_t n = 0;
+    if (sh->map.n < 8)
+        return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again",
+                    sh->path, sh->map.n);
+    for (int i = 0; i < 8; i++) n |= (uint64_t)file[i] << 8 * i;
+    if (n > SHARD_HEADER)
+        return fail(e, "%s: header length %llu, at most %d allowed: not a safetensors file?",
+                    sh->path, (unsigned long long)n, SHARD_HEADER);
+    if (n > sh->map.n - 8)
+        return fail(e, "%s: file has %zu bytes, its header alone needs %zu: download again",
+                    sh->path, sh->map.n, (size_t)n + 8);
+    if (!n || file[8] != '{')
+        return fail(e, "%s: byte 8: the header must begin with '{': not a safetensors file?",
+                    sh->path);
+    sh->header = (size_t)n + 8;
+    size_t from = s->n;
+    Place *places = NULL;
+    bool ok = shard_header(s, number, &places, e) && shard_layout(s, sh, places, s->n - from, e);
+    free(places);
+    return ok;
+}
+
+// Maps DIR/FILE as the next shard.
+static bool store_add_shard(Store *s, const char *dir, Span file, Err *e) {
+    Str path = { 0 };
+    str_puts(&path, dir);
+    str_puts(&path, "/");
+    str_add(&path, file.p, file.n);
+    Span map;
+    if (!map_file(path.p, &map, e)) {
+        free(path.p);
+        return false;
+    }
+    s->shards = realloc(s->shards, cmul((size_t)s->n_shards + 1, sizeof *s->shards));
+    if (!s->shards) die(1, "out of memory: shards");
+    s->shards[s->n_shards] = (Shard){ .path = path.p, .map = map };
+    return shard_read(s, s->n_shards++, e);
+}
+
+// A shard must be a plain file name: an index that came from a stranger opens nothing else.
+static bool shard_name_ok(Span file) {
+    bool plain = file.n && file.n < 256 && file.p[0] != '.';
+    for (size_t i = 0; i < file.n; i++)
+        plain = plain && (uint8_t)file.p[i] >= 32 && file.p[i] != '/';
+    return plain;
+}
+
+// Passes over weight_map. First (seen = NULL) every shard it names is opened; then (seen [n],
+// zeroed) every entry must be a tensor of that shard.
+static bool index_weight_map(Store *s, Json *j, const char *dir, Map *files, uint8_t *seen) {
+    Str name = { 0 }, file = { 0 };
+    Err e;
+    for (json_object(j); json_member(j, &name) && json_string(j, &file);) {
+        Span f = str_span(&file);
+        if (!seen) {
+            if (!shard_name_ok(f))
+                json_fail(j, "%.*s: bad shard name '%.80s': a plain file name is allowed here",
+                          SHOWN(str_span(&name)), file.p);
+            else if (map_add(files, f, s->n_shards) && !store_add_shard(s, dir, f, &e)) {
+                j->bad = true;
+                *j->e = e;
+            }
+            continue;
+        }
+        const Tensor *t = store_find_span(s, str_span(&name));
+        const MapEntry *shard = map_find(files, f);
+        if (!t || !shard || t->shard != shard->value)
+            json_fail(j, "tensor %.*s is not in %s: download again", SHOWN(str_span(&name)),
+                      file.p);
+        else if (seen[t - s->tensors]++)
+            json_fail(j, "tensor %.*s twice", SHOWN(str_span(&name)));
+    }
+    free(name.p);
+    free(file.p);
+    return !j->bad;
+}
+
+static bool index_read(Store *s, Span text, const char *path, const char *dir, Map *files,
+                       uint8_t *seen, Err *e) {
+    bool found = false;
+    Str key = { 0 };
+    Json j = json_open(text, path, e);
+    for (json_object(&j); json_member(&j, &key);) {
+        if (!span_is(str_span(&key), "weight_map")) json_skip(&j);
+        else if (found) json_fail(&j, "weight_map twice");
+        else found = index_weight_map(s, &j, dir, files, seen);
+    }
+    free(key.p);
+    return json_end(&j) && (found || fail(e, "%s: no weight_map", path));
+}
+
+static bool store_open_index(Store *s, Span text, const char *path, const char *dir, Err *e) {
+    Map files = { 0 };
+    uint8_t *seen = NULL;
+    bool ok = index_read(s, text, path, dir, &files, NULL, e);
+    if (ok) {
+        seen = xalloc(s->n, 1);
+        ok = index_read(s, text, path, dir, &files, seen, e);
+    }
+    size_t surplus = 0;
+    for (size_t i = 0; ok && i < s->n; i++) surplus += !seen[i];
+    if (surplus) note("%s: %zu tensors in the shards are not in the index", path, surplus);
+    map_free(&files);
+    free(seen);
+    return ok;
+}
+
+// Opens the checkpoint in a directory: what model.safetensors.index.json lists, else
+// model.safetensors. On an error *s is empty.
+static bool store_open(Store *s, const char *dir, Err *e) {
+    *s = (Store){ 0 };
+    Str path = { 0 };
+    Span text = { 0 };
+    str_puts(&path, dir);
+    str_puts(&path, "/model.safetensors.index.json");
+    bool ok;
+    if (access(path.p, F_OK) == 0) {
+        ok = map_file(path.p, &text, e) && store_open_index(s, text, path.p, dir, e);
+    } else {
+        path.n = strlen(dir);
+        str_puts(&path, "/model.safetensors");
+        ok = access(path.p, F_OK) == 0 ? store_add_shard(s, dir, span_of("model.safetensors"), e)
+            : fail(e, "%s: no model.safetensors.index.json and no model.safetensors here", dir);
+    }
+    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    free(path.p);
+    if (!ok) store_close(s);
+    return ok;
+}
+// ---------------------------------------------------------------------------
+// config.json -> Config. Known keys with values that are not supported are refused by name; keys
+// that say nothing about inference (dropout, dtype, versions ...) and unknown ones are ignored.
+
+// The bounds keep every product of two dimensions that belong together (H*K, S*D, G*L, I*J, M*c*K)
+// below 2^31; V4-Pro's shape lies well inside. All of these keys are required but the last three.
+enum { CONFIG_OPTIONAL_INTS = 3, MAX_RATIOS = 4096 };
+static const struct { const char *key; size_t at; int lo, hi; } config_ints[] = {
+    { "hidden_size", offsetof(Config, dim), 1, 1 << 16 },
+    { "num_hidden_layers", offsetof(Config, n_layers), 1, 1024 },
+    { "num_attention_heads", offsetof(Config, n_heads), 1, 1024 },
+    { "head_dim", offsetof(Config, head_dim), 2, 4096 },
+    { "qk_rope_head_dim", offsetof(Config, rope_dim), 2, 4096 },
+    { "q_lora_rank", offsetof(Config, q_lora_rank), 1, 1 << 16 },
+    { "o_groups", offsetof(Config, o_groups), 1, 1024 },
+    { "o_lora_rank", offsetof(Config, o_lora_rank), 1, 1 << 16 },
+    { "sliding_window", offsetof(Config, window), 1, 1 << 20 },
+    { "n_routed_experts", offsetof(Config, n_experts), 1, 4096 },
+    { "num_experts_per_tok", offsetof(Config, n_active), 1, 64 },
+    { "moe_intermediate_size", offsetof(Config, expert_dim), 1, 1 << 18 },
+    { "num_hash_layers", offsetof(Config, n_hash_layers), 0, 1024 },
+    { "index_n_heads", offsetof(Config, index_heads), 1, 1024 },
+    { "index_head_dim", offsetof(Config, index_dim), 2, 4096 },
+    { "index_topk", offsetof(Config, index_topk), 1, 1 << 20 },
+    { "hc_mult", offsetof(Config, hc_mult), 1, 16 },
+    { "hc_sinkhorn_iters", offsetof(Config, hc_iters), 1, 1000 },
+    { "vocab_size", offsetof(Config, vocab), 1, 1 << 24 },
+    { "max_position_embeddings", offsetof(Config, max_ctx), 1, 1 << 24 },
+    { "num_nextn_predict_layers", offsetof(Config, n_mtp), 0, 16 },     // default 0
+    { "bos_token_id", offsetof(Config, bos), 0, 1 << 24 },              // default -1: none
+    { "eos_token_id", offsetof(Config, eos), 0, 1 << 24 },              // default -1: none
+};
+
+static const struct { const char *key; size_t at; double lo, hi; } config_floats[] = {
+    { "hc_eps", offsetof(Config, hc_eps), 1e-12, 1 },
+    { "rms_norm_eps", offsetof(Config, norm_eps), 1e-12, 1 },
+    { "routed_scaling_factor", offsetof(Config, route_scale), 1e-6, 1e6 },
+    { "swiglu_limit", offsetof(Config, swiglu_limit), 1e-6, 1e30 },
+    { "rope_theta", offsetof(Config, rope_theta), 1.001, 1e12 },
+    { "compress_rope_theta", offsetof(Config, compress_theta), 1.001, 1e12 },
+};
+
+// rope_scaling; all but original_max_position_embeddings, which is in whole positions.
+static const struct { const char *key; size_t at; double lo, hi; } yarn_floats[] = {
+    { "factor", offsetof(Config, yarn_factor), 1, 1e6 },
+    { "beta_fast", offsetof(Config, yarn_beta_fast), 1e-6, 1e6 },
+    { "beta_slow", offsetof(Config, yarn_beta_slow), 1e-6, 1e6 },
+};
+
+// Keys of which the engine supports these values only (JSON texts); absent is as good as the first.
+typedef struct { const char *key, *values[6]; } Fixed;
+static const Fixed fixed_top[] = {
+    { "attention_bias", { "false" } },
+    { "expert_dtype", { "\"fp4\"", "\"int4\"", "\"fp8\"", "\"int8\"", "\"bf16\"", "null" } },
+    { "hidden_act", { "\"silu\"" } },
+    { "model_type", { "\"deepseek_v4\"" } },
+    { "n_shared_experts", { "1" } },
+    { "norm_topk_prob", { "true" } },
+    { "num_key_value_heads", { "1" } },
+    { "scoring_func", { "\"sqrtsoftplus\"" } },
+    { "tie_word_embeddings", { "false" } },
+    { "topk_method", { "\"noaux_tc\"" } },
+};
+static const Fixed fixed_rope[] = {
+    { "type", { "\"yarn\"" } },
+    { "rope_type", { "\"yarn\"" } },
+};
+static const Fixed fixed_quant[] = {
+    { "quant_method", { "\"dsv4_int\"", "\"fp8\"" } },
+    { "format", { "\"int_packed\"" } },
+    { "fmt", { "\"e4m3\"" } },
+    { "scale_fmt", { "\"ue8m0\"" } },
+    { "weight_block_size", { "[128, 128]" } },
+};
+static const Fixed fixed_group[] = {        // quantization_config.config_groups.*.weights
+    { "num_bits", { "4", "8" } },
+    { "type", { "\"int\"" } },
+    { "symmetric", { "true" } },
+    { "group_size", { "32", "null" } },
+    { "block_size", { "[128, 128]", "null" } },
+    { "strategy", { "\"group\"", "\"block\"" } },
+};
+
+// Moves to the next member of an object; a key that was seen before is an error.
+static bool config_member(Json *j, Map *seen, Str *key) {
+    if (!json_member(j, key)) return false;
+    return map_add(seen, str_span(key), 0) || json_fail(j, "key %.200s twice", key->p);
+}
+
+// Takes the value if key is in the table; false leaves it to the caller.
+static bool config_fixed(Json *j, const Fixed *table, size_t n, const Str *key) {
+    const Fixed *f = table;
+    while (f < table + n && !span_is(str_span(key), f->key)) f++;
+    if (f == table + n) return false;
+    Str value = { 0 }, wanted = { 0 };
+    bool ok = false;
+    Json at = *j;
+    json_dump(j, &value);
+    for (size_t i = 0; i < COUNT(f->values) && f->values[i]; i++) {
+        ok = ok || span_is(str_span(&value), f->values[i]);
+        if (i) str_puts(&wanted, " or ");
+        str_puts(&wanted, f->values[i]);
+    }
+    if (!ok && !j->bad) {
+        j->p = at.p;
+        json_fail(j, "%s: %.80s is not supported, expected %s", f->key, value.p, wanted.p);
+    }
+    free(value.p);
+    free(wanted.p);
+    return true;
+}
+
+// An int or a float of the tables; an error names the key.
+static void config_number(Json *j, const char *key, bool whole, double lo, double hi, void *to) {
+    double v = 0;
+    int64_t i = 0;
+    Json at = *j;
+    bool ok = whole ? json_int(j, (int64_t)lo, (int64_t)hi, &i) : json_double(j, &v);
+    if (ok && !whole && (v < lo || v > hi)) {
+        j->p = at.p;
+        ok = json_fail(j, "expected a number from %g to %g, found %g", lo, hi, v);
+    }
+    if (!ok && !at.bad) {
+        Err plain = *j->e;
+        fail(j->e, "%.400s (%s)", plain.text, key);
+    }
+    if (whole) *(int *)to = (int)i;
+    else *(float *)to = (float)v;
+}
+
+static void config_rope(Config *c, Json *j) {
+    if (json_null(j)) return;
+    Map seen = { 0 };
+    Str key = { 0 };
+    for (json_object(j); config_member(j, &seen, &key);) {
+        size_t i = 0;
+        while (i < COUNT(yarn_floats) && !span_is(str_span(&key), yarn_floats[i].key)) i++;
+        if (i < COUNT(yarn_floats))
+            config_number(j, yarn_floats[i].key, false, yarn_floats[i].lo, yarn_floats[i].hi,
+                          (char *)c + yarn_floats[i].at);
+        else if (span_is(str_span(&key), "original_max_position_embeddings"))
+            config_number(j, "original_max_position_embeddings", true, 1, 1 << 24, &c->yarn_ctx);
+        else if (!config_fixed(j, fixed_rope, COUNT(fixed_rope), &key)) json_skip(j);
+    }
+    if (!j->bad && (!map_find(&seen, span_of("factor")) || !c->yarn_ctx))
+        json_fail(j, "rope_scaling: no factor or no original_max_position_embeddings");
+    free(key.p);
+    map_free(&seen);
+}
+
+// config_groups: { name: { "weights": { ... }, ... } }: what we do not know how to read is refused.
+static void config_groups(Json *j) {
+    Str key = { 0 };
+    for (json_object(j); json_member(j, NULL);)
+        for (json_object(j); json_member(j, &key);) {
+            if (!span_is(str_span(&key), "weights")) {
+                json_skip(j);
+                continue;
+            }
+            Map seen = { 0 };
+            for (json_object(j); config_member(j, &seen, &key);)
+                if (!config_fixed(j, fixed_group, COUNT(fixed_group), &key)) json_skip(j);
+            map_free(&seen);
+        }
+    free(key.p);
+}
+
+static void config_quant(Config *c, Json *j) {
+    if (json_null(j)) return;
+    Map seen = { 0 };
+    Str key = { 0 }, method = { 0 };
+    for (json_object(j); config_member(j, &seen, &key);) {
+        Json at = *j;
+        if (span_is(str_span(&key), "config_groups")) config_groups(j);
+        else if (!config_fixed(j, fixed_quant, COUNT(fixed_quant), &key)) json_skip(j);
+        else if (!j->bad && span_is(str_span(&key), "quant_method") && json_string(&at, &method))
+            snprintf(c->quant, sizeof c->quant, "%s", method.p);
+    }
+    if (!j->bad && !c->quant[0]) json_fail(j, "quantization_config: no quant_method");
+    free(key.p);
+    free(method.p);
+    map_free(&seen);
+}
+
+// One entry per layer, then one per MTP layer; what is missing at the end is 0.
+static void config_ratios(Json *j, int ratios[static MAX_RATIOS], int *n) {
+    int64_t v = 0;
+    for (json_array(j); json_item(j);) {
+        Json at = *j;
+        if (!json_int(j, 0, 1 << 20, &v)) return;
+        if (v != 0 && v != 4 && v != 128) {
+            j->p = at.p;
+            json_fail(j, "compress_ratios[%d]: expected 0, 4 or 128, found %lld", *n, (long long)v);
+        } else if (*n == MAX_RATIOS) {
+            json_fail(j, "compress_ratios: more than %d entries", MAX_RATIOS);
+        } else {
+            ratios[(*n)++] = (int)v;
+        }
+    }
+}
+
+// V4.1 is another architecture; say so before any of its other values can be complained about.
+static bool config_model_type(Span text, const char *path, Err *e) {
+    Str key = { 0 }, type = { 0 };
+    Json j = json_open(text, path, e);
+    for (json_object(&j); json_member(&j, &key);) {
+        if (span_is(str_span(&key), "model_type") && json_peek(&j) == '"') json_string(&j, &type);
+        else json_skip(&j);
+    }
+    bool ok = json_end(&j);
+    if (ok && !type.n) ok = fail(e, "%s: no model_type: not a model's config.json?", path);
+    if (ok && (span_is(str_span(&type), "deepseek_v41") || strstr(type.p, "v4_1")))
+        ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported "
+                  "(deepseek_v4 is)", path, type.p);
+    free(key.p);
+    free(type.p);
+    return ok;
+}
+
+// What a single value cannot show: keys that are missing, and values that do not go together.
+static bool config_check(const Config *c, const Map *seen, int n_ratios, const char *path, Err *e) {
+    size_t required = COUNT(config_ints) - CONFIG_OPTIONAL_INTS;
+    for (size_t i = 0; i < required + COUNT(config_floats); i++) {
+        const char *key = i < required ? config_ints[i].key : config_floats[i - required].key;
+        if (!map_find(seen, span_of(key))) return fail(e, "%s: no key %s", path, key);
+    }
+    if (n_ratios < c->n_layers)
+        return fail(e, "%s: compress_ratios has %d entries, num_hidden_layers is %d", path,
+                    n_ratios, c->n_layers);
+    for (int i = 0; i < c->n_mtp && !c->dspark; i++)
+        if (c->ratio[c->n_layers + i])
+            return fail(e, "%s: compress_ratios[%d]: an MTP layer with ratio %d is not supported, "
+                        "expected 0", path, c->n_layers + i, c->ratio[c->n_layers + i]);
+    if (c->n_heads % c->o_groups)
+        return fail(e, "%s: num_attention_heads %d is not a multiple of o_groups %d", path,
+                    c->n_heads, c->o_groups);
+    if (c->rope_dim % 2 || c->rope_dim > c->head_dim || c->rope_dim > c->index_dim)
+        return fail(e, "%s: qk_rope_head_dim %d must be even and at most head_dim %d and "
+                    "index_head_dim %d", path, c->rope_dim, c->head_dim, c->index_dim);
+    if (c->n_active > c->n_experts)
+        return fail(e, "%s: num_experts_per_tok %d of only n_routed_experts %d", path, c->n_active,
+                    c->n_experts);
+    if (c->n_hash_layers > c->n_layers)
+        return fail(e, "%s: num_hash_layers %d of only num_hidden_layers %d", path,
+                    c->n_hash_layers, c->n_layers);
+    if (c->bos >= c->vocab || c->eos >= c->vocab)
+        return fail(e, "%s: bos_token_id %d or eos_token_id %d is not below vocab_size %d", path,
+                    c->bos, c->eos, c->vocab);
+    if (c->yarn_beta_fast < c->yarn_beta_slow)
+        return fail(e, "%s: rope_scaling: beta_fast %g is below beta_slow %g", path,
+                    (double)c->yarn_beta_fast, (double)c->yarn_beta_slow);
+    return true;
+}
+
+static void config_key(Config *c, Json *j, const Str *key, int ratios[static MAX_RATIOS], int *n) {
+    Span k = str_span(key);
+    for (size_t i = 0; i < COUNT(config_ints); i++)
+        if (span_is(k, config_ints[i].key)) {
+            config_number(j, config_ints[i].key, true, config_ints[i].lo, config_ints[i].hi,
+                          (char *)c + config_ints[i].at);
+            return;
+        }
+    for (size_t i = 0; i < COUNT(config_floats); i++)
+        if (span_is(k, config_floats[i].key)) {
+            config_number(j, config_floats[i].key, false, config_floats[i].lo, config_floats[i].hi,
+                          (char *)c + config_floats[i].at);
+            return;
+        }
+    if (span_is(k, "compress_ratios")) config_ratios(j, ratios, n);
+    else if (span_is(k, "rope_scaling")) config_rope(c, j);
+    else if (span_is(k, "quantization_config")) config_quant(c, j);
+    else if (!config_fixed(j, fixed_top, COUNT(fixed_top), key)) json_skip(j);
+    if (k.n > 7 && !memcmp(k.p, "dspark_", 7)) c->dspark = true;
+}
+
+static void config_free(Config *c) {
+    free(c->ratio);
+    *c = (Config){ 0 };
+}
+
+// Reads the text of a config.json; path is for messages. On an error *c holds nothing.
+static bool config_read(Config *c, Span text, const char *path, Err *e) {
+    int n = 0, *ratios = xalloc(MAX_RATIOS, sizeof *ratios);
+    Map seen = { 0 };
+    Str key = { 0 };
+    *c = (Config){ .bos = -1, .eos = -1 };
+    c->yarn_factor = c->yarn_beta_slow = 1;
+    c->yarn_beta_fast = 32;
+    bool ok = config_model_type(text, path, e);
+    if (ok) {
+        Json j = json_open(text, path, e);
+        for (json_object(&j); config_member(&j, &seen, &key);) config_key(c, &j, &key, ratios, &n);
+        ok = json_end(&j);
+    }
+    if (!c->yarn_ctx) c->yarn_ctx = c->max_ctx;     // no rope_scaling: factor 1 changes nothing
+    c->ratio = xalloc((size_t)(c->n_layers + c->n_mtp), sizeof *c->ratio);
+    for (int i = 0; i < c->n_layers + c->n_mtp && i < n; i++) c->ratio[i] = ratios[i];
+    ok = ok && config_check(c, &seen, n, path, e);
+    free(ratios);
+    free(key.p);
+    map_free(&seen);
+    if (!ok) config_free(c);
+    return ok;
+}
+// ---------------------------------------------------------------------------
+// threads: one pool; a parallel region hands out ranges of items, large ones first
+
+#include <float.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+static void cpu_pause(void) { _mm_pause(); }
+#else
+static void cpu_pause(void) { }
+#endif
+
+typedef void RangeFn(void *arg, int begin, int end);
+
+typedef struct {
+    int n_threads;              // the caller included
+    double spin;                // seconds a thread looks for work before it sleeps
+    pthread_t *threads;         // [n_threads - 1]
+    _Atomic uint64_t state;     // region number << 32 | next item; the item is UINT32_MAX between regions
+    _Atomic(RangeFn *) fn;      // the region: read before, and valid only after, a claim on `state`
+    _Atomic(void *) arg;
+    _Atomic uint32_t n, grain;
+    _Atomic uint32_t done;      // items finished
+    _Atomic int sleepers;
+    _Atomic bool stop;
+    pthread_mutex_t caller;     // held by the thread that runs a region
+    pthread_mutex_t lock;       // with `wake`: sleeping workers
+    pthread_cond_t wake;
+    void *scratch;              // matmul's packed activations, grown on demand
+    size_t scratch_bytes;
+} Pool;
+
+static _Thread_local bool in_region;
+
+// Claims ranges of region `id` until none is left. A late thread's claim fails: `state` has moved on.
+static void pool_work(Pool *p, uint32_t id) {
+    for (;;) {
+        uint64_t s = atomic_load_explicit(&p->state, memory_order_acquire);
+        uint32_t i = (uint32_t)s, n = atomic_load_explicit(&p->n, memory_order_acquire);
+        if (s >> 32 != id || i >= n) return;
+        uint32_t step = (n - i) / (2 * (uint32_t)p->n_threads);
+        uint32_t grain = atomic_load_explicit(&p->grain, memory_order_acquire);
+        RangeFn *f = atomic_load_explicit(&p->fn, memory_order_acquire);
+        void *arg = atomic_load_explicit(&p->arg, memory_order_acquire);
+        if (step < grain) step = grain;
+        if (step > n - i) step = n - i;
+        if (!atomic_compare_exchange_strong(&p->state, &s, s + step)) continue;
+        f(arg, (int)i, (int)(i + step));
+        atomic_fetch_add(&p->done, step);
+    }
+}
+
+// Waits until the region number differs from `seen`: spins, then sleeps. Returns it.
+static uint32_t pool_wait(Pool *p, uint32_t seen) {
+    double until = p->spin > 0 ? now() + p->spin : 0;
+    for (int i = 1; p->spin > 0 && (i % 64 || now() < until); i++) {
+        uint32_t id = (uint32_t)(atomic_load_explicit(&p->state, memory_order_acquire) >> 32);
+        if (id != seen || atomic_load_explicit(&p->stop, memory_order_relaxed)) return id;
+        cpu_pause();
+    }
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add(&p->sleepers, 1);      // before the test: a caller that we miss sees us
+    while (atomic_load(&p->state) >> 32 == seen && !atomic_load(&p->stop))
+        pthread_cond_wait(&p->wake, &p->lock);
+    atomic_fetch_sub(&p->sleepers, 1);
+    pthread_mutex_unlock(&p->lock);
+    return (uint32_t)(atomic_load(&p->state) >> 32);
+}
+
+static void *pool_thread(void *arg) {
+    Pool *p = arg;
+    in_region = true;
+    for (uint32_t seen = 0; !atomic_load(&p->stop); ) {
+        seen = pool_wait(p, seen);
+        pool_work(p, seen);
+    }
+    return NULL;
+}
+
+static void pool_wake(Pool *p) {
+    if (!atomic_load(&p->sleepers)) return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+// Runs f(arg, begin, end) over ranges that cover [0, n), each at least `grain` items (the last may be
+// shorter). Returns when all are done; the caller takes part. A call from inside a region runs serially.
+static void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
+    if (n <= 0) return;
+    if (p->n_threads == 1 || in_region || n <= grain) {
+        f(arg, 0, n);
+        return;
+    }
+    pthread_mutex_lock(&p->caller);
+    in_region = true;
+    uint64_t id = (uint32_t)((atomic_exchange(&p->state, atomic_load(&p->state) | UINT32_MAX) >> 32) + 1);
+    atomic_store_explicit(&p->fn, f, memory_order_release);
+    atomic_store_explicit(&p->arg, arg, memory_order_release);
+    atomic_store_explicit(&p->n, (uint32_t)n, memory_order_release);
+    atomic_store_explicit(&p->grain, (uint32_t)(grain > 0 ? grain : 1), memory_order_release);
+    atomic_store_explicit(&p->done, 0, memory_order_release);
+    atomic_store(&p->state, id << 32);
+    pool_wake(p);
+    pool_work(p, (uint32_t)id);
+    for (int i = 1; atomic_load_explicit(&p->done, memory_order_acquire) != (uint32_t)n; i++) {
+        cpu_pause();
+        if (i % 256 == 0) sched_yield();    // somebody else may need this core to finish our work
+    }
+    in_region = false;
+    pthread_mutex_unlock(&p->caller);
+}
+
+static void pool_free(Pool *p) {
+    if (!p) return;
+    atomic_store(&p->stop, true);
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    for (int i = 0; i < p->n_threads - 1; i++) pthread_join(p->threads[i], NULL);
+    pthread_mutex_destroy(&p->caller);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+    free(p->threads);
+    free(p->scratch);
+    free(p);
+}
+
+// n_threads < 1: one per core this process may use. Threads beyond the cores do not spin.
+static Pool *pool_new(int n_threads) {
+    cpu_set_t set;
+    int cores = sched_getaffinity(0, sizeof set, &set) ? (int)sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
+    Pool *p = xalloc(1, sizeof *p);
+    p->n_threads = n_threads > 0 ? n_threads : cores > 0 ? cores : 1;
+    p->spin = p->n_threads > cores ? 0 : 80e-6;
+    p->threads = xalloc((size_t)p->n_threads, sizeof *p->threads);
+    pthread_mutex_init(&p->caller, NULL);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    for (int i = 0; i < p->n_threads - 1; i++) {
+        int err = pthread_create(&p->threads[i], NULL, pool_thread, p);
+        if (err) die(1, "cannot start thread %d of %d: %s", i + 2, p->n_threads, strerror(err));
+    }
+    return p;
+}
+
+// ---------------------------------------------------------------------------
+// number formats
+
+static float f32_of_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static uint32_t bits_of_f32(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static float f32_of_bf16(bf16 h) { return f32_of_bits((uint32_t)h << 16); }
+
+// Round to nearest even; a NaN stays one.
+static bf16 bf16_of_f32(float f) {
+    uint32_t u = bits_of_f32(f);
+    if ((u & 0x7fffffff) > 0x7f800000) return (bf16)(u >> 16 | 0x40);
+    return (bf16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// e8m0: 2^(b-127), 255 is NaN
+static float f32_of_e8m0(uint8_t b) {
+    return f32_of_bits(b == 255 ? 0x7fc00000 : b ? (uint32_t)b << 23 : 0x400000);
+}
+
+// e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7f and 0xff are NaN
+static float f32_of_e4m3(uint8_t b) {
+    uint32_t sign = (uint32_t)(b & 0x80) << 24, mag = b & 0x7f;
+    if (mag == 0x7f) return f32_of_bits(sign | 0x7fc00000);
+    if (mag < 8) return (sign ? -1.0f : 1.0f) * (float)mag * 0x1p-9f;
+    return f32_of_bits(sign | ((mag << 20) + (120u << 23)));
+}
+
+// e2m1, the value times two: an integer
+static const int8_t e2m1_x2[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+
+static size_t row_bytes(const Mat *m) {
+    static const uint8_t bits[N_FORMATS] = {
+        [W_F32] = 32, [W_BF16] = 16, [W_INT8] = 8, [W_INT4] = 4, [W_FP8] = 8, [W_FP4] = 4 };
+    return (size_t)m->k * bits[m->fmt] / 8;
+}
+
+static bf16 load_bf16(const void *p, size_t i) {
+    bf16 h;
+    memcpy(&h, (const char *)p + 2 * i, 2);
+    return h;
+}
+
+// The scale of column k of row i (FP4: of the values themselves); 1 for formats without one.
+static float scale_at(const Mat *m, int i, int k) {
+    size_t block = (size_t)(i / 128) * (size_t)((m->k + 127) / 128) + (size_t)(k / 128);
+    size_t group = (size_t)i * (size_t)(m->k / 32) + (size_t)(k / 32);
+    switch (m->fmt) {
+    case W_INT8: return f32_of_bf16(load_bf16(m->s, block));
+    case W_INT4: return f32_of_bf16(load_bf16(m->s, group));
+    case W_FP8: return f32_of_e8m0(((const uint8_t *)m->s)[block]);
+    case W_FP4: return f32_of_e8m0(((const uint8_t *)m->s)[group]);
+    default: return 1;
+    }
+}
+
+// Row i of a matrix as FP32 [k]: the scales applied.
+static void dequant_row(const Mat *m, int i, float *out) {
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)i * row_bytes(m);
+    if (m->fmt == W_F32) memcpy(out, w, (size_t)m->k * 4);
+    for (int k0 = 0; k0 < m->k && m->fmt != W_F32; k0 += 32) {
+        float s = scale_at(m, i, k0);
+        for (int k = k0; k < k0 + 32 && k < m->k; k++) {
+            int nibble = m->fmt == W_INT4 || m->fmt == W_FP4 ? w[k / 2] >> (k % 2 * 4) & 15 : 0;
+            switch (m->fmt) {
+            case W_BF16: out[k] = f32_of_bf16(load_bf16(w, (size_t)k)); break;
+            case W_INT8: out[k] = (float)(int8_t)w[k] * s; break;
+            case W_INT4: out[k] = (float)(nibble - 8) * s; break;
+            case W_FP8: out[k] = f32_of_e4m3(w[k]) * s; break;
+            default: out[k] = (float)e2m1_x2[nibble] * 0.5f * s;
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------
+// instruction sets
+
+enum { CPU_PORTABLE, CPU_AVX2, CPU_AVX512, CPU_VNNI, N_CPU_LEVELS };
+static const char *const cpu_names[N_CPU_LEVELS] = { "portable", "avx2", "avx512", "avx512-vnni" };
+
+static int cpu_best(void) {
+#if defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CPU_PORTABLE;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")
+        || !__builtin_cpu_supports("avx512vl")) return CPU_AVX2;
+    return __builtin_cpu_supports("avx512vnni") ? CPU_VNNI : CPU_AVX512;
+#else
+    return CPU_PORTABLE;
+#endif
+}
+
+static int cpu_level = -1;      // set by cpu_init; a test may lower it
+
+static void cpu_init(void) { if (cpu_level < 0) cpu_level = cpu_best(); }
+
+#if defined(__x86_64__)
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl")))
+#endif
+
+// ---------------------------------------------------------------------------
+// activations as INT8 in groups of 32
+
+static void quantise_group(const float *x, int n, int8_t *q, float *s) {
+    uint32_t top = 0;           // compared as bits: a NaN counts as the largest and is not lost
+    for (int i = 0; i < n; i++) {
+        uint32_t u = bits_of_f32(x[i]) & 0x7fffffff;
+        if (u > top) top = u;
+    }
+    float absmax = f32_of_bits(top), r = absmax ? 127 / absmax : 0;
+    if (!(r <= FLT_MAX)) r = 0;
+    for (int i = 0; i < 32; i++) {
+        float v = i < n ? x[i] * r : 0;
+        q[i] = (int8_t)(v >= -127 ? v <= 127 ? (int)rintf(v) : 127 : -127);
+    }
+    *s = absmax / 127;
+}
+
+#if defined(__x86_64__)
+TARGET_AVX2 static void quantise_avx2(const float *x, int8_t *q, float *s) {
+    __m256i abs = _mm256_set1_epi32(0x7fffffff), v[4], top = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_si256((const __m256i *)(x + 8 * i));
+        top = _mm256_max_epi32(top, _mm256_and_si256(v[i], abs));
+    }
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    float absmax = f32_of_bits((uint32_t)_mm_cvtsi128_si32(m)), r = absmax ? 127 / absmax : 0;
+    if (!(r <= FLT_MAX)) r = 0;
+    for (int i = 0; i < 4; i++) {
+        __m256 p = _mm256_mul_ps(_mm256_castsi256_ps(v[i]), _mm256_set1_ps(r));
+        v[i] = _mm256_max_epi32(_mm256_cvtps_epi32(p), _mm256_set1_epi32(-127));
+    }
+    __m256i w = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    w = _mm256_permutevar8x32_epi32(w, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)q, w);
+    *s = absmax / 127;
+}
+#endif
+
+// x [k] -> q [groups, 32], s [groups]. Per group: r = 127 / absmax, q = rint(x r) half to even, s = absmax / 127;
+// the last group is padded with zeros. Groups below 127/FLT_MAX count as zero. A NaN or Inf ends up in s.
+static void quantise(const float *x, int k, int8_t *q, float *s) {
+    for (int g = 0; g * 32 < k; g++) {
+#if defined(__x86_64__)
+        if (cpu_level >= CPU_AVX2 && k - g * 32 >= 32) {
+            quantise_avx2(x + g * 32, q + g * 32, s + g);
+            continue;
+        }
+#endif
+        quantise_group(x + g * 32, k - g * 32 < 32 ? k - g * 32 : 32, q + g * 32, s + g);
+    }
+}
+
+// ---------------------------------------------------------------------------
+// products y = W x. The unit of work is a tile: 16 rows of W, one per vector lane, times up to 64 tokens.
+// A tile's weights are transposed in registers, once for all its tokens, so every output is summed over its
+// columns in ONE order (groups of 32, ascending), whatever the batch, the threads and the instruction set.
+
+typedef struct {
+    const Mat *w;
+    const Act *a;
+    const int *rows;        // [T] rows of `a`, NULL: 0 .. T-1
+    int T;
+    float *y;               // [T, n], row t at y + t*ldy
+    size_t ldy;
+} Product;
+
+enum { LANES = 16, T_BLOCK = 64 };
+
+// Packed activations [groups, T]: one contiguous run of tokens per group of 32 columns.
+typedef struct { int8_t q[32]; int32_t c; float s; } GroupI;   // c: what the weights' bias adds, negated
+typedef struct { float x[32]; } GroupF;
+
+typedef struct {
+    const Mat *w;
+    int row, rows;          // rows of W, 1 .. LANES; never across a multiple of LANES
+    bool more;              // the next rows follow: prefetch them
+    const void *a;          // packed, first token of the tile
+    size_t pitch;           // tokens from one group to the next
+    int T;
+    float *acc;             // [T, LANES]
+} Tile;
+
+typedef struct {
+    Product p;
+    void *a;                // packed
+    int tiles, rows, blocks, T;     // per token block: `tiles` of `rows` rows; `blocks` of T tokens
+    int first;              // number of its first tile in the region
+} Job;
+
+static bool takes_int8(Format f) { return f == W_INT8 || f == W_INT4 || f == W_FP4; }
+static int n_groups(const Mat *m) { return (m->k + 31) / 32; }
+
+// The SIMD kernels multiply unsigned weights w + bias with signed activations.
+static int weight_bias(Format f) {
+    if (cpu_level == CPU_PORTABLE) return 0;
+    if (f == W_INT8) return cpu_level == CPU_VNNI ? 128 : 0;
+    return f == W_INT4 ? 8 : 12;
+}
+
+static void pack_int(const Product *p, int t, GroupI *out) {
+    size_t r = p->rows ? (size_t)p->rows[t] : (size_t)t;
+    const int8_t *q = p->a->q + r * p->a->ldq;
+    const float *s = p->a->s + r * p->a->lds;
+    bool nibbles = p->w->fmt != W_INT8, half = p->w->fmt == W_FP4;
+    int bias = weight_bias(p->w->fmt);
+    for (int g = 0; g < n_groups(p->w); g++, q += 32) {
+        GroupI *o = out + (size_t)g * (size_t)p->T + t;
+        int sum = 0;
+        for (int i = 0; i < 32; i++) sum += q[i];
+        for (int i = 0; i < 16; i++) {      // nibbles: even columns first
+            o->q[i] = nibbles ? q[2 * i] : q[i];
+            o->q[16 + i] = nibbles ? q[2 * i + 1] : q[16 + i];
+        }
+        o->c = -bias * sum;
+        o->s = half ? s[g] * 0.5f : s[g];
+    }
+}
+
+static void pack_float(const Product *p, int t, GroupF *out) {
+    const float *x = p->a->x + (p->rows ? (size_t)p->rows[t] : (size_t)t) * p->a->ld;
+    for (int g = 0; g < n_groups(p->w); g++) {
+        GroupF *o = out + (size_t)g * (size_t)p->T + t;
+        int n = p->w->k - g * 32 < 32 ? p->w->k - g * 32 : 32;
+        memcpy(o->x, x + g * 32, (size_t)n * 4);
+        memset(o->x + n, 0, (size_t)(32 - n) * 4);
+    }
+}
+
+static void pack_range(void *arg, int begin, int end) {
+    const Job *j = arg;
+    for (int t = begin; t < end; t++) {
+        if (takes_int8(j->p.w->fmt)) pack_int(&j->p, t, j->a);
+        else pack_float(&j->p, t, j->a);
+    }
+}
+
+// ---------------------------------------------------------------------------
+// portable tiles
+
+static void tile_int(const Tile *t) {
+    const Mat *m = t->w;
+    for (int r = 0; r < t->rows; r++) {
+        const uint8_t *w = (const uint8_t *)m->w + (size_t)(t->row + r) * row_bytes(m);
+        for (int g = 0; g < n_groups(m); g++) {
+            int v[32] = { 0 };
+            int n = m->k - g * 32 < 32 ? m->k - g * 32 : 32;
+            for (int i = 0; i < 16 && m->fmt != W_INT8; i++) {
+                int lo = w[g * 16 + i] & 15, hi = w[g * 16 + i] >> 4;
+                v[i] = m->fmt == W_INT4 ? lo - 8 : e2m1_x2[lo];
+                v[16 + i] = m->fmt == W_INT4 ? hi - 8 : e2m1_x2[hi];
+            }
+            for (int i = 0; i < n && m->fmt == W_INT8; i++) v[i] = (int8_t)w[g * 32 + i];
+            const GroupI *a = (const GroupI *)t->a + (size_t)g * t->pitch;
+            float s = scale_at(m, t->row + r, g * 32);
+            for (int j = 0; j < t->T; j++) {
+                int sum = 0;
+                for (int i = 0; i < 32; i++) sum += v[i] * a[j].q[i];
+                float *acc = t->acc + j * LANES + r;
+                *acc = fmaf((float)sum, s * a[j].s, *acc);
+            }
+        }
+    }
+}
+
+static void tile_float(const Tile *t, float *row) {
+    const Mat *m = t->w;
+    for (int r = 0; r < t->rows; r++) {
+        dequant_row(m, t->row + r, row);    // row [groups * 32], zero behind k
+        for (int g = 0; g < n_groups(m); g++) {
+            const GroupF *a = (const GroupF *)t->a + (size_t)g * t->pitch;
+            for (int j = 0; j < t->T; j++) {
+                float sum[8] = { 0 };
+                for (int i = 0; i < 32; i++) sum[i % 8] += row[g * 32 + i] * a[j].x[i];
+                t->acc[j * LANES + r] += ((sum[0] + sum[1]) + (sum[2] + sum[3]))
+                                       + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+            }
+        }
+    }
+}
+
+static void tile_portable(const Tile *t) {
+    if (takes_int8(t->w->fmt)) {
+        tile_int(t);
+        return;
+    }
+    float *row = xalloc((size_t)n_groups(t->w) * 32, sizeof *row);
+    tile_float(t, row);
+    free(row);
+}
+
+// ---------------------------------------------------------------------------
+// AVX-512 and AVX2 tiles. Rows of W are read 64 (AVX2: 32) bytes at a time and transposed, so that lane r of
+// vector j holds dword j of row r.
+
+#if defined(__x86_64__)
+
+// The rows of one tile of a matrix of bytes (weights or scales).
+typedef struct {
+    const uint8_t *row[LANES];
+    size_t bytes;           // of one row
+    size_t ahead;           // to the rows to prefetch, 0 = none
+} Rows;
+
+static Rows tile_rows(const Tile *t, const void *base, size_t bytes) {
+    Rows r = { .bytes = bytes, .ahead = t->more ? (size_t)t->rows * bytes : 0 };
+    for (int i = 0; i < LANES; i++)     // lanes without a row repeat the first
+        r.row[i] = (const uint8_t *)base + (size_t)(t->row + (i < t->rows ? i : 0)) * bytes;
+    return r;
+}
+
+// Columns [off, off + n) of rows [r0, r0 + count): in place, or a zero-padded copy at the rows' end.
+static void rows_at(const Rows *w, int r0, int count, size_t off, size_t n, const uint8_t **p, uint8_t (*edge)[64]) {
+    for (int i = 0; i < count; i++) {
+        p[i] = w->row[r0 + i] + off;
+        if (off + n <= w->bytes) continue;
+        memset(edge[i], 0, 64);
+        memcpy(edge[i], p[i], w->bytes - off);
+        p[i] = edge[i];
+    }
+}
+
+static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
+
+// v[j] lane r = dword j of p[r], 32 bytes of 8 rows
+TARGET_AVX2 static inline void transpose_256(const uint8_t *const *p, size_t ahead, __m256i v[8]) {
+    __m256i z[4][2];        // [row % 4][half]: lane = row / 4
+    for (int e = 0; e < 4; e++) {
+        if (ahead) {
+            _mm_prefetch((const char *)p[e] + ahead, _MM_HINT_T1);
+            _mm_prefetch((const char *)p[4 + e] + ahead, _MM_HINT_T1);
+        }
+        for (int q = 0; q < 2; q++) {
+            __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(p[e] + 16 * q)));
+            z[e][q] = _mm256_inserti128_si256(a, _mm_loadu_si128((const __m128i *)(p[4 + e] + 16 * q)), 1);
+        }
+    }
+    for (int q = 0; q < 2; q++) {
+        __m256i a = _mm256_unpacklo_epi32(z[0][q], z[1][q]), b = _mm256_unpackhi_epi32(z[0][q], z[1][q]);
+        __m256i c = _mm256_unpacklo_epi32(z[2][q], z[3][q]), d = _mm256_unpackhi_epi32(z[2][q], z[3][q]);
+        v[4 * q] = _mm256_unpacklo_epi64(a, c);
+        v[4 * q + 1] = _mm256_unpackhi_epi64(a, c);
+        v[4 * q + 2] = _mm256_unpacklo_epi64(b, d);
+        v[4 * q + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+}
+
+// acc[t] += scale * a[t].s * (sum of u * q + c) for one group of 32 columns; u[j]: columns 4j .. 4j+3 of 8 rows
+TARGET_AVX2 static inline void group_256(const __m256i u[8], __m256 scale, const GroupI *a, int T,
+                                         float *acc, bool is_signed) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int t = 0; t < T; t++) {
+        int32_t q[8];
+        memcpy(q, a[t].q, 32);
+        __m256i sum = _mm256_set1_epi32(a[t].c);
+        for (int j = 0; j < 8 && is_signed; j++) {      // |w| * (q with the sign of w): 2 x 128 x 127 fits
+            __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(q[j]), u[j]);
+            x = _mm256_maddubs_epi16(_mm256_abs_epi8(u[j]), x);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, ones));
+        }
+        for (int h = 0; h < 8 && !is_signed; h += 4) {  // 4 x 2 x 24 x 127 fits in 16 bits
+            __m256i s = _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(q[h]));
+            for (int j = h + 1; j < h + 4; j++)
+                s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(q[j])));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
+        }
+        __m256 f = _mm256_mul_ps(scale, _mm256_set1_ps(a[t].s));
+        float *o = acc + t * LANES;
+        _mm256_storeu_ps(o, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), f, _mm256_loadu_ps(o)));
+    }
+}
+
+// The scales of a run of groups, transposed: 16 groups of BF16 or 32 of E8M0.
+TARGET_AVX2 static inline void scales_256(const Rows *s, int r0, size_t off, uint32_t *out) {
+    const uint8_t *p[8];
+    uint8_t edge[8][64];
+    __m256i v[8];
+    rows_at(s, r0, 8, off, 32, p, edge);
+    transpose_256(p, s->ahead, v);
+    for (int j = 0; j < 8; j++) _mm256_storeu_si256((__m256i *)(out + 8 * j), v[j]);
+}
+
+TARGET_AVX2 static inline __m256 nibble_scale_256(const uint32_t *s, int g, bool fp4) {
+    __m256i v = _mm256_loadu_si256((const __m256i *)(s + (fp4 ? g % 32 / 4 : g % 16 / 2) * 8));
+    if (fp4) {
+        v = _mm256_srlv_epi32(v, _mm256_set1_epi32(g % 4 * 8));
+        v = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(255)), 23);
+        return _mm256_castsi256_ps(_mm256_max_epu32(v, _mm256_set1_epi32(0x400000)));
+    }
+    if (g % 2) return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+
+// Rows [r0, r0 + 8) of a tile
+TARGET_AVX2 static inline void tile_int_256(const Tile *t, int r0, Format fmt) {
+    const Mat *m = t->w;
+    bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
+    int per = nibbles ? 2 : 1, groups = n_groups(m), period = fp4 ? 32 : 16;
+    Rows w = tile_rows(t, m->w, row_bytes(m));
+    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)groups * (fp4 ? 1 : 2) : 0);
+    uint32_t scales[64];
+    uint8_t edge[8][64];
+    const uint8_t *p[8];
+    __m256i v[8], u[8];
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_biased));
+    for (int g0 = 0; g0 < groups; g0 += per) {
+        if (nibbles && g0 % period == 0) scales_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), scales);
+        rows_at(&w, r0, 8, (size_t)(g0 / per) * 32, 32, p, edge);
+        transpose_256(p, w.ahead, v);
+        for (int i = 0; i < per && g0 + i < groups; i++) {
+            __m256 s;
+            for (int j = 0; j < 4 && nibbles; j++) {
+                u[j] = _mm256_and_si256(v[4 * i + j], low);
+                u[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v[4 * i + j], 4), low);
+            }
+            for (int j = 0; j < 8 && fp4; j++) u[j] = _mm256_shuffle_epi8(table, u[j]);
+            for (int j = 0; j < 8 && !nibbles; j++) u[j] = v[j];
+            if (nibbles) s = nibble_scale_256(scales, g0 + i, fp4);
+            else s = _mm256_set1_ps(scale_at(m, t->row, (g0 + i) * 32));
+            group_256(u, s, (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch, t->T, t->acc + r0, !nibbles);
+        }
+    }
+}
+
+// acc[t] += scale * (8 columns of 8 rows) . x[t]: even and odd columns apart, then added
+TARGET_AVX2 static inline void columns_256(const __m256 f[8], __m256 scale, const GroupF *a, int off, int T, float *acc) {
+    for (int t = 0; t < T; t++) {
+        const float *x = a[t].x + off;
+        __m256 s0 = _mm256_mul_ps(f[0], _mm256_set1_ps(x[0])), s1 = _mm256_mul_ps(f[1], _mm256_set1_ps(x[1]));
+        for (int j = 2; j < 8; j += 2) {
+            s0 = _mm256_fmadd_ps(f[j], _mm256_set1_ps(x[j]), s0);
+            s1 = _mm256_fmadd_ps(f[j + 1], _mm256_set1_ps(x[j + 1]), s1);
+        }
+        float *o = acc + t * LANES;
+        _mm256_storeu_ps(o, _mm256_fmadd_ps(_mm256_add_ps(s0, s1), scale, _mm256_loadu_ps(o)));
+    }
+}
+
+// 32 e4m3 -> 32 BF16, exact. The byte's low nibble is the BF16's low byte / 16; the high one gives the high byte.
+TARGET_AVX2 static inline void bf16_of_e4m3_256(const uint8_t *p, uint8_t *out) {
+    const __m256i low = _mm256_set1_epi8(15), all = _mm256_set1_epi8(127);
+    __m256i high_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67,
+                                                                -68, -67, -66, -65, -64, -63, -62, -61));
+    // mantissas of exponent 0, normalised: m * 2^-9
+    __m256i sub_low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+    __m256i sub_high = _mm256_broadcastsi128_si256(_mm_setr_epi8(-60, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+    __m256i b = _mm256_loadu_si256((const __m256i *)p), n = _mm256_and_si256(b, low);
+    __m256i hi = _mm256_shuffle_epi8(high_of, _mm256_and_si256(_mm256_srli_epi16(b, 4), low));
+    __m256i sub = _mm256_cmpeq_epi8(_mm256_and_si256(b, _mm256_set1_epi8(0x78)), _mm256_setzero_si256());
+    __m256i nan = _mm256_cmpeq_epi8(_mm256_and_si256(b, all), all);
+    hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(sub_high, n)));
+    __m256i lo = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(sub_low, n), sub);
+    hi = _mm256_blendv_epi8(hi, all, nan);
+    __m256i a = _mm256_unpacklo_epi8(lo, hi), c = _mm256_unpackhi_epi8(lo, hi);
+    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(a, c, 0x20));
+    _mm256_storeu_si256((__m256i *)(out + 32), _mm256_permute2x128_si256(a, c, 0x31));
+}
+
+// 32 bytes of 8 rows of BF16 (16 columns) or F32 (8 columns), from column k on
+TARGET_AVX2 static inline void chunk_float_256(const Tile *t, int r0, const uint8_t *const *p, size_t ahead,
+                                               bool f32, int k, float scale) {
+    __m256i v[8];
+    __m256 f[8];
+    transpose_256(p, ahead, v);
+    const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
+    for (int i = 0; i < (f32 ? 1 : 2); i++) {
+        for (int j = 0; j < 8 && f32; j++) f[j] = _mm256_castsi256_ps(v[j]);
+        for (int j = 0; j < 4 && !f32; j++) {
+            f[2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(v[4 * i + j], 16));
+            f[2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(v[4 * i + j], _mm256_set1_epi32((int)0xffff0000)));
+        }
+        columns_256(f, _mm256_set1_ps(scale), a, k % 32 + 8 * i, t->T, t->acc + r0);
+    }
+}
+
+TARGET_AVX2 static inline void tile_float_256(const Tile *t, int r0, Format fmt) {
+    const Mat *m = t->w;
+    int per = fmt == W_F32 ? 8 : fmt == W_BF16 ? 16 : 32;       // columns in 32 bytes
+    Rows w = tile_rows(t, m->w, row_bytes(m));
+    uint8_t edge[8][64], wide[8][64];
+    const uint8_t *p[8];
+    for (int k = 0; k < m->k; k += per) {
+        rows_at(&w, r0, 8, (size_t)(k / per) * 32, 32, p, edge);
+        if (fmt != W_FP8) {
+            chunk_float_256(t, r0, p, w.ahead, fmt == W_F32, k, 1);
+            continue;
+        }
+        for (int r = 0; r < 8; r++) {
+            if (w.ahead) _mm_prefetch((const char *)p[r] + w.ahead, _MM_HINT_T1);
+            bf16_of_e4m3_256(p[r], wide[r]);
+        }
+        for (int h = 0; h < 2 && k + 16 * h < m->k; h++) {
+            for (int r = 0; r < 8; r++) p[r] = wide[r] + 32 * h;
+            chunk_float_256(t, r0, p, 0, false, k + 16 * h, scale_at(m, t->row, k));
+        }
+    }
+}
+
+TARGET_AVX2 static void tile_avx2(const Tile *t) {
+    for (int r0 = 0; r0 < t->rows; r0 += 8) {
+        switch (t->w->fmt) {
+        case W_INT4: tile_int_256(t, r0, W_INT4); break;
+        case W_INT8: tile_int_256(t, r0, W_INT8); break;
+        case W_FP4: tile_int_256(t, r0, W_FP4); break;
+        case W_BF16: tile_float_256(t, r0, W_BF16); break;
+        case W_F32: tile_float_256(t, r0, W_F32); break;
+        default: tile_float_256(t, r0, W_FP8);
+        }
+    }
+}
+
+
+// v[j] lane r = dword j of p[r], 64 bytes of 16 rows
+TARGET_AVX512 static inline void transpose_512(const uint8_t *const *p, size_t ahead, __m512i v[16]) {
+    __m512i z[4][4];        // [row % 4][quarter]: lane = row / 4
+    for (int e = 0; e < 4; e++) {
+        for (int i = 0; ahead && i < 4; i++) _mm_prefetch((const char *)p[4 * i + e] + ahead, _MM_HINT_T1);
+        for (int q = 0; q < 4; q++) {
+            __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(p[e] + 16 * q)));
+            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p[4 + e] + 16 * q)), 1);
+            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p[8 + e] + 16 * q)), 2);
+            z[e][q] = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p[12 + e] + 16 * q)), 3);
+        }
+    }
+    for (int q = 0; q < 4; q++) {
+        __m512i a = _mm512_unpacklo_epi32(z[0][q], z[1][q]), b = _mm512_unpackhi_epi32(z[0][q], z[1][q]);
+        __m512i c = _mm512_unpacklo_epi32(z[2][q], z[3][q]), d = _mm512_unpackhi_epi32(z[2][q], z[3][q]);
+        v[4 * q] = _mm512_unpacklo_epi64(a, c);
+        v[4 * q + 1] = _mm512_unpackhi_epi64(a, c);
+        v[4 * q + 2] = _mm512_unpacklo_epi64(b, d);
+        v[4 * q + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+}
+
+// acc[t] += scale * a[t].s * (sum of u * q + c) for one group of 32 columns; u[j]: columns 4j .. 4j+3 of 16 rows
+TARGET_AVX512 static inline void group_512(const __m512i u[8], __m512 scale, const GroupI *a, int T,
+                                           float *acc, bool vnni, bool is_signed) {
+    __m512i abs[8], ones = _mm512_set1_epi16(1);
+    __mmask64 neg[8];
+    for (int j = 0; j < 8 && !vnni && is_signed; j++) {
+        abs[j] = _mm512_abs_epi8(u[j]);
+        neg[j] = _mm512_movepi8_mask(u[j]);
+    }
+    for (int t = 0; t < T; t++) {
+        int32_t q[8];
+        memcpy(q, a[t].q, 32);
+        __m512i sum = _mm512_set1_epi32(a[t].c);
+        if (vnni) {
+            for (int j = 0; j < 8; j++)
+                __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(a[t].q[4 * j]));
+        } else if (is_signed) {
+            for (int j = 0; j < 8; j++) {
+                __m512i x = _mm512_set1_epi32(q[j]);
+                x = _mm512_mask_sub_epi8(x, neg[j], _mm512_setzero_si512(), x);
+                sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(abs[j], x), ones));
+            }
+        } else {
+            for (int h = 0; h < 8; h += 4) {        // 4 x 2 x 24 x 127 fits in 16 bits
+                __m512i s = _mm512_maddubs_epi16(u[h], _mm512_set1_epi32(q[h]));
+                for (int j = h + 1; j < h + 4; j++)
+                    s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(q[j])));
+                sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
+            }
+        }
+        __m512 f = _mm512_mul_ps(scale, _mm512_set1_ps(a[t].s));
+        float *o = acc + t * LANES;
+        _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), f, _mm512_loadu_ps(o)));
+    }
+}
+
+// The scales of a run of groups, transposed: 32 groups of BF16 or 64 of E8M0.
+TARGET_AVX512 static inline void scales_512(const Rows *s, size_t off, uint32_t *out) {
+    const uint8_t *p[LANES];
+    uint8_t edge[LANES][64];
+    __m512i v[16];
+    rows_at(s, 0, LANES, off, 64, p, edge);
+    transpose_512(p, s->ahead, v);
+    for (int j = 0; j < 16; j++) _mm512_storeu_si512(out + 16 * j, v[j]);
+}
+
+TARGET_AVX512 static inline __m512 nibble_scale_512(const uint32_t *s, int g, bool fp4) {
+    __m512i v = _mm512_loadu_si512(s + (fp4 ? g % 64 / 4 : g % 32 / 2) * LANES);
+    if (fp4) {
+        v = _mm512_srlv_epi32(v, _mm512_set1_epi32(g % 4 * 8));
+        v = _mm512_slli_epi32(_mm512_and_si512(v, _mm512_set1_epi32(255)), 23);
+        return _mm512_castsi512_ps(_mm512_max_epu32(v, _mm512_set1_epi32(0x400000)));
+    }
+    if (g % 2) return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+}
+
+TARGET_AVX512 static inline void tile_int_512(const Tile *t, Format fmt, bool vnni) {
+    const Mat *m = t->w;
+    bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
+    int per = nibbles ? 4 : 2, groups = n_groups(m), period = fp4 ? 64 : 32;
+    Rows w = tile_rows(t, m->w, row_bytes(m));
+    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)groups * (fp4 ? 1 : 2) : 0);
+    uint32_t scales[16 * LANES];
+    uint8_t edge[LANES][64];
+    const uint8_t *p[LANES];
+    __m512i v[16], u[8], low = _mm512_set1_epi8(15);
+    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)e2m1_biased));
+    for (int g0 = 0; g0 < groups; g0 += per) {
+        if (nibbles && g0 % period == 0) scales_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), scales);
+        rows_at(&w, 0, LANES, (size_t)g0 / (size_t)per * 64, 64, p, edge);
+        transpose_512(p, w.ahead, v);
+        for (int i = 0; i < per && g0 + i < groups; i++) {
+            __m512 s;
+            for (int j = 0; j < 4 && nibbles; j++) {
+                u[j] = _mm512_and_si512(v[4 * i + j], low);
+                u[4 + j] = _mm512_and_si512(_mm512_srli_epi16(v[4 * i + j], 4), low);
+            }
+            for (int j = 0; j < 8 && fp4; j++) u[j] = _mm512_shuffle_epi8(table, u[j]);
+            for (int j = 0; j < 8 && !nibbles; j++)
+                u[j] = vnni ? _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(-128)) : v[8 * i % 16 + j];
+            if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
+            else s = _mm512_set1_ps(scale_at(m, t->row, (g0 + i) * 32));
+            group_512(u, s, (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch, t->T, t->acc, vnni, !nibbles);
+        }
+    }
+}
+
+// acc[t] += scale * (8 columns of 16 rows) . x[t]: even and odd columns apart, then added
+TARGET_AVX512 static inline void columns_512(const __m512 f[8], __m512 scale, const GroupF *a, int off, int T, float *acc) {
+    for (int t = 0; t < T; t++) {
+        const float *x = a[t].x + off;
+        __m512 s0 = _mm512_mul_ps(f[0], _mm512_set1_ps(x[0])), s1 = _mm512_mul_ps(f[1], _mm512_set1_ps(x[1]));
+        for (int j = 2; j < 8; j += 2) {
+            s0 = _mm512_fmadd_ps(f[j], _mm512_set1_ps(x[j]), s0);
+            s1 = _mm512_fmadd_ps(f[j + 1], _mm512_set1_ps(x[j + 1]), s1);
+        }
+        float *o = acc + t * LANES;
+        _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_add_ps(s0, s1), scale, _mm512_loadu_ps(o)));
+    }
+}
+
+// 64 e4m3 -> 64 BF16, exact. The byte's low nibble is the BF16's low byte / 16; the high one gives the high byte.
+TARGET_AVX512 static inline void bf16_of_e4m3_512(const uint8_t *p, uint8_t *out) {
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i high_of = _mm512_broadcast_i32x4(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67,
+                                                           -68, -67, -66, -65, -64, -63, -62, -61));
+    // mantissas of exponent 0, normalised: m * 2^-9
+    __m512i sub_low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+    __m512i sub_high = _mm512_broadcast_i32x4(_mm_setr_epi8(-60, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+    __m512i b = _mm512_loadu_si512(p), n = _mm512_and_si512(b, low);
+    __m512i hi = _mm512_shuffle_epi8(high_of, _mm512_and_si512(_mm512_srli_epi16(b, 4), low));
+    __m512i lo = _mm512_slli_epi16(n, 4);
+    __mmask64 sub = _mm512_testn_epi8_mask(b, _mm512_set1_epi8(0x78));
+    hi = _mm512_mask_add_epi8(hi, sub, hi, _mm512_shuffle_epi8(sub_high, n));
+    lo = _mm512_mask_shuffle_epi8(lo, sub, sub_low, n);
+    __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(b, _mm512_set1_epi8(127)), _mm512_set1_epi8(127));
+    hi = _mm512_mask_mov_epi8(hi, nan, _mm512_set1_epi8(127));
+    __m512i a = _mm512_unpacklo_epi8(lo, hi), c = _mm512_unpackhi_epi8(lo, hi);
+    __m512i i0 = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), i1 = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(a, i0, c));
+    _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi64(a, i1, c));
+}
+
+// 64 bytes of 16 rows of BF16 (32 columns) or F32 (16 columns), from column k on
+TARGET_AVX512 static inline void chunk_float_512(const Tile *t, const uint8_t *const *p, size_t ahead,
+                                                 bool f32, int k, float scale) {
+    __m512i v[16];
+    __m512 f[8];
+    transpose_512(p, ahead, v);
+    const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
+    for (int i = 0; i < (f32 ? 2 : 4); i++) {
+        for (int j = 0; j < 8 && f32; j++) f[j] = _mm512_castsi512_ps(v[8 * i % 16 + j]);
+        for (int j = 0; j < 4 && !f32; j++) {
+            f[2 * j] = _mm512_castsi512_ps(_mm512_slli_epi32(v[4 * i + j], 16));
+            f[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(v[4 * i + j], _mm512_set1_epi32((int)0xffff0000)));
+        }
+        columns_512(f, _mm512_set1_ps(scale), a, k % 32 + 8 * i, t->T, t->acc);
+    }
+}
+
+TARGET_AVX512 static inline void tile_float_512(const Tile *t, Format fmt) {
+    const Mat *m = t->w;
+    int per = fmt == W_F32 ? 16 : fmt == W_BF16 ? 32 : 64;      // columns in 64 bytes
+    Rows w = tile_rows(t, m->w, row_bytes(m));
+    uint8_t edge[LANES][64], wide[LANES][128];
+    const uint8_t *p[LANES];
+    for (int k = 0; k < m->k; k += per) {
+        rows_at(&w, 0, LANES, (size_t)(k / per) * 64, 64, p, edge);
+        if (fmt != W_FP8) {
+            chunk_float_512(t, p, w.ahead, fmt == W_F32, k, 1);
+            continue;
+        }
+        for (int r = 0; r < LANES; r++) {
+            if (w.ahead) _mm_prefetch((const char *)p[r] + w.ahead, _MM_HINT_T1);
+            bf16_of_e4m3_512(p[r], wide[r]);
+        }
+        for (int h = 0; h < 2 && k + 32 * h < m->k; h++) {
+            for (int r = 0; r < LANES; r++) p[r] = wide[r] + 64 * h;
+            chunk_float_512(t, p, 0, false, k + 32 * h, scale_at(m, t->row, k));
+        }
+    }
+}
+
+TARGET_AVX512 static void tile_avx512(const Tile *t) {
+    bool vnni = cpu_level == CPU_VNNI;
+    switch (t->w->fmt) {
+    case W_INT4: vnni ? tile_int_512(t, W_INT4, true) : tile_int_512(t, W_INT4, false); break;
+    case W_INT8: vnni ? tile_int_512(t, W_INT8, true) : tile_int_512(t, W_INT8, false); break;
+    case W_FP4: vnni ? tile_int_512(t, W_FP4, true) : tile_int_512(t, W_FP4, false); break;
+    case W_BF16: tile_float_512(t, W_BF16); break;
+    case W_F32: tile_float_512(t, W_F32); break;
+    default: tile_float_512(t, W_FP8);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------
+// matmul: packs the activations, cuts all products into tiles, runs them in one region
+
+static void run_tile(const Tile *t) {
+#if defined(__x86_64__)
+    if (cpu_level >= CPU_AVX512) {
+        tile_avx512(t);
+        return;
+    }
+    if (cpu_level >= CPU_AVX2) {
+        tile_avx2(t);
+        return;
+    }
+#endif
+    tile_portable(t);
+}
+
+// Tile number i of a job: adds nothing to y, writes it.
+static void job_tile(const Job *j, int i, bool more) {
+    const Product *p = &j->p;
+    float acc[T_BLOCK * LANES] __attribute__((aligned(64))) = { 0 };
+    int t0 = i / j->tiles * j->T, row = i % j->tiles * j->rows;
+    Tile t = { .w = p->w, .row = row, .rows = p->w->n - row < j->rows ? p->w->n - row : j->rows,
+               .more = more && (i + 1) % j->tiles, .pitch = (size_t)p->T,
+               .T = p->T - t0 < j->T ? p->T - t0 : j->T, .acc = acc };
+    t.a = takes_int8(p->w->fmt) ? (const void *)((const GroupI *)j->a + t0) : (const GroupF *)j->a + t0;
+    run_tile(&t);
+    for (int k = 0; k < t.T; k++)
+        memcpy(p->y + (size_t)(t0 + k) * p->ldy + row, acc + k * LANES, (size_t)t.rows * 4);
+}
+
+typedef struct { Job *jobs; int n; } JobList;
+
+static void tile_range(void *arg, int begin, int end) {
+    const JobList *l = arg;
+    int lo = 0, hi = l->n;
+    while (hi - lo > 1) {
+        int mid = (lo + hi) / 2;
+        if (l->jobs[mid].first <= begin) lo = mid;
+        else hi = mid;
+    }
+    for (int i = begin; i < end; i++) {
+        while (lo + 1 < l->n && l->jobs[lo + 1].first <= i) lo++;
+        job_tile(&l->jobs[lo], i - l->jobs[lo].first, i + 1 < end);
+    }
+}
+
+// --exact: FP32 activations, dequantised weights, one order of summation.
+static void exact_range(void *arg, int begin, int end) {
+    const Product *p = arg;
+    int k = p->w->k;
+    float *w = xalloc((size_t)k, sizeof *w);
+    for (int i = begin; i < end; i++) {
+        dequant_row(p->w, i, w);
+        for (int t = 0; t < p->T; t++) {
+            const float *x = p->a->x + (p->rows ? (size_t)p->rows[t] : (size_t)t) * p->a->ld;
+            float sum[16] = { 0 };
+            int j = 0;
+            for (; j + 16 <= k; j += 16)
+                for (int l = 0; l < 16; l++) sum[l] += w[j + l] * x[j + l];
+            for (int l = 0; j + l < k; l++) sum[l] += w[j + l] * x[j + l];
+            for (int h = 8; h; h /= 2)
+                for (int l = 0; l < h; l++) sum[l] += sum[l + h];
+            p->y[(size_t)t * p->ldy + (size_t)i] = sum[0];
+        }
+    }
+    free(w);
+}
+
+// Two products that can share packed activations.
+static bool same_input(const Product *a, const Product *b) {
+    Format f = a->w->fmt, g = b->w->fmt;
+    return a->a == b->a && a->rows == b->rows && a->T == b->T && a->w->k == b->w->k
+        && (f == g || (!takes_int8(f) && !takes_int8(g)));
+}
+
+static size_t packed_bytes(const Product *p) {
+    size_t one = takes_int8(p->w->fmt) ? sizeof(GroupI) : sizeof(GroupF);
+    return ((size_t)p->T * (size_t)n_groups(p->w) * one + 63) / 64 * 64;
+}
+
+static void job_cut(const Pool *p, Job *j, int first) {
+    int n = j->p.w->n, T = j->p.T;
+    j->first = first;
+    j->blocks = (T + T_BLOCK - 1) / T_BLOCK;
+    j->T = (T + j->blocks - 1) / j->blocks;
+    j->rows = n * (size_t)j->blocks < (size_t)p->n_threads * 4 * LANES ? 4 : LANES;
+    j->tiles = (n + j->rows - 1) / j->rows;
+}
+
+// Every y[t][i] = sum_k W[i][k] a[t][k], the products side by side in one parallel region. Bit-identical for
+// any T, position in the batch, number of threads. One call at a time per pool.
+static void matmul(Pool *p, const Product *job, int n_jobs, bool exact) {
+    cpu_init();
+    size_t bytes = 0;
+    for (int i = 0; i < n_jobs; i++) {
+        if (exact && job[i].T > 0) parallel(p, job[i].w->n, 8, exact_range, (void *)(uintptr_t)&job[i]);
+        if (job[i].T > 0) bytes += packed_bytes(&job[i]);
+    }
+    if (exact) return;
+    size_t head = ((size_t)n_jobs * sizeof(Job) + 63) / 64 * 64;
+    if (head + bytes > p->scratch_bytes) {
+        free(p->scratch);
+        p->scratch = xalloc(p->scratch_bytes = head + bytes, 1);
+    }
+    JobList l = { p->scratch, 0 };
+    char *free_at = (char *)p->scratch + head;
+    int n = 0;
+    for (int i = 0; i < n_jobs; i++) {
+        if (job[i].T <= 0 || job[i].w->n <= 0) continue;
+        Job *j = &l.jobs[l.n++];
+        *j = (Job){ .p = job[i] };
+        for (Job *o = j - 1; o >= l.jobs && !j->a; o--)
+            if (same_input(&o->p, &j->p)) j->a = o->a;
+        if (!j->a) {
+            j->a = free_at;
+            free_at += packed_bytes(&j->p);
+            parallel(p, j->p.T, 8, pack_range, j);
+        }
+        job_cut(p, j, n);
+        n += j->tiles * j->blocks;
+    }
+    parallel(p, n, 1, tile_range, &l);
+}
+
+// ---------------------------------------------------------------------------
+// the machine's read bandwidth
+
+typedef struct { const uint64_t *p; _Atomic uint64_t sum; } ReadTest;
+enum { READ_PIECE = 1 << 20 };
+
+static void read_range(void *arg, int begin, int end) {
+    ReadTest *r = arg;
+    uint64_t s[8] = { 0 };
+    const uint64_t *p = r->p + (size_t)begin * (READ_PIECE / 8);
+    for (size_t n = (size_t)(end - begin) * (READ_PIECE / 8), i = 0; i < n; i += 8)
+        for (int l = 0; l < 8; l++) s[l] ^= p[i + (size_t)l];
+    for (int l = 1; l < 8; l++) s[0] ^= s[l];
+    atomic_fetch_xor(&r->sum, s[0]);
+}
+
+// Bytes per second, best of 5 sequential reads of 2 GiB by all threads. 0 if there is no memory for it.
+static double read_bandwidth(Pool *p) {
+    size_t bytes = (size_t)2 << 30;
+    void *m = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (m == MAP_FAILED) return 0;
+    madvise(m, bytes, MADV_HUGEPAGE);
+    memset(m, 1, bytes);
+    ReadTest r = { .p = m };
+    double best = 0;
+    for (int i = 0; i < 5; i++) {
+        double t = now();
+        parallel(p, (int)(bytes / READ_PIECE), 16, read_range, &r);
+        double rate = (double)bytes / (now() - t);
+        if (rate > best) best = rate;
+    }
+    munmap(m, bytes);
+    return best;
+}
+// ---------------------------------------------------------------------------
+// weights: one table says which tensors a checkpoint holds, their shapes and where they go. Every mismatch is refused.
+
+// VEC: small, copied to FP32. MAT: BF16 or FP32 matrix, or quantised with its .scale. TABLE: I64.
+typedef enum { VEC, MAT, TABLE } Kind;
+// Which blocks have the tensor.
+typedef enum { ALL, COMPRESSED, CSA, HASHED, SCORED } When;
+
+typedef struct {
+    const char *name;       // after the block's prefix; a MAT's name has no ".weight" (hc_*_fn: exactly as here)
+    Kind kind;
+    When when;
+    char rows, cols;        // letters of shape_of(); cols 0: a vector
+    size_t at;              // offset in Layer, Mtp or Weights
+} Bind;
+
+#define L(field) offsetof(Layer, field)
+static const Bind layer_table[] = {
+    { "hc_attn_fn", MAT, ALL, 'm', 's', L(hc_attn.fn) },
+    { "hc_attn_base", VEC, ALL, 'm', 0, L(hc_attn.base) },
+    { "hc_attn_scale", VEC, ALL, '3', 0, L(hc_attn.scale) },
+    { "attn_norm.weight", VEC, ALL, 'D', 0, L(attn_norm) },
+    { "attn.wq_a", MAT, ALL, 'Q', 'D', L(wq_a) },
+    { "attn.q_norm.weight", VEC, ALL, 'Q', 0, L(q_norm) },
+    { "attn.wq_b", MAT, ALL, 'h', 'Q', L(wq_b) },
+    { "attn.wkv", MAT, ALL, 'K', 'D', L(wkv) },
+    { "attn.kv_norm.weight", VEC, ALL, 'K', 0, L(kv_norm) },
+    { "attn.attn_sink", VEC, ALL, 'H', 0, L(attn_sink) },
+    { "attn.compressor.wkv", MAT, COMPRESSED, 'c', 'D', L(comp.wkv) },
+    { "attn.compressor.wgate", MAT, COMPRESSED, 'c', 'D', L(comp.wgate) },
+    { "attn.compressor.ape", VEC, COMPRESSED, 'M', 'c', L(comp.ape) },
+    { "attn.compressor.norm.weight", VEC, COMPRESSED, 'K', 0, L(comp.norm) },
+    { "attn.indexer.wq_b", MAT, CSA, 'i', 'Q', L(iwq_b) },
+    { "attn.indexer.weights_proj", MAT, CSA, 'I', 'D', L(iproj) },
+    { "attn.indexer.compressor.wkv", MAT, CSA, 'j', 'D', L(icomp.wkv) },
+    { "attn.indexer.compressor.wgate", MAT, CSA, 'j', 'D', L(icomp.wgate) },
+    { "attn.indexer.compressor.ape", VEC, CSA, 'M', 'j', L(icomp.ape) },
+    { "attn.indexer.compressor.norm.weight", VEC, CSA, 'J', 0, L(icomp.norm) },
+    { "attn.wo_a", MAT, ALL, 'o', 'g', L(wo_a) },
+    { "attn.wo_b", MAT, ALL, 'D', 'o', L(wo_b) },
+    { "hc_ffn_fn", MAT, ALL, 'm', 's', L(hc_ffn.fn) },
+    { "hc_ffn_base", VEC, ALL, 'm', 0, L(hc_ffn.base) },
+    { "hc_ffn_scale", VEC, ALL, '3', 0, L(hc_ffn.scale) },
+    { "ffn_norm.weight", VEC, ALL, 'D', 0, L(ffn_norm) },
+    { "ffn.gate", MAT, ALL, 'E', 'D', L(gate) },
+    { "ffn.gate.bias", VEC, SCORED, 'E', 0, L(gate_bias) },
+    { "ffn.gate.tid2eid", TABLE, HASHED, 'V', 'A', L(tid2eid) },
+    { "ffn.shared_experts.w1", MAT, ALL, 'F', 'D', L(sw1) },
+    { "ffn.shared_experts.w2", MAT, ALL, 'D', 'F', L(sw2) },
+    { "ffn.shared_experts.w3", MAT, ALL, 'F', 'D', L(sw3) },
+};
+#undef L
+static const Bind expert_table[] = {            // one entry per expert: "ffn.experts.%d.w1"; at: in Mat *w[3]
+    { "w1", MAT, ALL, 'F', 'D', offsetof(Layer, w1) },
+    { "w2", MAT, ALL, 'D', 'F', offsetof(Layer, w2) },
+    { "w3", MAT, ALL, 'F', 'D', offsetof(Layer, w3) },
+};
+static const Bind mtp_table[] = {
+    { "e_proj", MAT, ALL, 'D', 'D', offsetof(Mtp, e_proj) },
+    { "h_proj", MAT, ALL, 'D', 'D', offsetof(Mtp, h_proj) },
+    { "enorm.weight", VEC, ALL, 'D', 0, offsetof(Mtp, enorm) },
+    { "hnorm.weight", VEC, ALL, 'D', 0, offsetof(Mtp, hnorm) },
+    { "norm.weight", VEC, ALL, 'D', 0, offsetof(Mtp, norm) },
+    { "hc_head_fn", MAT, ALL, 'S', 's', offsetof(Mtp, hc_head.fn) },
+    { "hc_head_base", VEC, ALL, 'S', 0, offsetof(Mtp, hc_head.base) },
+    { "hc_head_scale", VEC, ALL, '1', 0, offsetof(Mtp, hc_head.scale) },
+};
+static const Bind model_table[] = {
+    { "embed", MAT, ALL, 'V', 'D', offsetof(Weights, embed) },
+    { "head", MAT, ALL, 'V', 'D', offsetof(Weights, head) },
+    { "norm.weight", VEC, ALL, 'D', 0, offsetof(Weights, norm) },
+    { "hc_head_fn", MAT, ALL, 'S', 's', offsetof(Weights, hc_head.fn) },
+    { "hc_head_base", VEC, ALL, 'S', 0, offsetof(Weights, hc_head.base) },
+    { "hc_head_scale", VEC, ALL, '1', 0, offsetof(Weights, hc_head.scale) },
+};
+
+static int shape_of(char letter, const Config *c, int ratio) {
+    int S = c->hc_mult, overlap = ratio == 4 ? 2 : 1;
+    switch (letter) {
+    case 'D': return c->dim;
+    case 'S': return S;
+    case 's': return S * c->dim;
+    case 'm': return (2 + S) * S;
+    case 'Q': return c->q_lora_rank;
+    case 'H': return c->n_heads;
+    case 'K': return c->head_dim;
+    case 'h': return c->n_heads * c->head_dim;
+    case 'g': return c->n_heads / c->o_groups * c->head_dim;
+    case 'o': return c->o_groups * c->o_lora_rank;
+    case 'M': return ratio;
+    case 'c': return overlap * c->head_dim;
+    case 'I': return c->index_heads;
+    case 'J': return c->index_dim;
+    case 'i': return c->index_heads * c->index_dim;
+    case 'j': return overlap * c->index_dim;
+    case 'E': return c->n_experts;
+    case 'F': return c->expert_dim;
+    case 'V': return c->vocab;
+    case 'A': return c->n_active;
+    default: return letter - '0';
+    }
+}
+
+typedef struct {
+    const Store *store;
+    const Config *c;
+    Err *e;
+    int bound;                      // tensors taken so far
+    int format[N_FORMATS];          // matrices of each format
+} Binder;
+
+static bool tensor_is(const Tensor *t, int dtype, int64_t rows, int64_t cols) {
+    return t->dtype == dtype && t->shape[0] == rows && t->rank == (cols ? 2 : 1) && (!cols || t->shape[1] == cols);
+}
+
+static const char *tensor_file(const Binder *b, const Tensor *t) { return b->store->shards[t->shard].path; }
+
+static const Tensor *need(Binder *b, const char *name) {
+    const Tensor *t = store_find(b->store, name);
+    if (t) b->bound++;
+    else fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name, b->store->n);
+    return t;
+}
+
+static bool mismatch(Binder *b, const Tensor *t, const char *expected) {
+    char found[256];
+    return fail(b->e, "%s: tensor %.*s: expected %s, found %s", tensor_file(b, t), SHOWN(t->name), expected,
+                tensor_kind(t, found));
+}
+
+// Data at an address that does not suit its element type is copied (legal in a file, slow and undefined in C).
+static const void *aligned_data(const Tensor *t, size_t align) {
+    if ((uintptr_t)t->data % align == 0) return t->data;
+    return memcpy(xalloc(t->bytes, 1), t->data, t->bytes);
+}
+
+static bool bind_vec(Binder *b, const char *name, int rows, int cols, float **to) {
+    char want[80];
+    const Tensor *t = need(b, name);
+    if (!t) return false;
+    if (!tensor_is(t, DT_F32, rows, cols) && !tensor_is(t, DT_BF16, rows, cols)) {
+        snprintf(want, sizeof want, cols ? "F32 or BF16 [%d, %d]" : "F32 or BF16 [%d]", rows, cols);
+        return mismatch(b, t, want);
+    }
+    size_t n = (size_t)rows * (cols ? cols : 1);
+    float *x = *to = xalloc(n, sizeof *x);
+    for (size_t i = 0; i < n; i++) {
+        bf16 h;
+        if (t->dtype == DT_F32) memcpy(x + i, t->data + 4 * i, 4);
+        else memcpy(&h, t->data + 2 * i, 2), x[i] = f32_of_bf16(h);
+        if (!isfinite(x[i])) return fail(b->e, "%s: tensor %s: element %zu is not finite", tensor_file(b, t), name, i);
+    }
+    return true;
+}
+
+static bool bind_table(Binder *b, const char *name, int rows, int cols, const int64_t **to) {
+    char want[80];
+    const Tensor *t = need(b, name);
+    if (!t) return false;
+    snprintf(want, sizeof want, "I64 [%d, %d]", rows, cols);
+    if (!tensor_is(t, DT_I64, rows, cols)) return mismatch(b, t, want);
+    *to = aligned_data(t, 8);
+    return true;
+}
+
+// Every token's experts must exist and differ. Reads the whole table (1 to 6 MB), so only before running.
+static bool check_table(const Config *c, const Layer *l, Err *e) {
+    for (size_t i = 0; l->tid2eid && i < (size_t)c->vocab * c->n_active; i++) {
+        int64_t x = l->tid2eid[i];
+        if (x < 0 || x >= c->n_experts)
+            return fail(e, "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d do)", l->name,
+                        i / c->n_active, (long long)x, c->n_experts - 1);
+    }
+    return true;
+}
+
+// Finds out a matrix's format from the dtypes and shapes of `name`.weight and `name`.scale (a name that ends in _fn is
+// the tensor itself).
+static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
+    char full[160], want[200];
+    size_t len = strlen(name);
+    bool bare = len > 3 && !strcmp(name + len - 3, "_fn");
+    snprintf(full, sizeof full, bare ? "%s" : "%s.weight", name);
+    const Tensor *t = need(b, full), *s = NULL;
+    if (!t) return false;
+    m->n = n;
+    m->k = k;
+    snprintf(want, sizeof want, "BF16, F32, I8 or F8_E4M3 [%d, %d] or I8 [%d, %d]", n, k, n, k / 2);
+    if (tensor_is(t, DT_F32, n, k) || tensor_is(t, DT_BF16, n, k)) {
+        m->fmt = t->dtype == DT_F32 ? W_F32 : W_BF16;
+        m->w = aligned_data(t, t->dtype == DT_F32 ? 4 : 2);
+        b->format[m->fmt]++;
+        return true;
+    }
+    bool bytes = tensor_is(t, DT_I8, n, k), fp8 = tensor_is(t, DT_F8_E4M3, n, k);
+    bool nibbles = !bytes && k % 32 == 0 && tensor_is(t, DT_I8, n, k / 2);
+    if (bare || (!bytes && !fp8 && !nibbles)) return mismatch(b, t, want);
+    snprintf(full, sizeof full, "%s.scale", name);
+    if (!(s = need(b, full))) return false;
+    int rows = nibbles ? n : (n + 127) / 128, cols = nibbles ? k / 32 : (k + 127) / 128;
+    bool e8m0 = tensor_is(s, DT_F8_E8M0, rows, cols), bf = tensor_is(s, DT_BF16, rows, cols);
+    if (nibbles ? !e8m0 && !bf : fp8 ? !e8m0 : !bf) {
+        snprintf(want, sizeof want, "%s [%d, %d]", nibbles ? "BF16 or F8_E8M0" : fp8 ? "F8_E8M0" : "BF16", rows, cols);
+        return mismatch(b, s, want);
+    }
+    m->fmt = fp8 ? W_FP8 : bytes ? W_INT8 : e8m0 ? W_FP4 : W_INT4;
+    m->w = t->data;
+    m->s = bf ? aligned_data(s, 2) : s->data;
+    b->format[m->fmt]++;
+    return true;
+}
+
+static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, void *to) {
+    char name[120];
+    int rows = shape_of(row->rows, b->c, ratio), cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
+    snprintf(name, sizeof name, "%s%s", prefix, row->name);
+    switch (row->kind) {
+    case VEC: return bind_vec(b, name, rows, cols, to);
+    case TABLE: return bind_table(b, name, rows, cols, to);
+    default: return bind_mat(b, name, rows, cols, to);
+    }
+}
+
+static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool hashed) {
+    char prefix[64];
+    snprintf(l->name, sizeof l->name, "%s", name);
+    snprintf(prefix, sizeof prefix, "%s.", name);
+    l->ratio = ratio;
+    l->comp.ratio = l->icomp.ratio = ratio;
+    l->comp.out = b->c->head_dim;
+    l->icomp.out = b->c->index_dim;
+    for (size_t i = 0; i < COUNT(layer_table); i++) {
+        const Bind *row = layer_table + i;
+        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4, [HASHED] = hashed, [SCORED] = !hashed };
+        if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
+    }
+    for (size_t i = 0; i < COUNT(expert_table); i++) {
+        Mat *m = xalloc((size_t)b->c->n_experts, sizeof *m);
+        memcpy((char *)l + expert_table[i].at, &m, sizeof m);
+        for (int e = 0; e < b->c->n_experts; e++) {
+            snprintf(prefix, sizeof prefix, "%s.ffn.experts.%d.", name, e);
+            if (!bind_one(b, expert_table + i, prefix, ratio, m + e)) return false;
+        }
+    }
+    return true;
+}
+
+static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix, void *to) {
+    for (size_t i = 0; i < n; i++)
+        if (!bind_one(b, table + i, prefix, 0, (char *)to + table[i].at)) return false;
+    return true;
+}
+
+static bool store_has(const Store *s, const char *prefix) {
+    for (size_t i = 0; i < s->n; i++)
+        if (s->tensors[i].name.n > strlen(prefix) && !memcmp(s->tensors[i].name.p, prefix, strlen(prefix))) return true;
+    return false;
+}
+
+// Binds all tensors of the model. The MTP layers are bound if the checkpoint has them (dspark releases: another kind).
+static bool weights_bind(Weights *w, Binder *b) {
+    const Config *c = b->c;
+    char name[64];
+    w->layers = xalloc((size_t)c->n_layers, sizeof *w->layers);
+    if (!bind_list(b, model_table, COUNT(model_table), "", w)) return false;
+    if (w->embed.fmt != W_BF16 && w->embed.fmt != W_F32) return fail(b->e, "embed.weight: expected BF16 or F32");
+    for (int i = 0; i < c->n_layers; i++) {
+        snprintf(name, sizeof name, "layers.%d", i);
+        if (!bind_block(b, w->layers + i, name, c->ratio[i], i < c->n_hash_layers)) return false;
+    }
+    if (!c->n_mtp || c->dspark || !store_has(b->store, "mtp.")) return true;
+    w->mtp = xalloc((size_t)c->n_mtp, sizeof *w->mtp);
+    for (int i = 0; i < c->n_mtp; i++) {
+        snprintf(name, sizeof name, "mtp.%d", i);
+        if (!bind_block(b, &w->mtp[i].block, name, c->ratio[c->n_layers + i], false)) return false;
+        snprintf(name, sizeof name, "mtp.%d.", i);
+        if (!bind_list(b, mtp_table, COUNT(mtp_table), name, w->mtp + i)) return false;
+    }
+    return true;
+}
+
+// The rotation per position of each pair of rope dims (spec 3), [R/2]. Compressed layers use their own theta and YaRN.
+static float *rope_frequencies(const Config *c, bool compressed) {
+    int R = c->rope_dim;
+    float *f = xalloc((size_t)R / 2, sizeof *f);
+    double theta = compressed ? c->compress_theta : c->rope_theta, edge[2];
+    double beta[2] = { c->yarn_beta_fast, c->yarn_beta_slow };
+    for (int i = 0; i < 2; i++)
+        edge[i] = R * log(c->yarn_ctx / (2 * M_PI * beta[i])) / (2 * log(theta));
+    double lo = fmax(floor(edge[0]), 0), hi = fmin(ceil(edge[1]), R - 1);
+    for (int i = 0; i < R / 2; i++) {
+        double g = pow(theta, -2.0 * i / R);
+        double ramp = fmin(fmax((i - lo) / (hi == lo ? 0.001 : hi - lo), 0), 1);
+        f[i] = (float)(compressed ? g / c->yarn_factor * ramp + g * (1 - ramp) : g);
+    }
+    return f;
+}
+// ---------------------------------------------------------------------------
+// devices: the short list of operations the forward pass is written over. The CPU's are C functions in this
+// file, CUDA's are launches of the kernels of the same names in kernels.cu.
+
+typedef struct Device Device;
+
+// Every operation works on the T rows given to begin(), in the device's own buffers. In brackets: the section of the
+// model's description; -> names the buffers written. Errors end the process (fail-stop).
+typedef struct {
+    void (*begin)(Device *d, const Row *rows, int T);           // the batch of the calls that follow
+    void (*embed)(Device *d);                                   // X[t,s] = embed[token]            (1)
+    void (*streams_in)(Device *d, const float *X);              // host X [T, S, D] -> X
+    void (*streams_out)(Device *d, float *X);                   // X -> host X; waits until it is there
+    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);   // X -> x = rms(mix), post, comb    (2)
+    void (*hc_post)(Device *d);                                 // X[k] = post[k] y + sum_j comb[j][k] X[j]
+    void (*attn_project)(Device *d, const Layer *l);            // x -> qr, kv, compressor inputs, index weights
+    void (*attn_latent)(Device *d, const Layer *l, int i);      // norms; kv -> window ring; compress  (4, 5)
+    void (*attn_query)(Device *d, const Layer *l);              // qr -> q, index q: head norm, rope  (4, 6)
+    void (*index_topk)(Device *d, const Layer *l, int i);       // index q, keys -> chosen rows       (6)
+    void (*attend)(Device *d, const Layer *l, int i);           // q, caches -> o, inverse rope       (4.3-4.6)
+    void (*attn_out)(Device *d, const Layer *l);                // o -> u -> y                        (4.7)
+    void (*route)(Device *d, const Layer *l);                   // x -> experts and weights per row   (7.1-7.3)
+    void (*experts)(Device *d, const Layer *l);                 // x -> y: routed and shared experts  (7.4, 7.5)
+    void (*mtp_in)(Device *d, const Mtp *m);                    // X, next -> X                       (10)
+    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits);
+                                                                // rows want[n] -> host logits [n, V] (1, 2.5)
+    void (*cache_new)(Device *d, int slot);                     // empty caches of a new session
+    void (*cache_free)(Device *d, int slot);
+    size_t (*cache_save)(Device *d, int slot, int pos, void *to);         // rings at pos; to NULL: the size
+    void (*cache_load)(Device *d, int slot, int pos, const void *from);   // compressed rows stay
+} Ops;
+
+// A stage: the layers [first, last) on one device, with everything they need there. i in the calls above counts a
+// stage's layers from 0; the MTP layers come after them on the last stage.
+struct Device {
+    char name[16];              // "cpu", "cuda:0"
+    const Ops *op;
+    const Config *c;
+    Weights w;                  // pointers valid on the device; only this stage's layers are set
+    int first, last;
+    bool has_head;              // also runs head and MTP
+    bool exact;
+    int max_rows;               // T at most
+    int ring, cring[129];       // slots of the window ring; of the compressors' rings, by M
+    float *inv_freq[2];         // [R/2] host copies: rotation per position for M = 0, M > 0 (YaRN)
+    int ctx;                    // positions a session can hold
+    Cache *cache[64];           // [slot][layer of this stage]
+    const char *at;             // what is being computed ("layers.7", "head"), for errors
+    void *impl;                 // Run (CPU) or Cuda
+};
+// ---------------------------------------------------------------------------
+// the CPU's operations: the specification in code. Every output has one fixed order of summation, so results do not
+// depend on the number of threads, the batch or the chunk. Fast path: products on INT8 activations, caches in BF16,
+// Q, P and index q rounded to BF16. With --exact: FP32 everywhere.
+
+// One matrix's share of a batch: an expert's entries, or an output group.
+typedef struct { int expert, start, n; Mat w; Act a; } Part;
+
+// Buffers for T <= max_rows rows.
+typedef struct {
+    Pool *pool;
+    const Row *rows;            // [T]
+    int T;
+    float *rot[2];              // [T, R/2, 2] cos, sin at each row's position: [0] M = 0, [1] M > 0
+    float *X;                   // [T, S, D] the hyper-connection streams
+    float *mix;                 // [T, (2+S)*S]
+    float *post, *comb;         // [T, S], [T, S, S]
+    Act x;                      // [T, D] input of attention and experts
+    float *y;                   // [T, D] their output
+    Act qr;                     // [T, Q]
+    float *kv;                  // [T, K]
+    float *cin, *icin;          // [T, 2, c*K], [T, 2, c*J] compressor inputs
+    float *q;                   // [T, H, K]
+    float *iq, *iw;             // [T, I, J], [T, I] index queries and weights
+    float *iscore;              // [slab, keys] index scores, INDEX_SCORES at most
+    int *top, *n_top;           // [T, topk], [T] compressed rows each row may see
+    Act o;                      // [T, G, H*K/G]
+    Act u;                      // [T, G*L]
+    float *gate;                // [T, E]
+    int *expert;                // [T, A]
+    float *weight;              // [T, A]
+    int *count;                 // [E]
+    int *place;                 // [T*A] where each (row, choice) stands in the list sorted by expert
+    int *entry_row;             // [(A+1)*T] the row of each entry of that list, the shared expert's entries last
+    float *entry_weight;        // [(A+1)*T] its route weight
+    float *g, *v;               // [(A+1)*T, F] w1 x, w3 x
+    Act h;                      // [(A+1)*T, F]
+    float *ye;                  // [(A+1)*T, D] each expert's contribution
+    Part *part;                 // [max(E+1, G)]
+    Product *job;               // [2 * max(E+1, G)]
+    Act emb, streams;           // [T, D], [T*S, D] MTP: normed next embeddings, normed streams
+    float *e;                   // [T, D] MTP: projected embeddings
+    Act heads;                  // [T, D] input of the head
+} Run;
+
+// What a parallel region needs to know; begin..end are its items.
+typedef struct {
+    Device *d;
+    Run *r;
+    const Config *c;
+    const Layer *l;
+    Cache *const *cache;        // [slot] of this layer: cache[slot] + i
+    int i;
+    const Hyper *hyper;
+    const float *norm;
+    const Mtp *mtp;
+    const int *want;
+    int from, keys, chunk;      // index scores: first row of the slab, keys at most, keys per item
+} Task;
+
+static Task task(Device *d, const Layer *l, int i) {
+    return (Task){ .d = d, .r = d->impl, .c = d->c, .l = l, .cache = d->cache, .i = i };
+}
+
+enum {
+    MAX_HEAD_DIM = 4096,        // head_dim and index_head_dim
+    MAX_STREAMS = 64,           // hc_mult
+    HEAD_BLOCK = 16,            // heads that share the expansion of a cached row
+};
+static const size_t INDEX_SCORES = 4 << 20;     // index scores held at once
+
+// --- small maths on one row
+
+// 16 partial sums, then pairwise: one order on every machine.
+static float dot(const float *a, const float *b, int n) {
+    float s[16] = { 0 };
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) s[j] += a[i + j] * b[i + j];
+    for (int j = 0; i < n; i++, j++) s[j] += a[i] * b[i];
+    for (int w = 8; w; w /= 2)
+        for (int j = 0; j < w; j++) s[j] += s[j + w];
+    return s[0];
+}
+
+// y += a x
+static void axpy(float *y, float a, const float *x, int n) {
+    for (int i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+// y = w * x / sqrt(mean(x^2) + eps); w may be NULL (no weight)
+static void rms_norm(float *y, const float *x, const float *w, int n, float eps) {
+    float scale = 1.0f / sqrtf(dot(x, x, n) / n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * (w ? w[i] : 1.0f);
+}
+
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// Rotates the pairs (v[2i], v[2i+1]) of the R rope dims by the angles in rot [R/2, 2]; sign -1: back.
+static void rope(float *v, const float *rot, int R, float sign) {
+    for (int i = 0; i < R / 2; i++) {
+        float a = v[2 * i], b = v[2 * i + 1], cs = rot[2 * i], sn = rot[2 * i + 1] * sign;
+        v[2 * i] = a * cs - b * sn;
+        v[2 * i + 1] = a * sn + b * cs;
+    }
+}
+
+static void rope_angles(float *rot, const float *inv_freq, int R, int pos) {
+    for (int i = 0; i < R / 2; i++) {
+        float angle = (float)pos * inv_freq[i];
+        rot[2 * i] = cosf(angle);
+        rot[2 * i + 1] = sinf(angle);
+    }
+}
+
+// Quantises row t of a (all its segments) for the integer products. The exact path uses a->x only.
+static void act_quantise(const Device *d, Act *a, int t) {
+    if (d->exact) return;
+    int segments = (int)(a->lds / a->groups);
+    for (int i = 0; i < segments; i++)
+        quantise(a->x + t * a->ld + (size_t)i * a->k, a->k,
+                 a->q + t * a->ldq + (size_t)i * a->groups * 32, a->s + t * a->lds + (size_t)i * a->groups);
+}
+
+static Act act_new(const Device *d, int rows, int k, int segments) {
+    Act a = { .k = k, .groups = (k + 31) / 32, .ld = (size_t)k * segments };
+    a.lds = (size_t)a.groups * segments;
+    a.ldq = a.lds * 32;
+    a.x = xalloc(a.ld * rows, sizeof *a.x);
+    if (d->exact) return a;
+    a.q = xalloc(a.ldq * rows, 1);
+    a.s = xalloc(a.lds * rows, sizeof *a.s);
+    return a;
+}
+
+// The columns of one segment, in every row.
+static Act act_segment(const Act *a, int i) {
+    Act v = *a;
+    v.x += (size_t)i * a->k;
+    if (a->q) v.q += (size_t)i * a->groups * 32, v.s += (size_t)i * a->groups;
+    return v;
+}
+
+// The rows from `row` on.
+static Act act_rows(const Act *a, int row) {
+    Act v = *a;
+    v.x += (size_t)row * a->ld;
+    if (a->q) v.q += (size_t)row * a->ldq, v.s += (size_t)row * a->lds;
+    return v;
+}
+
+// Bytes of a matrix and its scales as stored; an absent one has none.
+static size_t mat_bytes(const Mat *m) {
+    static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
+    size_t n = (size_t)m->n, k = (size_t)m->k, blocks = (n + 127) / 128 * ((k + 127) / 128), groups = n * (k / 32);
+    size_t scales[N_FORMATS] = { 0, 0, 2 * blocks, 2 * groups, blocks, groups };
+    return m->w ? n * k * bits[m->fmt] / 8 + scales[m->fmt] : 0;
+}
+
+// Rows [row, row + n) of a matrix. The grid of scale blocks is kept through row0.
+static Mat mat_rows(const Mat *w, int row, int n) {
+    static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
+    Mat m = *w;
+    size_t blocks = ((size_t)w->k + 127) / 128;
+    m.n = n;
+    m.w = (const uint8_t *)w->w + (size_t)row * w->k * bits[w->fmt] / 8;
+    if (w->fmt == W_INT4) m.s = (const uint8_t *)w->s + (size_t)row * (w->k / 32) * 2;
+    if (w->fmt == W_FP4) m.s = (const uint8_t *)w->s + (size_t)row * (w->k / 32);
+    if (w->fmt == W_INT8) m.s = (const uint8_t *)w->s + (size_t)(row / 128) * blocks * 2;
+    if (w->fmt == W_FP8) m.s = (const uint8_t *)w->s + (size_t)(row / 128) * blocks;
+    m.row0 = row % 128;
+    return m;
+}
+
+// Rows of the caches: BF16, or FP32 on the exact path.
+static size_t kv_bytes(const Device *d, int n) { return (size_t)n * (d->exact ? 4 : 2); }
+
+static void row_put(const Device *d, void *rows, size_t i, const float *x, int n) {
+    if (d->exact) memcpy((float *)rows + i * n, x, 4 * (size_t)n);
+    else for (int j = 0; j < n; j++) ((bf16 *)rows)[i * n + j] = bf16_of_f32(x[j]);
+}
+
+// Row i as FP32: in place on the exact path, else expanded into tmp [n].
+static const float *row_get(const Device *d, const void *rows, size_t i, int n, float *tmp) {
+    if (d->exact) return (const float *)rows + i * n;
+    for (int j = 0; j < n; j++) tmp[j] = f32_of_bf16(((const bf16 *)rows)[i * n + j]);
+    return tmp;
+}
+
+// On the fast path what attention and the indexer multiply is rounded to BF16 on every device.
+static void round_row(const Device *d, float *x, int n) {
+    if (!d->exact) for (int j = 0; j < n; j++) x[j] = f32_of_bf16(bf16_of_f32(x[j]));
+}
+
+// --- hyper-connections (mHC, spec 2)
+
+// Makes C [S, S] doubly stochastic: softmax over rows, then columns and rows are normalised in turn.
+static void sinkhorn(float *C, int S, int iters, float eps) {
+    for (int j = 0; j < S; j++) {
+        float m = C[j * S], sum = 0;
+        for (int k = 1; k < S; k++) m = fmaxf(m, C[j * S + k]);
+        for (int k = 0; k < S; k++) sum += C[j * S + k] = expf(C[j * S + k] - m);
+        for (int k = 0; k < S; k++) C[j * S + k] = C[j * S + k] / sum + eps;
+    }
+    for (int it = 0; it < iters; it++) {
+        for (int j = 0; it && j < S; j++) {
+            float sum = eps;
+            for (int k = 0; k < S; k++) sum += C[j * S + k];
+            for (int k = 0; k < S; k++) C[j * S + k] /= sum;
+        }
+        for (int k = 0; k < S; k++) {
+            float sum = eps;
+            for (int j = 0; j < S; j++) sum += C[j * S + k];
+            for (int j = 0; j < S; j++) C[j * S + k] /= sum;
+        }
+    }
+}
+
+// y = sum_s pre[s] X[s], pre = sigmoid(mix * scale + base) + hc_eps
+static void hc_mix(float *y, const float *X, const float *mix, const Hyper *h, const Config *c) {
+    for (int s = 0; s < c->hc_mult; s++) {
+        float pre = sigmoid(mix[s] * h->scale[0] + h->base[s]) + c->hc_eps;
+        for (int i = 0; i < c->dim; i++) {
+            float v = pre * X[(size_t)s * c->dim + i];
+            y[i] = s ? y[i] + v : v;
+        }
+    }
+}
+
+// mix [n] /= rms of the row's streams
+static void hc_scale(const Device *d, float *mix, int n, const float *X) {
+    int len = d->c->hc_mult * d->c->dim;
+    float mean = dot(X, X, len) / len;
+    if (!isfinite(mean)) die(1, "%s: the input is not finite (run `dsv4 verify` on the checkpoint)", d->at);
+    float scale = 1.0f / sqrtf(mean + d->c->norm_eps);
+    for (int i = 0; i < n; i++) mix[i] *= scale;
+}
+
+static void hc_pre_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int S = k->c->hc_mult, D = k->c->dim, n = (2 + S) * S;
+    for (int t = begin; t < end; t++) {
+        const float *X = r->X + (size_t)t * S * D, *base = k->hyper->base, *scale = k->hyper->scale;
+        float *mix = r->mix + (size_t)t * n, *x = r->x.x + t * r->x.ld, *C = r->comb + (size_t)t * S * S;
+        hc_scale(k->d, mix, n, X);
+        hc_mix(x, X, mix, k->hyper, k->c);
+        for (int s = 0; s < S; s++)
+            r->post[t * S + s] = 2 * sigmoid(mix[S + s] * scale[1] + base[S + s]);
+        for (int i = 0; i < S * S; i++) C[i] = mix[2 * S + i] * scale[2] + base[2 * S + i];
+        sinkhorn(C, S, k->c->hc_iters, k->c->hc_eps);
+        rms_norm(x, x, k->norm, D, k->c->norm_eps);
+        act_quantise(k->d, &r->x, t);
+    }
+}
+
+static Act streams_act(const Run *r, const Config *c) {
+    int n = c->hc_mult * c->dim;
+    return (Act){ .x = r->X, .k = n, .ld = (size_t)n };
+}
+
+static void cpu_hc_pre(Device *d, const Hyper *h, const float *norm) {
+    Task k = task(d, NULL, 0);
+    Act X = streams_act(k.r, k.c);
+    k.hyper = h;
+    k.norm = norm;
+    matmul(k.r->pool, &(Product){ &h->fn, &X, NULL, k.r->T, k.r->mix, (size_t)h->fn.n }, 1, d->exact);
+    parallel(k.r->pool, k.r->T, 1, hc_pre_rows, &k);
+}
+
+// X'[k] = post[k] y + sum_j comb[j][k] X[j]: the sum runs over comb's first index.
+static void hc_post_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int S = k->c->hc_mult, D = k->c->dim;
+    float in[MAX_STREAMS];
+    for (int t = begin; t < end; t++) {
+        float *X = r->X + (size_t)t * S * D;
+        const float *C = r->comb + (size_t)t * S * S, *post = r->post + (size_t)t * S;
+        for (int i = 0; i < D; i++) {
+            for (int j = 0; j < S; j++) in[j] = X[(size_t)j * D + i];
+            for (int s = 0; s < S; s++) {
+                float v = post[s] * r->y[(size_t)t * D + i];
+                for (int j = 0; j < S; j++) v += C[j * S + s] * in[j];
+                X[(size_t)s * D + i] = v;
+            }
+        }
+    }
+}
+
+static void cpu_hc_post(Device *d) {
+    Task k = task(d, NULL, 0);
+    parallel(k.r->pool, k.r->T, 1, hc_post_rows, &k);
+}
+
+// --- attention (spec 4 to 6)
+
+// Everything that is a product with x: q and kv latents, compressor inputs, the indexer's weights.
+static void cpu_attn_project(Device *d, const Layer *l) {
+    Run *r = d->impl;
+    const Config *c = d->c;
+    Product p[7];
+    int n = 0;
+    p[n++] = (Product){ &l->wq_a, &r->x, NULL, r->T, r->qr.x, r->qr.ld };
+    p[n++] = (Product){ &l->wkv, &r->x, NULL, r->T, r->kv, (size_t)c->head_dim };
+    if (l->ratio) {
+        size_t ck = (size_t)l->comp.wkv.n;
+        p[n++] = (Product){ &l->comp.wkv, &r->x, NULL, r->T, r->cin, 2 * ck };
+        p[n++] = (Product){ &l->comp.wgate, &r->x, NULL, r->T, r->cin + ck, 2 * ck };
+    }
+    if (l->ratio == 4) {
+        size_t cj = (size_t)l->icomp.wkv.n;
+        p[n++] = (Product){ &l->icomp.wkv, &r->x, NULL, r->T, r->icin, 2 * cj };
+        p[n++] = (Product){ &l->icomp.wgate, &r->x, NULL, r->T, r->icin + cj, 2 * cj };
+        p[n++] = (Product){ &l->iproj, &r->x, NULL, r->T, r->iw, (size_t)c->index_heads };
+    }
+    matmul(r->pool, p, n, d->exact);
+}
+
+// A row's compressor inputs go to the ring, the position's ape added to the gate half.
+static void compress_store(const Compressor *m, float *ring, int slots, const float *in, int pos) {
+    size_t n = (size_t)m->wkv.n;
+    float *to = ring + (size_t)(pos % slots) * 2 * n;
+    const float *ape = m->ape + (size_t)(pos % m->ratio) * n;
+    memcpy(to, in, n * sizeof *to);
+    for (size_t i = 0; i < n; i++) to[n + i] = in[n + i] + ape[i];
+}
+
+// Pools the window that ends at pos into out [m->out]: per channel a softmax over the candidates' gates weighs
+// their kv. With overlap (M = 4) the first half of the channels speaks for the window before.
+static void compress_pool(const Compressor *m, const float *ring, int slots, int pos, float *out) {
+    int n = m->wkv.n, overlap = n > m->out, start = pos - m->ratio + 1;
+    int first = overlap && start ? start - m->ratio : start;
+    float max[MAX_HEAD_DIM], sum[MAX_HEAD_DIM];
+    for (int i = 0; i < m->out; i++) {
+        max[i] = -INFINITY;
+        sum[i] = out[i] = 0;
+    }
+    for (int p = first; p <= pos; p++) {
+        const float *gate = ring + ((size_t)(p % slots) * 2 + 1) * n + (overlap && p >= start ? m->out : 0);
+        for (int i = 0; i < m->out; i++) max[i] = fmaxf(max[i], gate[i]);
+    }
+    for (int p = first; p <= pos; p++) {
+        const float *kv = ring + (size_t)(p % slots) * 2 * n + (overlap && p >= start ? m->out : 0);
+        for (int i = 0; i < m->out; i++) {
+            float e = expf(kv[n + i] - max[i]);
+            sum[i] += e;
+            out[i] += e * kv[i];
+        }
+    }
+    for (int i = 0; i < m->out; i++) out[i] /= sum[i];
+}
+
+// If the row at pos completes a window: pool, norm, rope at the window's START, append to `rows`.
+static void compress_emit(Task *k, const Compressor *m, const float *ring, void *rows, int pos) {
+    int M = m->ratio, R = k->c->rope_dim;
+    float out[MAX_HEAD_DIM], rot[MAX_HEAD_DIM];
+    if ((pos + 1) % M) return;
+    compress_pool(m, ring, k->d->cring[M], pos, out);
+    rms_norm(out, out, m->norm, m->out, k->c->norm_eps);
+    rope_angles(rot, k->d->inv_freq[1], R, pos + 1 - M);
+    rope(out + m->out - R, rot, R, 1);
+    row_put(k->d, rows, (size_t)(pos / M), out, m->out);
+}
+
+static void latent_store_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    const Layer *l = k->l;
+    int K = k->c->head_dim, R = k->c->rope_dim;
+    float eps = k->c->norm_eps;
+    for (int t = begin; t < end; t++) {
+        const Row *row = r->rows + t;
+        const Cache *cache = k->cache[row->slot] + k->i;
+        float *qr = r->qr.x + t * r->qr.ld, *kv = r->kv + (size_t)t * K;
+        rms_norm(qr, qr, l->q_norm, k->c->q_lora_rank, eps);
+        act_quantise(k->d, &r->qr, t);
+        rms_norm(kv, kv, l->kv_norm, K, eps);
+        rope(kv + K - R, r->rot[l->ratio != 0] + (size_t)t * R, R, 1);
+        row_put(k->d, cache->win, (size_t)(row->pos % k->d->ring), kv, K);
+        if (l->ratio)
+            compress_store(&l->comp, cache->cin, k->d->cring[l->ratio],
+                           r->cin + (size_t)t * 2 * l->comp.wkv.n, row->pos);
+        if (l->ratio == 4)
+            compress_store(&l->icomp, cache->icin, k->d->cring[4],
+                           r->icin + (size_t)t * 2 * l->icomp.wkv.n, row->pos);
+    }
+}
+
+static void latent_emit_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    for (int t = begin; t < end; t++) {
+        const Row *row = k->r->rows + t;
+        const Cache *cache = k->cache[row->slot] + k->i;
+        compress_emit(k, &k->l->comp, cache->cin, cache->comp, row->pos);
+        if (k->l->ratio == 4) compress_emit(k, &k->l->icomp, cache->icin, cache->ikeys, row->pos);
+    }
+}
+
+static void cpu_attn_latent(Device *d, const Layer *l, int i) {
+    Task k = task(d, l, i);
+    parallel(k.r->pool, k.r->T, 1, latent_store_rows, &k);
+    if (l->ratio) parallel(k.r->pool, k.r->T, 1, latent_emit_rows, &k);
+}
+
+// Items: T * H heads of q, then (M = 4) T * I heads of the index query.
+static void query_heads(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    const Config *c = k->c;
+    int H = c->n_heads, R = c->rope_dim, TH = r->T * H;
+    const float *rot = r->rot[k->l->ratio != 0];
+    for (int i = begin; i < end; i++) {
+        bool index = i >= TH;
+        int j = index ? i - TH : i, n = index ? c->index_dim : c->head_dim;
+        int t = j / (index ? c->index_heads : H);
+        float *q = (index ? r->iq : r->q) + (size_t)j * n;
+        if (!index) rms_norm(q, q, NULL, n, c->norm_eps);
+        rope(q + n - R, rot + (size_t)t * R, R, 1);
+        round_row(k->d, q, n);
+    }
+}
+
+static void cpu_attn_query(Device *d, const Layer *l) {
+    Task k = task(d, l, 0);
+    const Config *c = d->c;
+    Run *r = k.r;
+    bool index = l->ratio == 4;
+    Product p[2] = { { &l->wq_b, &r->qr, NULL, r->T, r->q, (size_t)c->n_heads * c->head_dim },
+                     { &l->iwq_b, &r->qr, NULL, r->T, r->iq, (size_t)c->index_heads * c->index_dim } };
+    matmul(r->pool, p, 1 + index, d->exact);
+    parallel(r->pool, r->T * (c->n_heads + (index ? c->index_heads : 0)), 4, query_heads, &k);
+}
+
+// Compressed rows that a query at pos may see: those whose window is complete.
+static int n_visible(int pos, int ratio) { return ratio ? (pos + 1) / ratio : 0; }
+
+// score[w] = sum_h wt[h] relu(q[h] . key[w]); items are (row of the slab, chunk of keys).
+static void index_scores(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    const Config *c = k->c;
+    int I = c->index_heads, J = c->index_dim, chunks = (k->keys + k->chunk - 1) / k->chunk;
+    float scale = 1.0f / sqrtf((float)J) / sqrtf((float)I), key[MAX_HEAD_DIM];
+    for (int item = begin; item < end; item++) {
+        int t = k->from + item / chunks, w = item % chunks * k->chunk;
+        const Row *row = r->rows + t;
+        const Cache *cache = k->cache[row->slot] + k->i;
+        int last = n_visible(row->pos, 4) < w + k->chunk ? n_visible(row->pos, 4) : w + k->chunk;
+        if (n_visible(row->pos, 4) <= c->index_topk) continue;
+        for (; w < last; w++) {
+            float sum = 0;
+            const float *kw = row_get(k->d, cache->ikeys, (size_t)w, J, key);
+            for (int h = 0; h < I; h++) {
+                float s = dot(r->iq + ((size_t)t * I + h) * J, kw, J);
+                if (s > 0) sum += r->iw[(size_t)t * I + h] * scale * s;
+            }
+            r->iscore[(size_t)(t - k->from) * k->keys + w] = sum;
+        }
+    }
+}
+
+// The k largest of score[n] as ascending indices; ties go to the lowest index. NaN counts as smallest.
+// Radix select on order-preserving integers: 11 + 11 + 10 bits.
+static uint32_t order_key(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if (x != x) return 0;
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+static void top_k(const float *score, int n, int k, int *top) {
+    uint32_t prefix = 0, mask = 0;
+    int need = k, m = 0;                                // entries still wanted among those equal to prefix
+    for (int shift = 21; ; shift = shift > 10 ? shift - 11 : 0) {
+        int count[2048] = { 0 }, bits = shift ? 11 : 10, bin = (1 << bits) - 1;
+        for (int i = 0; i < n; i++) {
+            uint32_t key = order_key(score[i]);
+            if ((key & mask) == prefix) count[key >> shift & ((1u << bits) - 1)]++;
+        }
+        while (bin && count[bin] < need) need -= count[bin--];
+        prefix |= (uint32_t)bin << shift;
+        mask |= ((1u << bits) - 1) << shift;
+        if (!shift) break;
+    }
+    for (int i = 0; i < n && m < k; i++) {
+        uint32_t key = order_key(score[i]);
+        if (key > prefix || (key == prefix && need-- > 0)) top[m++] = i;
+    }
+}
+
+static void choose_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int topk = k->c->index_topk;
+    for (int t = k->from + begin; t < k->from + end; t++) {
+        int n = n_visible(r->rows[t].pos, 4), *top = r->top + (size_t)t * topk;
+        r->n_top[t] = n < topk ? n : topk;
+        if (n > topk) top_k(r->iscore + (size_t)(t - k->from) * k->keys, n, topk, top);
+        else for (int w = 0; w < n; w++) top[w] = w;
+    }
+}
+
+// In slabs of rows, so that the scores of a long context stay in bounded memory.
+static void cpu_index_topk(Device *d, const Layer *l, int i) {
+    Task k = task(d, l, i);
+    Run *r = k.r;
+    for (int t = 0; t < r->T; t++) {
+        int n = n_visible(r->rows[t].pos, 4);
+        k.keys = n > k.keys ? n : k.keys;
+    }
+    int slab = k.keys ? (int)(INDEX_SCORES / (size_t)k.keys) : r->T;
+    slab = slab < 1 ? 1 : slab;
+    k.chunk = 1024;
+    for (k.from = 0; k.from < r->T; k.from += slab) {
+        int rows = r->T - k.from < slab ? r->T - k.from : slab;
+        if (k.keys > d->c->index_topk)
+            parallel(r->pool, rows * ((k.keys + k.chunk - 1) / k.chunk), 1, index_scores, &k);
+        parallel(r->pool, rows, 1, choose_rows, &k);
+    }
+}
+
+// The cached rows one query sees: its window, then the compressed rows (all, or the indexer's choice).
+typedef struct { const Cache *cache; const int *top; int from, window, n; } Seen;
+
+static Seen rows_seen(const Task *k, int t) {
+    const Row *row = k->r->rows + t;
+    int from = row->pos - k->c->window + 1 > 0 ? row->pos - k->c->window + 1 : 0;
+    Seen v = { k->cache[row->slot] + k->i, NULL, from, row->pos - from + 1, 0 };
+    if (k->l->ratio == 4) v.top = k->r->top + (size_t)t * k->c->index_topk;
+    v.n = v.window + (v.top ? k->r->n_top[t] : n_visible(row->pos, k->l->ratio));
+    return v;
+}
+
+static const float *seen_row(const Task *k, const Seen *v, int j, float *tmp) {
+    int K = k->c->head_dim, w = j - v->window;
+    if (w < 0) return row_get(k->d, v->cache->win, (size_t)((v->from + j) % k->d->ring), K, tmp);
+    return row_get(k->d, v->cache->comp, (size_t)(v->top ? v->top[w] : w), K, tmp);
+}
+
+// Scores become unnormalised weights exp(s - m); returns their sum with the sink, which has no value row.
+static float softmax_sink(const Device *d, float *s, int n, float sink) {
+    float m = sink, sum;
+    for (int j = 0; j < n; j++) m = fmaxf(m, s[j]);
+    sum = expf(sink - m);
+    for (int j = 0; j < n; j++) sum += s[j] = expf(s[j] - m);
+    round_row(d, s, n);
+    return sum;
+}
+
+// Items: T rows times blocks of `chunk` heads, which share the cached rows (one KV head).
+static void attend_heads(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int H = k->c->n_heads, K = k->c->head_dim, R = k->c->rope_dim, blocks = (H + k->chunk - 1) / k->chunk;
+    float scale = 1.0f / sqrtf((float)K), tmp[MAX_HEAD_DIM];
+    for (int item = begin; item < end; item++) {
+        int t = item / blocks, h0 = item % blocks * k->chunk, hn = H - h0 < k->chunk ? H - h0 : k->chunk;
+        Seen v = rows_seen(k, t);
+        const float *q = r->q + ((size_t)t * H + h0) * K;
+        float *o = r->o.x + t * r->o.ld + (size_t)h0 * K, sum[HEAD_BLOCK];
+        float *p = xalloc((size_t)hn * (size_t)v.n, sizeof *p);     // [hn, n]
+        for (int j = 0; j < v.n; j++) {
+            const float *kv = seen_row(k, &v, j, tmp);
+            for (int h = 0; h < hn; h++) p[(size_t)h * v.n + j] = dot(q + (size_t)h * K, kv, K) * scale;
+        }
+        for (int h = 0; h < hn; h++) sum[h] = softmax_sink(k->d, p + (size_t)h * v.n, v.n, k->l->attn_sink[h0 + h]);
+        memset(o, 0, sizeof *o * (size_t)hn * K);
+        for (int j = 0; j < v.n; j++) {
+            const float *kv = seen_row(k, &v, j, tmp);
+            for (int h = 0; h < hn; h++) axpy(o + (size_t)h * K, p[(size_t)h * v.n + j], kv, K);
+        }
+        for (int h = 0; h < hn; h++, o += K) {
+            for (int i = 0; i < K; i++) o[i] /= sum[h];
+            rope(o + K - R, r->rot[k->l->ratio != 0] + (size_t)t * R, R, -1);
+        }
+        free(p);
+    }
+}
+
+static void quantise_o(void *arg, int begin, int end) {
+    Task *k = arg;
+    for (int t = begin; t < end; t++) act_quantise(k->d, &k->r->o, t);
+}
+
+static void cpu_attend(Device *d, const Layer *l, int i) {
+    Task k = task(d, l, i);
+    k.chunk = HEAD_BLOCK;
+    parallel(k.r->pool, k.r->T * ((d->c->n_heads + k.chunk - 1) / k.chunk), 1, attend_heads, &k);
+    parallel(k.r->pool, k.r->T, 1, quantise_o, &k);
+}
+
+static void quantise_u(void *arg, int begin, int end) {
+    Task *k = arg;
+    for (int t = begin; t < end; t++) act_quantise(k->d, &k->r->u, t);
+}
+
+// Grouped output: u_g = wo_a[g] o_g for each group of H/G heads, then y = wo_b u.
+static void cpu_attn_out(Device *d, const Layer *l) {
+    Task k = task(d, l, 0);
+    Run *r = k.r;
+    int G = d->c->o_groups, L = d->c->o_lora_rank;
+    for (int g = 0; g < G; g++) {
+        r->part[g].w = mat_rows(&l->wo_a, g * L, L);
+        r->part[g].a = act_segment(&r->o, g);
+        r->job[g] = (Product){ &r->part[g].w, &r->part[g].a, NULL, r->T, r->u.x + (size_t)g * L, r->u.ld };
+    }
+    matmul(r->pool, r->job, G, d->exact);
+    parallel(r->pool, r->T, 1, quantise_u, &k);
+    matmul(r->pool, &(Product){ &l->wo_b, &r->u, NULL, r->T, r->y, (size_t)d->c->dim }, 1, d->exact);
+}
+
+// --- mixture of experts (spec 7)
+
+// s = sqrt(softplus(z)); the A largest of s + bias (ties to the lowest index), or the token's own from the table;
+// weights from s alone, normalised over the chosen.
+static void route_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    const Config *c = k->c;
+    const Layer *l = k->l;
+    int E = c->n_experts, A = c->n_active;
+    for (int t = begin; t < end; t++) {
+        float *s = k->r->gate + (size_t)t * E, *weight = k->r->weight + (size_t)t * A, sum = 0;
+        int *expert = k->r->expert + (size_t)t * A;
+        for (int e = 0; e < E; e++) {
+            s[e] = sqrtf(s[e] > 20 ? s[e] : log1pf(expf(s[e])));
+            if (!isfinite(s[e])) die(1, "%s.ffn.gate: the router's score of expert %d is not finite "
+                                        "(run `dsv4 verify` on the checkpoint)", l->name, e);
+        }
+        for (int a = 0; a < A; a++) {
+            int best = -1;
+            if (l->tid2eid) best = (int)l->tid2eid[(size_t)k->r->rows[t].token * A + a];
+            else for (int e = 0; e < E; e++) {
+                bool taken = false;
+                for (int b = 0; b < a; b++) taken |= expert[b] == e;
+                if (!taken && (best < 0 || s[e] + l->gate_bias[e] > s[best] + l->gate_bias[best])) best = e;
+            }
+            expert[a] = best;
+            sum += s[best];
+        }
+        for (int a = 0; a < A; a++) weight[a] = s[expert[a]] / sum * c->route_scale;
+    }
+}
+
+static void cpu_route(Device *d, const Layer *l) {
+    Task k = task(d, l, 0);
+    matmul(k.r->pool, &(Product){ &l->gate, &k.r->x, NULL, k.r->T, k.r->gate, (size_t)d->c->n_experts }, 1, d->exact);
+    parallel(k.r->pool, k.r->T, 1, route_rows, &k);
+}
+
+// Sorts the (row, choice) pairs by expert, stable in row order, into groups; the shared expert, with every row, is the
+// last group. Entry i of the sorted list belongs to row entry_row[i]. Returns the number of groups.
+static int group_experts(Run *r, const Config *c) {
+    int A = c->n_active, pairs = r->T * A, groups = 0, at = 0;
+    memset(r->count, 0, sizeof *r->count * (size_t)c->n_experts);
+    for (int i = 0; i < pairs; i++) r->count[r->expert[i]]++;
+    for (int e = 0; e < c->n_experts; e++) {
+        if (r->count[e]) r->part[groups++] = (Part){ .expert = e, .start = at, .n = r->count[e] };
+        at += r->count[e];
+        r->count[e] = at - r->count[e];
+    }
+    for (int i = 0; i < pairs; i++) {
+        r->place[i] = r->count[r->expert[i]]++;
+        r->entry_row[r->place[i]] = i / A;
+        r->entry_weight[r->place[i]] = r->weight[i];
+    }
+    for (int t = 0; t < r->T; t++) {
+        r->entry_row[pairs + t] = t;
+        r->entry_weight[pairs + t] = 1;
+    }
+    r->part[groups++] = (Part){ .expert = c->n_experts, .start = pairs, .n = r->T };
+    return groups;
+}
+
+// h = silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) * route weight. Items: entries.
+static void swiglu_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int F = k->c->expert_dim;
+    float limit = k->c->swiglu_limit;
+    for (int i = begin; i < end; i++) {
+        const float *g = r->g + (size_t)i * F, *v = r->v + (size_t)i * F;
+        float *h = r->h.x + i * r->h.ld;
+        for (int j = 0; j < F; j++) {
+            float a = fminf(g[j], limit), b = fmaxf(fminf(v[j], limit), -limit);
+            h[j] = a * sigmoid(a) * b * r->entry_weight[i];
+        }
+        act_quantise(k->d, &r->h, i);
+    }
+}
+
+// y = the sum of a row's experts, in the order they were chosen, then the shared one.
+static void combine_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int A = k->c->n_active, D = k->c->dim;
+    for (int t = begin; t < end; t++) {
+        float *y = r->y + (size_t)t * D;
+        memcpy(y, r->ye + (size_t)r->place[t * A] * D, sizeof *y * D);
+        for (int a = 1; a <= A; a++) {
+            size_t entry = a < A ? (size_t)r->place[t * A + a] : (size_t)r->T * A + t;
+            axpy(y, 1, r->ye + entry * D, D);
+        }
+    }
+}
+
+static void cpu_experts(Device *d, const Layer *l) {
+    Task k = task(d, l, 0);
+    Run *r = k.r;
+    const Config *c = d->c;
+    int groups = group_experts(r, c), entries = r->T * (c->n_active + 1);
+    size_t F = (size_t)c->expert_dim, D = (size_t)c->dim;
+    for (int i = 0; i < groups; i++) {
+        Part *p = r->part + i;
+        bool shared = p->expert == c->n_experts;
+        const int *rows = r->entry_row + p->start;
+        r->job[2 * i] = (Product){ shared ? &l->sw1 : &l->w1[p->expert], &r->x, rows, p->n, r->g + p->start * F, F };
+        r->job[2 * i + 1] = (Product){ shared ? &l->sw3 : &l->w3[p->expert], &r->x, rows, p->n, r->v + p->start * F, F };
+    }
+    matmul(r->pool, r->job, 2 * groups, d->exact);
+    parallel(r->pool, entries, 1, swiglu_rows, &k);
+    for (int i = 0; i < groups; i++) {
+        Part *p = r->part + i;
+        p->a = act_rows(&r->h, p->start);
+        r->job[i] = (Product){ p->expert == c->n_experts ? &l->sw2 : &l->w2[p->expert], &p->a, NULL, p->n,
+                               r->ye + p->start * D, D };
+    }
+    matmul(r->pool, r->job, groups, d->exact);
+    parallel(r->pool, r->T, 1, combine_rows, &k);
+}
+
+// --- embedding, head, MTP (spec 1, 2.5, 10)
+
+// Row `token` of the embedding as FP32.
+static void embedding(const Mat *embed, int token, float *x) {
+    size_t at = (size_t)token * embed->k;
+    if (embed->fmt == W_F32) memcpy(x, (const float *)embed->w + at, sizeof *x * (size_t)embed->k);
+    else for (int i = 0; i < embed->k; i++) x[i] = f32_of_bf16(((const bf16 *)embed->w)[at + i]);
+}
+
+static void embed_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    size_t D = (size_t)k->c->dim, S = (size_t)k->c->hc_mult;
+    for (int t = begin; t < end; t++) {
+        float *X = k->r->X + t * S * D;
+        embedding(&k->d->w.embed, k->r->rows[t].token, X);
+        for (size_t s = 1; s < S; s++) memcpy(X + s * D, X, D * sizeof *X);
+    }
+}
+
+static void cpu_embed(Device *d) {
+    Task k = task(d, NULL, 0);
+    parallel(k.r->pool, k.r->T, 1, embed_rows, &k);
+}
+
+static size_t streams_bytes(const Device *d, int T) {
+    return sizeof(float) * (size_t)T * d->c->hc_mult * d->c->dim;
+}
+
+static void cpu_streams_in(Device *d, const float *X) {
+    Run *r = d->impl;
+    memcpy(r->X, X, streams_bytes(d, r->T));
+}
+
+static void cpu_streams_out(Device *d, float *X) {
+    Run *r = d->impl;
+    memcpy(X, r->X, streams_bytes(d, r->T));
+}
+
+static void head_rows(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    int S = k->c->hc_mult, D = k->c->dim;
+    for (int i = begin; i < end; i++) {
+        float *mix = r->mix + (size_t)i * S, *y = r->heads.x + i * r->heads.ld;
+        const float *X = r->X + (size_t)k->want[i] * S * D;
+        hc_scale(k->d, mix, S, X);
+        hc_mix(y, X, mix, k->hyper, k->c);
+        rms_norm(y, y, k->norm, D, k->c->norm_eps);
+    }
+}
+
+static void cpu_head(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits) {
+    Task k = task(d, NULL, 0);
+    Run *r = k.r;
+    Act X = streams_act(r, d->c);
+    k.hyper = h;
+    k.norm = norm;
+    k.want = want;
+    matmul(r->pool, &(Product){ &h->fn, &X, want, n, r->mix, (size_t)d->c->hc_mult }, 1, d->exact);
+    parallel(r->pool, n, 1, head_rows, &k);
+    matmul(r->pool, &(Product){ &d->w.head, &r->heads, NULL, n, logits, (size_t)d->c->vocab }, 1, d->exact);
+}
+
+// Items: T rows; normed next embeddings and normed streams, each stream on its own.
+static void mtp_norms(void *arg, int begin, int end) {
+    Task *k = arg;
+    Run *r = k->r;
+    size_t D = (size_t)k->c->dim, S = (size_t)k->c->hc_mult;
+    for (int t = begin; t < end; t++) {
+        float *e = r->emb.x + t * r->emb.ld;
+        embedding(&k->d->w.embed, r->rows[t].next, e);
+        rms_norm(e, e, k->mtp->enorm, (int)D, k->c->norm_eps);
+        act_quantise(k->d, &r->emb, t);
+        for (size_t i = t * S; i < (t + 1) * S; i++) {
+            rms_norm(r->streams.x + i * D, r->X + i * D, k->mtp->hnorm, (int)D, k->c->norm_eps);
+            act_quantise(k->d, &r->streams, (int)i);
+        }
+    }
+}
+
+static void mtp_add(void *arg, int begin, int end) {
+    Task *k = arg;
+    int S = k->c->hc_mult, D = k->c->dim;
+    for (int i = begin; i < end; i++) axpy(k->r->X + (size_t)i * D, 1, k->r->e + (size_t)(i / S) * D, D);
+}
+
+// X[s] = e_proj rms(embed[next]) + h_proj rms(X[s])
+static void cpu_mtp_in(Device *d, const Mtp *m) {
+    Task k = task(d, NULL, 0);
+    Run *r = k.r;
+    size_t D = (size_t)d->c->dim;
+    int rows = r->T * d->c->hc_mult;
+    k.mtp = m;
+    parallel(r->pool, r->T, 1, mtp_norms, &k);
+    Product p[2] = { { &m->e_proj, &r->emb, NULL, r->T, r->e, D }, { &m->h_proj, &r->streams, NULL, rows, r->X, D } };
+    matmul(r->pool, p, 2, d->exact);
+    parallel(r->pool, rows, 1, mtp_add, &k);
+}
+
+// --- the CPU device: buffers and caches
+
+static void cpu_begin(Device *d, const Row *rows, int T) {
+    Run *r = d->impl;
+    int R = d->c->rope_dim;
+    r->rows = rows;
+    r->T = T;
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < 2; i++)
+            rope_angles(r->rot[i] + (size_t)t * R, d->inv_freq[i], R, rows[t].pos);
+}
+
+// Memory that the system gives out page by page as it is touched, so a long context costs only what is used.
+static void *reserve(size_t bytes) {
+    void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) die(1, "out of memory: %zu bytes of context cache (try a smaller -c)", bytes);
+    return p;
+}
+
+// The layer that cache i of this stage belongs to: its own, then the MTP layers'.
+static const Layer *stage_layer(const Device *d, int i) {
+    int n = d->last - d->first;
+    return i < n ? &d->w.layers[d->first + i] : &d->w.mtp[i - n].block;
+}
+
+static int stage_caches(const Device *d) {
+    return d->last - d->first + (d->has_head && d->w.mtp ? d->c->n_mtp : 0);
+}
+
+// Bytes of each part of a cache: win, comp, ikeys, cin, icin.
+static void cache_sizes(const Device *d, const Layer *l, size_t size[5]) {
+    size_t M = (size_t)l->ratio, rows = M ? (size_t)d->ctx / M : 0;
+    size[0] = kv_bytes(d, d->c->head_dim) * d->ring;
+    size[1] = kv_bytes(d, d->c->head_dim) * rows;
+    size[2] = M == 4 ? kv_bytes(d, d->c->index_dim) * rows : 0;
+    size[3] = M ? sizeof(float) * 2 * l->comp.wkv.n * d->cring[M] : 0;
+    size[4] = M == 4 ? sizeof(float) * 2 * l->icomp.wkv.n * d->cring[4] : 0;
+}
+
+static void cpu_cache_new(Device *d, int slot) {
+    int n = stage_caches(d);
+    d->cache[slot] = xalloc((size_t)n, sizeof(Cache));
+    for (int i = 0; i < n; i++) {
+        Cache *c = d->cache[slot] + i;
+        size_t size[5];
+        cache_sizes(d, stage_layer(d, i), size);
+        c->win = reserve(size[0]);
+        if (size[1]) c->comp = reserve(size[1]);
+        if (size[2]) c->ikeys = reserve(size[2]);
+        if (size[3]) c->cin = reserve(size[3]);
+        if (size[4]) c->icin = reserve(size[4]);
+    }
+}
+
+static void cpu_cache_free(Device *d, int slot) {
+    for (int i = 0; i < stage_caches(d); i++) {
+        Cache *c = d->cache[slot] + i;
+        void *part[5] = { c->win, c->comp, c->ikeys, c->cin, c->icin };
+        size_t size[5];
+        cache_sizes(d, stage_layer(d, i), size);
+        for (int j = 0; j < 5; j++) if (part[j]) munmap(part[j], size[j]);
+    }
+    free(d->cache[slot]);
+    d->cache[slot] = NULL;
+}
+
+// Copies the slots of positions [from, to) between a ring and a flat buffer; buf NULL only counts. Returns bytes.
+static size_t ring_copy(void *ring, size_t row, int slots, int from, int to, uint8_t *buf, bool save) {
+    for (int p = from; buf && p < to; p++) {
+        uint8_t *slot = (uint8_t *)ring + row * (size_t)(p % slots), *flat = buf + row * (size_t)(p - from);
+        memcpy(save ? flat : slot, save ? slot : flat, row);
+    }
+    return row * (size_t)(to > from ? to - from : 0);
+}
+
+// What the rings must hold for the next row to be at `pos`: the window, and the compressors' open windows.
+static size_t cache_copy(Device *d, int slot, int pos, uint8_t *buf, bool save) {
+    size_t n = 0;
+    for (int i = 0; i < stage_caches(d); i++) {
+        const Layer *l = stage_layer(d, i);
+        Cache *c = d->cache[slot] + i;
+        int M = l->ratio, from = pos > d->c->window ? pos - d->c->window : 0;
+        n += ring_copy(c->win, kv_bytes(d, d->c->head_dim), d->ring, from, pos, buf ? buf + n : NULL, save);
+        if (!M) continue;
+        from = pos / M * M;
+        if (M == 4 && from) from -= M;
+        n += ring_copy(c->cin, 8 * (size_t)l->comp.wkv.n, d->cring[M], from, pos, buf ? buf + n : NULL, save);
+        if (M == 4) n += ring_copy(c->icin, 8 * (size_t)l->icomp.wkv.n, d->cring[M], from, pos, buf ? buf + n : NULL, save);
+    }
+    return n;
+}
+
+static size_t cpu_cache_save(Device *d, int slot, int pos, void *to) { return cache_copy(d, slot, pos, to, true); }
+static void cpu_cache_load(Device *d, int slot, int pos, const void *from) {
+    cache_copy(d, slot, pos, (uint8_t *)from, false);
+}
+
+static const Ops cpu_ops = {
+    .begin = cpu_begin, .embed = cpu_embed, .streams_in = cpu_streams_in, .streams_out = cpu_streams_out,
+    .hc_pre = cpu_hc_pre, .hc_post = cpu_hc_post, .attn_project = cpu_attn_project, .attn_latent = cpu_attn_latent,
+    .attn_query = cpu_attn_query, .index_topk = cpu_index_topk, .attend = cpu_attend, .attn_out = cpu_attn_out,
+    .route = cpu_route, .experts = cpu_experts, .mtp_in = cpu_mtp_in, .head = cpu_head,
+    .cache_new = cpu_cache_new, .cache_free = cpu_cache_free,
+    .cache_save = cpu_cache_save, .cache_load = cpu_cache_load,
+};
+
+// Gives d its buffers for max_rows rows. The pool is shared by all CPU stages.
+static void cpu_device(Device *d, Pool *pool) {
+    const Config *c = d->c;
+    Run *r = xalloc(1, sizeof *r);
+    size_t T = (size_t)d->max_rows, S = (size_t)c->hc_mult, D = (size_t)c->dim, A = (size_t)c->n_active;
+    size_t J = (size_t)c->index_heads * c->index_dim, F = (size_t)c->expert_dim, entries = T * (A + 1);
+    size_t parts = (size_t)(c->n_experts + 1 > c->o_groups ? c->n_experts + 1 : c->o_groups);
+    d->op = &cpu_ops;
+    d->impl = r;
+    r->pool = pool;
+    for (int i = 0; i < 2; i++) r->rot[i] = xalloc(T * c->rope_dim, sizeof(float));
+    r->X = xalloc(T * S * D, sizeof(float));
+    r->mix = xalloc(T * (2 + S) * S, sizeof(float));
+    r->post = xalloc(T * S, sizeof(float));
+    r->comb = xalloc(T * S * S, sizeof(float));
+    r->x = act_new(d, d->max_rows, c->dim, 1);
+    r->y = xalloc(T * D, sizeof(float));
+    r->qr = act_new(d, d->max_rows, c->q_lora_rank, 1);
+    r->kv = xalloc(T * c->head_dim, sizeof(float));
+    r->cin = xalloc(T * 4 * c->head_dim, sizeof(float));
+    r->icin = xalloc(T * 4 * c->index_dim, sizeof(float));
+    r->q = xalloc(T * c->n_heads * c->head_dim, sizeof(float));
+    r->iq = xalloc(T * J, sizeof(float));
+    r->iw = xalloc(T * c->index_heads, sizeof(float));
+    r->iscore = reserve(sizeof(float) * (INDEX_SCORES + (size_t)d->ctx / 4));
+    r->top = xalloc(T * c->index_topk, sizeof(int));
+    r->n_top = xalloc(T, sizeof(int));
+    r->o = act_new(d, d->max_rows, c->n_heads / c->o_groups * c->head_dim, c->o_groups);
+    r->u = act_new(d, d->max_rows, c->o_groups * c->o_lora_rank, 1);
+    r->gate = xalloc(T * c->n_experts, sizeof(float));
+    r->expert = xalloc(T * A, sizeof(int));
+    r->weight = xalloc(T * A, sizeof(float));
+    r->count = xalloc((size_t)c->n_experts, sizeof(int));
+    r->place = xalloc(T * A, sizeof(int));
+    r->entry_row = xalloc(entries, sizeof(int));
+    r->entry_weight = xalloc(entries, sizeof(float));
+    r->g = xalloc(entries * F, sizeof(float));
+    r->v = xalloc(entries * F, sizeof(float));
+    r->h = act_new(d, (int)entries, c->expert_dim, 1);
+    r->ye = xalloc(entries * D, sizeof(float));
+    r->part = xalloc(parts, sizeof(Part));
+    r->job = xalloc(parts * 2, sizeof(Product));
+    r->heads = act_new(d, d->max_rows, c->dim, 1);
+    if (!d->has_head || !d->w.mtp) return;
+    r->emb = act_new(d, d->max_rows, c->dim, 1);
+    r->streams = act_new(d, (int)(T * S), c->dim, 1);
+    r->e = xalloc(T * D, sizeof(float));
+}
+// ---------------------------------------------------------------------------
+// the model: one forward pass over stages of layers, and sessions that remember what they have read
+
+typedef struct Batch Batch;
+struct Batch {                    // one batch on its way through the stages
+    const Row *rows;            // [T]
+    int T;
+    const int *want;            // [n_want] rows whose logits are wanted
+    int n_want;
+    float *logits;              // [n_want, V]
+    float *mtp_logits;          // [n_want, V] or NULL: then the MTP layer does not run
+    float *X;                   // [T, S, D] hand-off between stages
+    int stage;                  // done when it is n_stages
+    Batch *next;
+};
+
+enum { MAX_SLOTS = COUNT(((Device *)0)->cache), MAX_STAGES = 64 };
+
+typedef struct {
+    Config c;
+    Store store;
+    Weights w;
+    int format[N_FORMATS];      // matrices of each format
+    Device *stage;              // [n_stages]
+    int n_stages;
+    int ctx, chunk, reach;      // reach: how far back a session can be rewound
+    bool slot_used[MAX_SLOTS];
+    pthread_t thread[MAX_STAGES];
+    pthread_mutex_t lock;       // guards the queues
+    pthread_cond_t moved;       // a job changed its stage
+    Batch *queue[MAX_STAGES];     // first in, first out
+    bool quit;
+} Model;
+
+static int argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++) if (x[i] > x[best]) best = i;
+    return best;
+}
+
+// Hyper-connections around attention, then around the experts (spec 2). i: the cache of this stage.
+static void forward_layer(Device *d, const Layer *l, int i) {
+    const Ops *op = d->op;
+    d->at = l->name;
+    op->hc_pre(d, &l->hc_attn, l->attn_norm);
+    op->attn_project(d, l);
+    op->attn_latent(d, l, i);
+    op->attn_query(d, l);
+    if (l->ratio == 4) op->index_topk(d, l, i);
+    op->attend(d, l, i);
+    op->attn_out(d, l);
+    op->hc_post(d);
+    op->hc_pre(d, &l->hc_ffn, l->ffn_norm);
+    op->route(d, l);
+    op->experts(d, l);
+    op->hc_post(d);
+}
+
+static void check_logits(const float *logits, int n, int vocab) {
+    for (size_t i = 0; i < (size_t)n * vocab; i++)
+        if (!isfinite(logits[i]))
+            die(1, "head: the logit of token %d is not finite (run `dsv4 verify` on the checkpoint)", (int)(i % vocab));
+}
+
+// The draft layer after the last main layer: row t sees the token at t + 1 and predicts the one at t + 2.
+static void forward_mtp(Device *d, Batch *j) {
+    const Mtp *m = d->w.mtp;
+    int V = d->c->vocab;
+    Row *rows = xalloc((size_t)j->T, sizeof *rows);
+    memcpy(rows, j->rows, (size_t)j->T * sizeof *rows);
+    for (int i = 0; i < j->n_want; i++)
+        if (rows[j->want[i]].next < 0) rows[j->want[i]].next = argmax(j->logits + (size_t)i * V, V);
+    d->op->begin(d, rows, j->T);
+    d->at = m->block.name;
+    d->op->mtp_in(d, m);
+    forward_layer(d, &m->block, d->last - d->first);
+    d->op->head(d, &m->hc_head, m->norm, j->want, j->n_want, j->mtp_logits);
+    check_logits(j->mtp_logits, j->n_want, V);
+    free(rows);
+}
+
+static void forward_stage(Device *d, Batch *j) {
+    d->op->begin(d, j->rows, j->T);
+    if (d->first == 0) d->op->embed(d);
+    else d->op->streams_in(d, j->X);
+    for (int i = d->first; i < d->last; i++) forward_layer(d, &d->w.layers[i], i - d->first);
+    if (!d->has_head) {
+        d->op->streams_out(d, j->X);
+        return;
+    }
+    d->at = "head";
+    if (j->n_want) d->op->head(d, &d->w.hc_head, d->w.norm, j->want, j->n_want, j->logits);
+    if (j->n_want) check_logits(j->logits, j->n_want, d->c->vocab);
+    if (j->mtp_logits) forward_mtp(d, j);
+}
+
+// --- stages as threads: batches follow each other through the pipeline, so all devices work at once
+
+typedef struct { Model *m; int stage; } StageArg;
+
+static void queue_add(Batch **queue, Batch *j) {
+    while (*queue) queue = &(*queue)->next;
+    j->next = NULL;
+    *queue = j;
+}
+
+static void *stage_main(void *arg) {
+    StageArg a = *(StageArg *)arg;
+    Model *m = a.m;
+    free(arg);
+    pthread_mutex_lock(&m->lock);
+    for (;;) {
+        while (!m->queue[a.stage] && !m->quit) pthread_cond_wait(&m->moved, &m->lock);
+        Batch *j = m->queue[a.stage];
+        if (!j) break;
+        m->queue[a.stage] = j->next;
+        pthread_mutex_unlock(&m->lock);
+        forward_stage(&m->stage[a.stage], j);
+        pthread_mutex_lock(&m->lock);
+        j->stage++;
+        if (j->stage < m->n_stages) queue_add(&m->queue[j->stage], j);
+        pthread_cond_broadcast(&m->moved);
+    }
+    pthread_mutex_unlock(&m->lock);
+    return NULL;
+}
+
+// Hands a batch to the first stage. One stage: it is computed here and now. Jobs are finished in order.
+static void forward_begin(Model *m, Batch *j) {
+    j->stage = 0;
+    if (m->n_stages == 1) {
+        forward_stage(m->stage, j);
+        j->stage = 1;
+        return;
+    }
+    pthread_mutex_lock(&m->lock);
+    queue_add(&m->queue[0], j);
+    pthread_cond_broadcast(&m->moved);
+    pthread_mutex_unlock(&m->lock);
+}
+
+static void forward_end(Model *m, Batch *j) {
+    if (m->n_stages == 1) return;
+    pthread_mutex_lock(&m->lock);
+    while (j->stage < m->n_stages) pthread_cond_wait(&m->moved, &m->lock);
+    pthread_mutex_unlock(&m->lock);
+}
+
+// --- sessions: a token list and the caches that stand for it
+
+typedef struct {
+    Model *m;
+    int slot;
+    int *tokens;                // [ctx] what was read
+    int n;
+    int kept;                   // positions from here on are still whole in the rings: it can be rewound to them
+} Session;
+
+// The rings at one position of a session. The compressed rows stay in the caches: they are only ever appended.
+typedef struct {
+    int pos;
+    void *rings[MAX_STAGES];    // per stage
+} Snapshot;
+
+// Called for each chunk read: n rows from position pos on. mtp is NULL unless asked for.
+typedef void (*RowSink)(void *arg, int pos, int n, const float *logits, const float *mtp);
+
+typedef struct {
+    bool all;                   // logits of every row, else of the last one only
+    bool mtp;                   // run the MTP layer too
+    bool progress;
+    RowSink sink;
+    void *arg;
+} Feed;
+
+static volatile sig_atomic_t interrupted;      // Ctrl-C: long work stops at the next chunk or token
+
+// NULL if all slots are taken.
+static Session *session_new(Model *m) {
+    int slot = 0;
+    while (slot < MAX_SLOTS && m->slot_used[slot]) slot++;
+    if (slot == MAX_SLOTS) return NULL;
+    Session *s = xalloc(1, sizeof *s);
+    *s = (Session){ .m = m, .slot = slot, .tokens = reserve((size_t)m->ctx * sizeof *s->tokens) };
+    m->slot_used[slot] = true;
+    for (int i = 0; i < m->n_stages; i++) m->stage[i].op->cache_new(&m->stage[i], slot);
+    return s;
+}
+
+static void session_free(Session *s) {
+    if (!s) return;
+    for (int i = 0; i < s->m->n_stages; i++) s->m->stage[i].op->cache_free(&s->m->stage[i], s->slot);
+    s->m->slot_used[s->slot] = false;
+    munmap(s->tokens, (size_t)s->m->ctx * sizeof *s->tokens);
+    free(s);
+}
+
+// Forgets everything after the first n tokens. False if the rings no longer hold that point.
+static bool session_rewind(Session *s, int n) {
+    if (n < s->kept || n > s->n) return n == s->n;
+    s->n = n;
+    return true;
+}
+
+static void session_clear(Session *s) { s->n = s->kept = 0; }
+
+static Snapshot *session_snapshot(const Session *s) {
+    Snapshot *p = xalloc(1, sizeof *p);
+    p->pos = s->n;
+    for (int i = 0; i < s->m->n_stages; i++) {
+        Device *d = &s->m->stage[i];
+        p->rings[i] = xalloc(d->op->cache_save(d, s->slot, s->n, NULL), 1);
+        d->op->cache_save(d, s->slot, s->n, p->rings[i]);
+    }
+    return p;
+}
+
+// Back to the snapshot's position. Its tokens must still be the session's first ones.
+static void session_restore(Session *s, const Snapshot *p) {
+    for (int i = 0; i < s->m->n_stages; i++)
+        s->m->stage[i].op->cache_load(&s->m->stage[i], s->slot, p->pos, p->rings[i]);
+    s->n = s->kept = p->pos;
+}
+
+static void snapshot_free(Snapshot *p) {
+    if (!p) return;
+    for (int i = 0; i < MAX_STAGES; i++) free(p->rings[i]);
+    free(p);
+}
+
+// One chunk in flight with the memory it needs.
+typedef struct {
+    Batch job;
+    Row *rows;
+    int *want;
+    bool busy;
+} Chunk;
+
+static void chunk_fill(Chunk *k, const Session *s, const int *tokens, int from, int n, int total, const Feed *f) {
+    for (int i = 0; i < n; i++) {
+        int at = from + i;
+        k->rows[i] = (Row){ tokens[at], s->slot, s->n + at, at + 1 < total ? tokens[at + 1] : -1 };
+        k->want[i] = i;
+    }
+    bool last = from + n == total;
+    k->job.rows = k->rows;
+    k->job.T = n;
+    k->job.n_want = f->all || f->mtp ? n : last;
+    k->job.want = f->all || f->mtp ? k->want : k->want + n - 1;
+}
+
+// Reads n tokens in chunks, several of them on their way if there are several stages. Every finished chunk goes to
+// f->sink. Stops early, after a whole chunk, when interrupted: then fewer than n tokens were read.
+static int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
+    Model *m = s->m;
+    int flight = m->n_stages > 1 ? m->n_stages + 1 : 1, begun = 0, done = 0, head = 0, tail = 0;
+    size_t T = (size_t)(n < m->chunk ? n : m->chunk), V = (size_t)m->c.vocab;
+    size_t outs = f->all || f->mtp ? T : 1, X = m->n_stages > 1 ? T * m->c.hc_mult * m->c.dim : 0;
+    Chunk *ring = xalloc((size_t)flight, sizeof *ring);
+    for (int i = 0; i < flight; i++) {
+        ring[i].rows = xalloc(T, sizeof(Row));
+        ring[i].want = xalloc(T, sizeof(int));
+        ring[i].job.X = xalloc(X, sizeof(float));
+        ring[i].job.logits = xalloc(outs * V, sizeof(float));
+        if (f->mtp) ring[i].job.mtp_logits = xalloc(outs * V, sizeof(float));
+    }
+    while (done < n && !(interrupted && begun == done)) {
+        while (begun < n && head - tail < flight && !interrupted) {
+            int size = n - begun < (int)T ? n - begun : (int)T;
+            Chunk *k = &ring[head++ % flight];
+            chunk_fill(k, s, tokens, begun, size, n, f);
+            forward_begin(m, &k->job);
+            begun += size;
+        }
+        if (head == tail) break;
+        Batch *j = &ring[tail++ % flight].job;
+        forward_end(m, j);
+        if (f->sink) f->sink(f->arg, s->n + done, j->T, j->logits, j->mtp_logits);
+        done += j->T;
+        if (f->progress) progress("reading the prompt", done, n);
+    }
+    memcpy(s->tokens + s->n, tokens, (size_t)done * sizeof *tokens);
+    s->n += done;
+    s->kept = s->n - m->reach > s->kept ? s->n - m->reach : s->kept;
+    for (int i = 0; i < flight; i++) {
+        free(ring[i].rows);
+        free(ring[i].want);
+        free(ring[i].job.X);
+        free(ring[i].job.logits);
+        free(ring[i].job.mtp_logits);
+    }
+    free(ring);
+    return done;
+}
+
+// --- opening a model and placing its layers
+
+typedef struct {
+    const char *dir;
+    const char *devices, *layers;       // NULL: the default
+    int ctx, threads, chunk;            // 0: the default
+    bool exact, mlock, info;            // info: nothing is prepared for running
+} Opening;
+
+static void model_fail(const Err *e) { die(1, "%s", e->text); }
+
+static char *path_join(const char *dir, const char *file) {
+    Str s = { 0 };
+    str_puts(&s, dir);
+    str_puts(&s, "/");
+    str_puts(&s, file);
+    return s.p;
+}
+
+// Reads config.json, opens the shards and binds every tensor. Nothing is read from the weights but small vectors.
+static void model_bind(Model *m, const char *dir) {
+    Err e = { 0 };
+    Span text;
+    char *path = path_join(dir, "config.json");
+    if (!map_file(path, &text, &e) || !config_read(&m->c, text, path, &e)) model_fail(&e);
+    munmap((void *)(uintptr_t)text.p, text.n);
+    free(path);
+    if (!store_open(&m->store, dir, &e)) model_fail(&e);
+    Binder b = { .store = &m->store, .c = &m->c, .e = &e };
+    if (!weights_bind(&m->w, &b)) model_fail(&e);
+    memcpy(m->format, b.format, sizeof m->format);
+    if (m->c.dspark) note("this release's mtp.* tensors (DSpark) are skipped");
+    else if ((size_t)b.bound < m->store.n) note("%zu tensors of the checkpoint are not used", m->store.n - (size_t)b.bound);
+}
+
+// Bytes of a block's weights as stored.
+static size_t layer_bytes(const Layer *l, const Config *c) {
+    const Mat *m[] = { &l->hc_attn.fn, &l->hc_ffn.fn, &l->wq_a, &l->wq_b, &l->wkv, &l->wo_a, &l->wo_b, &l->comp.wkv,
+                       &l->comp.wgate, &l->icomp.wkv, &l->icomp.wgate, &l->iwq_b, &l->iproj, &l->gate,
+                       &l->sw1, &l->sw2, &l->sw3 };
+    size_t n = 0;
+    for (size_t i = 0; i < COUNT(m); i++) n += mat_bytes(m[i]);
+    for (int e = 0; e < c->n_experts; e++) n += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
+    return n + (l->tid2eid ? 8 * (size_t)c->vocab * c->n_active : 0);
+}
+
+// Physical memory and what is free for use, in bytes (0 if unknown).
+static size_t memory_info(const char *key) {
+    char line[128];
+    size_t kb = 0, n = strlen(key);
+    FILE *f = fopen("/proc/meminfo", "r");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, key, n) && line[n] == ':') kb = (size_t)strtoull(line + n + 1, NULL, 10);
+    if (f) fclose(f);
+    return kb * 1024;
+}
+
+// Bytes of one session's caches in the layers of a stage at its full context.
+static size_t session_bytes(const Device *d) {
+    size_t n = 0, size[5];
+    for (int i = 0; i < stage_caches(d); i++) {
+        cache_sizes(d, stage_layer(d, i), size);
+        for (int j = 0; j < 5; j++) n += size[j];
+    }
+    return n;
+}
+
+static void stage_init(Model *m, Device *d, int first, int last, bool exact) {
+    const Config *c = &m->c;
+    d->c = c;
+    d->w = m->w;
+    d->first = first;
+    d->last = last;
+    d->has_head = last == c->n_layers;
+    d->exact = exact;
+    d->max_rows = m->chunk;
+    d->ctx = m->ctx;
+    d->ring = c->window + m->reach;
+    d->cring[4] = 2 * 4 + m->reach;
+    d->cring[128] = 128 + m->reach;
+    for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(c, i);
+}
+
+// Opens a checkpoint and prepares the devices. Errors end the process.
+static Model *model_open(const Opening *o) {
+    Model *m = xalloc(1, sizeof *m);
+    Err e = { 0 };
+    model_bind(m, o->dir);
+    const Config *c = &m->c;
+    int most = c->max_ctx < 131072 ? c->max_ctx : 131072;
+    m->ctx = o->ctx ? o->ctx : most;
+    if (m->ctx > c->max_ctx) die(2, "-c %d: this model reads at most %d positions", m->ctx, c->max_ctx);
+    m->chunk = o->chunk ? o->chunk : 512;
+    if (m->chunk > m->ctx) m->chunk = m->ctx;
+    m->reach = m->chunk + 64;
+    m->n_stages = 1;
+    m->stage = xalloc(1, sizeof *m->stage);
+    stage_init(m, m->stage, 0, c->n_layers, o->exact);
+    snprintf(m->stage->name, sizeof m->stage->name, "cpu");
+    if (o->info) return m;
+    for (int i = 0; i < c->n_layers; i++)
+        if (!check_table(c, m->w.layers + i, &e)) model_fail(&e);
+    cpu_device(m->stage, pool_new(o->threads));
+    return m;
+}
+// ---------------------------------------------------------------------------
+// command line: one table of options prints --help and checks every value
+
+#define VERSION "0.1"
+
+typedef enum { RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128 } Command;
+
+static struct {
+    const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
+    const char *devices, *layers, *effort, *encoding, *level, *kernels;
+    int64_t tokens, ctx, threads, seed, top_k, chunk;
+    double temp, top_p, min_p;
+    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, help, version;
+} opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
+
+typedef enum { FLAG, WORD, INT, REAL } OptType;
+
+typedef struct {
+    const char *name;           // long name; the test build's own options have no help
+    char letter;
+    OptType type;
+    void *to;
+    double lo, hi;              // INT and REAL: allowed range; lo_open: lo itself is not
+    bool lo_open;
+    int commands;               // where it is allowed
+    const char *arg, *help;     // arg of a WORD: its choices, if it holds a '|'
+} Option;
+
+enum { LOADS = RUN | BENCH | PPL | INFO, COMPUTES = RUN | BENCH | PPL };
+static const Option options[] = {
+    { "model", 'm', WORD, &opt.model, 0, 0, 0, LOADS | TOKENIZE, "DIR", "the checkpoint: config.json, *.safetensors, tokenizer.json" },
+    { "prompt", 'p', WORD, &opt.prompt, 0, 0, 0, RUN, "TEXT", "answer one prompt; without -p, -f and --ids: chat" },
+    { "file", 'f', WORD, &opt.file, 0, 0, 0, RUN, "FILE", "the prompt is the text of FILE ('-': standard input)" },
+    { "raw", 0, FLAG, &opt.raw, 0, 0, 0, RUN, NULL, "begin-of-sentence and the text, no chat encoding" },
+    { "ids", 0, WORD, &opt.ids, 0, 0, 0, RUN, "0,5,6", "the prompt as token ids, nothing added; answers in ids" },
+    { "show-ids", 0, FLAG, &opt.show_ids, 0, 0, 0, RUN, NULL, "print the answer as token ids" },
+    { "tokens", 'n', INT, &opt.tokens, 0, INT_MAX, 0, RUN | BENCH, "N", "tokens to generate at most (default: to the end)" },
+    { "ctx", 'c', INT, &opt.ctx, 1, INT_MAX, 0, LOADS, "N", "context: positions a session can hold" },
+    { "seed", 's', INT, &opt.seed, 0, 9e15, 0, RUN, "N", "seed of the sampler (default: the clock)" },
+    { "temp", 0, REAL, &opt.temp, 0, 1000, 0, RUN, "X", "temperature, 0 = greedy (default: the publisher's, else 1)" },
+    { "top-k", 0, INT, &opt.top_k, 0, INT_MAX, 0, RUN, "N", "only the N likeliest tokens, 0 = all" },
+    { "top-p", 0, REAL, &opt.top_p, 0, 1, 1, RUN, "X", "only the likeliest tokens that sum to X (default: the publisher's, else 1)" },
+    { "min-p", 0, REAL, &opt.min_p, 0, 1, 0, RUN, "X", "only tokens at least X times as likely as the likeliest" },
+    { "system", 0, WORD, &opt.system, 0, 0, 0, RUN, "TEXT", "system message" },
+    { "think", 0, FLAG, &opt.think, 0, 0, 0, RUN, NULL, "reason first (to standard error), then answer" },
+    { "nothink", 0, FLAG, &opt.nothink, 0, 0, 0, RUN, NULL, "answer at once (default)" },
+    { "effort", 0, WORD, &opt.effort, 0, 0, 0, RUN, "low|high|max", "how hard to reason, with --think" },
+    { "encoding", 0, WORD, &opt.encoding, 0, 0, 0, RUN | TOKENIZE, "v4|0731", "prompt generation (default: by the checkpoint)" },
+    { "devices", 0, WORD, &opt.devices, 0, 0, 0, LOADS, "LIST", "cuda:0,cuda:1,cpu (default: every GPU, else cpu)" },
+    { "layers", 0, WORD, &opt.layers, 0, 0, 0, LOADS, "LIST", "layers per entry of --devices, e.g. 22,21" },
+    { "threads", 't', INT, &opt.threads, 1, 1024, 0, COMPUTES | VERIFY | CONVERT, "N", "CPU threads (default: all cores)" },
+    { "exact", 0, FLAG, &opt.exact, 0, 0, 0, COMPUTES, NULL, "FP32 everywhere: the slow reference (cpu)" },
+    { "mlock", 0, FLAG, &opt.mlock, 0, 0, 0, COMPUTES, NULL, "keep the weights in memory" },
+    { "logits", 0, WORD, &opt.logits, 0, 0, 0, RUN, "FILE", "write the prompt's logits: float32 [tokens][vocab]" },
+    { "mtp-logits", 0, WORD, &opt.mtp_logits, 0, 0, 0, RUN, "FILE", "the same for the MTP layer" },
+    { "plain", 0, FLAG, &opt.plain, 0, 0, 0, TOKENIZE, NULL, "special tokens in the text are text" },
+    { "decode", 0, FLAG, &opt.decode, 0, 0, 0, TOKENIZE, NULL, "ids -> bytes" },
+    { "chat", 0, WORD, &opt.chat, 0, 0, 0, TOKENIZE, "FILE", "a messages file -> its ids" },
+    { "kernels", 0, WORD, &opt.kernels, 0, 0, 0, COMPUTES | DEVICES, "FILE", "another kernels.cu" },
+    { "help", 'h', FLAG, &opt.help, 0, 0, 0, -1, NULL, "this text" },
+    { "version", 0, FLAG, &opt.version, 0, 0, 0, -1, NULL, "the version" },
+    { "chunk", 0, INT, &opt.chunk, 1, 1 << 16, 0, COMPUTES, "N", NULL },
+    { "cpu-level", 0, WORD, &opt.level, 0, 0, 0, COMPUTES, "c|avx2|avx512|vnni", NULL },
+};
+
+static const struct { const char *name; Command command; const char *args, *help; int n_args; } commands[] = {
+    { "", RUN, "-m DIR [-p TEXT]", "answer one prompt, or chat in the terminal", 0 },
+    { "tokenize", TOKENIZE, "-m DIR", "standard input -> token ids", 0 },
+    { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
+    { "bench", BENCH, "-m DIR", "tokens per second at several depths, GB/s per kernel", 0 },
+    { "ppl", PPL, "-m DIR FILE", "perplexity of a text", 1 },
+};
+
+static void print_help(void) {
+    puts("dsv4: DeepSeek-V4-Flash from its published checkpoints\n");
+    for (size_t i = 0; i < COUNT(commands); i++) {
+        char line[80];
+        snprintf(line, sizeof line, "dsv4 %s%s%s", commands[i].name, *commands[i].name ? " " : "", commands[i].args);
+        printf("  %-30s %s\n", line, commands[i].help);
+    }
+    puts("");
+    for (size_t i = 0; i < COUNT(options); i++) {
+        const Option *o = options + i;
+        char name[64], letter[8] = "   ";
+        if (!o->help) continue;
+        if (o->letter) snprintf(letter, sizeof letter, "-%c,", o->letter);
+        snprintf(name, sizeof name, "%s --%s %s", letter, o->name, o->arg ? o->arg : "");
+        printf("  %-30s %s\n", name, o->help);
+    }
+    puts("\nEnvironment: DSV4_NVRTC (path of libnvrtc), DSV4_CACHE (directory of compiled kernels)");
+}
+
+// A value of a choice list "a|b|c".
+static bool choice_ok(const char *list, const char *value) {
+    size_t n = strlen(value);
+    for (const char *p = list; p; p = strchr(p, '|') ? strchr(p, '|') + 1 : NULL)
+        if (n && !strncmp(p, value, n) && (p[n] == '|' || !p[n])) return true;
+    return false;
+}
+
+static void set_option(const Option *o, const char *name, const char *value) {
+    char *end;
+    errno = 0;
+    switch (o->type) {
+    case FLAG:
+        *(bool *)o->to = true;
+        return;
+    case WORD:
+        if (strchr(o->arg, '|') && !choice_ok(o->arg, value)) die(2, "%s: expected %s, found '%s'", name, o->arg, value);
+        *(const char **)o->to = value;
+        return;
+    case INT: {
+        long long x = strtoll(value, &end, 10);
+        if (end == value || *end || errno || x < o->lo || (double)x > o->hi)
+            die(2, "%s: expected a whole number from %.0f to %.0f, found '%s'", name, o->lo, o->hi, value);
+        *(int64_t *)o->to = x;
+        return;
+    }
+    case REAL: {
+        double x = strtod(value, &end);
+        if (end == value || *end || !isfinite(x) || x < o->lo || x > o->hi || (o->lo_open && x == o->lo))
+            die(2, "%s: expected a number from %g%s to %g, found '%s'", name, o->lo, o->lo_open ? " (excluded)" : "", o->hi, value);
+        *(double *)o->to = x;
+    }
+    }
+}
+
+static const Option *find_option(const char *word, const char **value) {
+    const char *eq = strchr(word, '=');
+    for (size_t i = 0; i < COUNT(options); i++) {
+        const Option *o = options + i;
+        size_t n = strlen(o->name);
+        if (word[0] == '-' && word[1] == '-' && !strncmp(word + 2, o->name, n) && (!word[2 + n] || word + 2 + n == eq)) {
+            *value = eq ? eq + 1 : NULL;
+            return o;
+        }
+        if (word[0] == '-' && word[1] == o->letter && o->letter && !word[2]) {
+            *value = NULL;
+            return o;
+        }
+    }
+    return NULL;
+}
+
+// Fills opt and args (n_args of them); returns the command.
+static Command parse_options(int argc, char **argv, char **args) {
+    size_t which = 0;
+    for (size_t i = 1; i < COUNT(commands) && argc > 1; i++)
+        if (!strcmp(argv[1], commands[i].name)) which = i;
+    Command command = commands[which].command;
+    int n = 0;
+    for (int i = 1 + (which > 0); i < argc; i++) {
+        const char *value = NULL;
+        const Option *o = argv[i][0] == '-' && argv[i][1] ? find_option(argv[i], &value) : NULL;
+        if (!o && argv[i][0] == '-' && argv[i][1]) die(2, "unknown option %s (dsv4 --help lists them)", argv[i]);
+        if (!o) {
+            if (n == commands[which].n_args) die(2, "unexpected argument '%s' (dsv4 --help)", argv[i]);
+            args[n++] = argv[i];
+            continue;
+        }
+        const char *name = argv[i];
+        if (!(o->commands & command)) die(2, "%s does not go with dsv4 %s", name, *commands[which].name ? commands[which].name : "-m");
+        if (o->type == FLAG && value) die(2, "%s takes no value", name);
+        if (o->type != FLAG && !value && !(value = ++i < argc ? argv[i] : NULL)) die(2, "%s needs a value: %s", name, o->arg);
+        set_option(o, name, value);
+    }
+    if (opt.help || opt.version) return command;
+    if (n < commands[which].n_args) die(2, "usage: dsv4 %s %s", commands[which].name, commands[which].args);
+    if (!opt.model && command & (LOADS | TOKENIZE)) die(2, "no model: -m DIR (dsv4 --help)");
+    return command;
+}
+// ---------------------------------------------------------------------------
+// programs: what the subcommands do
+
+typedef struct { int x; } Sampler;
+static int sample(Sampler *s, const float *l, int V) { (void)s; return argmax(l, V); }
+static bool is_eos(Model *m, int t) { return t == m->c.eos; }
+
+// Where the prompt's logits go, row by row.
+typedef struct {
+    FILE *logits, *mtp;
+    const char *logits_path, *mtp_path;
+    int vocab;
+    float *last;                // [V] logits of the last row
+} LogitsOut;
+
+static FILE *open_out(const char *path) {
+    FILE *f = path ? fopen(path, "wb") : NULL;
+    if (path && !f) die(1, "%s: %s", path, strerror(errno));
+    return f;
+}
+
+static void write_rows(FILE *f, const char *path, const float *x, size_t n) {
+    if (f && fwrite(x, sizeof *x, n, f) != n) die(1, "%s: %s", path, strerror(errno));
+}
+
+static void logits_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
+    LogitsOut *o = arg;
+    bool all = o->logits || o->mtp;
+    size_t V = (size_t)o->vocab, rows = all ? (size_t)n : 1;
+    (void)pos;
+    write_rows(o->logits, o->logits_path, logits, rows * V);
+    if (mtp) write_rows(o->mtp, o->mtp_path, mtp, rows * V);
+    memcpy(o->last, logits + (rows - 1) * V, V * sizeof *logits);
+}
+
+static void close_out(FILE *f, const char *path) {
+    if (f && fclose(f)) die(1, "%s: %s", path, strerror(errno));
+}
+
+typedef struct {
+    int prompt, generated;
+    double t_prompt, t_first, t_generate;       // seconds; t_first: from the start to the first token
+} Timing;
+
+static void print_timing(const Timing *t) {
+    note("prompt %d tokens, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f s", t->prompt,
+         t->t_prompt > 0 ? t->prompt / t->t_prompt : 0, t->generated,
+         t->t_generate > 0 && t->generated > 1 ? (t->generated - 1) / t->t_generate : 0, t->t_first);
+}
+
+// Gets each generated token; false stops.
+typedef bool (*TokenSink)(void *arg, int token);
+
+// Reads the prompt's n tokens after what the session holds, then generates until end-of-sentence, `most` tokens
+// (< 0: no limit), the end of the context, the sink's wish or Ctrl-C. The last token is not read back.
+static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler, TokenSink sink, void *arg,
+                     Timing *t) {
+    Model *m = s->m;
+    LogitsOut out = { .vocab = m->c.vocab, .last = xalloc((size_t)m->c.vocab, sizeof(float)),
+                      .logits_path = opt.logits, .mtp_path = opt.mtp_logits };
+    out.logits = open_out(opt.logits);
+    out.mtp = open_out(opt.mtp_logits);
+    double start = now();
+    Feed feed = { .all = out.logits, .mtp = out.mtp, .progress = true, .sink = logits_sink, .arg = &out };
+    int read = session_feed(s, tokens, n, &feed);
+    close_out(out.logits, opt.logits);
+    close_out(out.mtp, opt.mtp_logits);
+    *t = (Timing){ .prompt = read, .t_prompt = now() - start };
+    Feed step = { .sink = logits_sink, .arg = &out };
+    out.logits = out.mtp = NULL;
+    while (read == n && (most < 0 || t->generated < most) && !interrupted) {
+        int token = sample(sampler, out.last, m->c.vocab);
+        if (!t->generated++) t->t_first = now() - start;
+        if (is_eos(m, token)) {
+            t->generated--;
+            break;
+        }
+        if (!sink(arg, token) || s->n == m->ctx || t->generated == most) break;
+        if (session_feed(s, &token, 1, &step) != 1) break;
+    }
+    t->t_generate = now() - start - t->t_first;
+    free(out.last);
+}
+
+static bool print_id(void *arg, int token) {
+    int *n = arg;
+    printf((*n)++ ? " %d" : "%d", token);
+    fflush(stdout);
+    return true;
+}
+
+// Ids from "0,5,6" (or separated by spaces), each checked against the vocabulary.
+static int *parse_ids(const char *text, int vocab, int *n) {
+    size_t cap = strlen(text) / 2 + 1;
+    int *ids = xalloc(cap, sizeof *ids);
+    for (*n = 0; *text;) {
+        char *end;
+        errno = 0;
+        long id = strtol(text, &end, 10);
+        if (end == text || errno || id < 0 || (*end && *end != ',' && *end != ' '))
+            die(2, "--ids: expected numbers and commas, found '%.20s'", text);
+        if (id >= vocab) die(2, "--ids: %ld: the vocabulary ends at %d", id, vocab - 1);
+        ids[(*n)++] = (int)id;
+        text = *end ? end + 1 : end;
+        if (*end && !*text) die(2, "--ids: ends in '%c'", *end);
+    }
+    if (!*n) die(2, "--ids: no ids");
+    return ids;
+}
+
+static Model *open_from_options(bool info) {
+    return model_open(&(Opening){ .dir = opt.model, .devices = opt.devices, .layers = opt.layers, .ctx = (int)opt.ctx,
+                                  .threads = (int)opt.threads, .chunk = (int)opt.chunk, .exact = opt.exact,
+                                  .mlock = opt.mlock, .info = info });
+}
+
+static int run_main(void) {
+    Model *m = open_from_options(false);
+    int n = 0, printed = 0, *ids = parse_ids(opt.ids ? opt.ids : "", m->c.vocab, &n);
+    if (n > m->ctx) die(1, "the prompt has %d tokens, the context %d (-c)", n, m->ctx);
+    Session *s = session_new(m);
+    Timing t;
+    Sampler sampler = { 0 };
+    generate(s, ids, n, opt.tokens, &sampler, print_id, &printed, &t);
+    if (opt.tokens) puts("");
+    print_timing(&t);
+    free(ids);
+    session_free(s);
+    return 0;
+}
+// ---------------------------------------------------------------------------
+// main
+
+#ifndef DSV4_NO_MAIN
+int main(int argc, char **argv) {
+    char *args[2] = { NULL };
+    Command command = parse_options(argc, argv, args);
+    if (opt.help || opt.version) {
+        if (opt.help) print_help();
+        else puts("dsv4 " VERSION);
+        return 0;
+    }
+    cpu_init();
+    (void)command;
+    return run_main();
+}
+#endif
