@@ -25,11 +25,15 @@ TINY = dict(hidden_size=64, num_attention_heads=2, head_dim=32, qk_rope_head_dim
             compress_ratios=[0, 4, 128, 0], yarn_original=256)
 PRESETS = {
     "tiny": {},
-    # no width a multiple of 32 or 128, short last groups and blocks, three streams
-    "odd": dict(hidden_size=144, num_attention_heads=6, head_dim=40, qk_rope_head_dim=8, q_lora_rank=72, o_groups=3,
-                o_lora_rank=24, moe_intermediate_size=80, n_routed_experts=7, num_experts_per_tok=3, vocab_size=331, hc_mult=3,
+    # no width a multiple of 128, few of 32: short last groups and blocks, three streams. FP4 and INT4 keep one scale per 32
+    # columns of an expert, so hidden_size and moe_intermediate_size must be multiples of 32; in BF16 (`ragged`) of nothing
+    "odd": dict(hidden_size=160, num_attention_heads=6, head_dim=40, qk_rope_head_dim=8, q_lora_rank=72, o_groups=3,
+                o_lora_rank=24, moe_intermediate_size=96, n_routed_experts=7, num_experts_per_tok=3, vocab_size=331, hc_mult=3,
                 index_n_heads=3, index_head_dim=24, index_topk=10, sliding_window=13, num_hidden_layers=4,
                 compress_ratios=[4, 0, 4, 128, 0]),
+    "ragged": dict(hidden_size=78, num_attention_heads=3, head_dim=22, qk_rope_head_dim=6, q_lora_rank=35, o_groups=3,
+                   o_lora_rank=17, moe_intermediate_size=42, n_routed_experts=5, vocab_size=301, hc_mult=3, index_n_heads=3,
+                   index_head_dim=10, index_topk=9, sliding_window=7, compress_ratios=[4, 128, 0, 0]),
     "hc2": dict(hidden_size=160, num_attention_heads=8, head_dim=64, qk_rope_head_dim=32, q_lora_rank=96, o_groups=4,
                 o_lora_rank=48, moe_intermediate_size=96, n_routed_experts=9, num_experts_per_tok=4, hc_mult=2,
                 num_hidden_layers=5, num_hash_layers=2, sliding_window=24, index_topk=24, index_n_heads=4, index_head_dim=32,

@@ -135,22 +135,27 @@ class Reference:
         c = (softmax(gate, 1) * kv).sum(1) if n else np.zeros((0, self.w(p + "norm.weight").size))
         return rope(self.rms(c, p + "norm"), np.arange(n) * m, freqs)
 
-    def index_mask(self, x, qr, p, freqs, visible):
-        """visible [T,W] reduced to the index_topk entries with the best scores (ties to the lowest index)."""
-        cfg = self.cfg
-        nh, hd, W = cfg["index_n_heads"], cfg["index_head_dim"], visible.shape[1]
-        keys = self.half(self.compress(x, p + "compressor.", 4, freqs))
+    def index_queries(self, x, qr, p, freqs):
+        """The indexer's queries [T,I,J], weights [T,I] and keys [W,J]."""
+        nh, hd = self.cfg["index_n_heads"], self.cfg["index_head_dim"]
         q = self.linear(qr, p + "wq_b").reshape(len(x), nh, hd)
         q = self.half(rope(q, np.arange(len(x)), freqs))
         wt = self.linear(x, p + "weights_proj") * hd ** -0.5 * nh ** -0.5
-        score = np.zeros((len(x), W))
-        for h in range(nh):
+        return q, wt, self.half(self.compress(x, p + "compressor.", 4, freqs))
+
+    def index_mask(self, q, wt, keys, visible):
+        """visible [T,W] reduced to the index_topk entries with the best scores (ties to the lowest index)."""
+        score = np.zeros(visible.shape)
+        for h in range(q.shape[1]):
             score += wt[:, h, None] * np.maximum(q[:, h] @ keys.T, 0)
         score[~visible] = -np.inf
-        best = np.argsort(-score, 1, kind="stable")[:, :cfg["index_topk"]]
-        keep = np.zeros_like(visible)
-        np.put_along_axis(keep, best, True, 1)
-        return keep & visible
+        k = self.cfg["index_topk"]
+        if k >= score.shape[1]:
+            return visible
+        last = -np.partition(-score, k - 1, 1)[:, k - 1:k]      # the k-th best score
+        tie = score == last
+        room = k - (score > last).sum(1, keepdims=True)
+        return visible & ((score > last) | (tie & (np.cumsum(tie, 1) <= room)))
 
     def attention(self, x, p, m):
         cfg, T = self.cfg, len(x)
@@ -159,20 +164,23 @@ class Reference:
         qr = self.rms(self.linear(x, p + "wq_a"), p + "q_norm")
         q = self.half(rope(self.rms(self.linear(qr, p + "wq_b").reshape(T, H, hd)), pos, freqs))
         kv = self.half(rope(self.rms(self.linear(x, p + "wkv"), p + "kv_norm"), pos, freqs))
-        mask = (pos <= pos[:, None]) & (pos > pos[:, None] - win)
-        if m:
-            entries = self.half(self.compress(x, p + "compressor.", m, freqs))
-            visible = np.arange(len(entries)) < (pos[:, None] + 1) // m
-            if m == 4:
-                visible = self.index_mask(x, qr, p + "indexer.", freqs, visible)
-            kv, mask = np.concatenate([kv, entries]), np.concatenate([mask, visible], 1)
+        entries = self.half(self.compress(x, p + "compressor.", m, freqs)) if m else kv[:0]
+        index = self.index_queries(x, qr, p + "indexer.", freqs) if m == 4 else None
         o = np.empty((T, H, hd))
-        for h in range(H):
-            s = np.where(mask, q[:, h] @ kv.T * hd ** -0.5, -np.inf)
-            sink = self.w(p + "attn_sink")[h]
-            top = np.maximum(s.max(1, keepdims=True), sink)
-            e = np.exp(s - top)
-            o[:, h] = self.half(e) @ kv / (e.sum(1, keepdims=True) + np.exp(sink - top))
+        for t0 in range(0, T, 512):     # in blocks of queries, for long prompts
+            t, first = pos[t0:t0 + 512], max(0, t0 - win + 1)
+            near = pos[first:t[-1] + 1]
+            mask = (near <= t[:, None]) & (near > t[:, None] - win)
+            visible = np.arange(len(entries)) < (t[:, None] + 1) // (m or 1)
+            if m == 4:
+                visible = self.index_mask(index[0][t], index[1][t], index[2], visible)
+            keys, mask = np.concatenate([kv[near], entries]), np.concatenate([mask, visible], 1)
+            for h in range(H):
+                s = np.where(mask, q[t, h] @ keys.T * hd ** -0.5, -np.inf)
+                sink = self.w(p + "attn_sink")[h]
+                top = np.maximum(s.max(1, keepdims=True), sink)
+                e = np.exp(s - top)
+                o[t, h] = self.half(e) @ keys / (e.sum(1, keepdims=True) + np.exp(sink - top))
         o = rope(o, pos, freqs, -1).reshape(T, G, -1)
         wo_a = self.w(p + "wo_a.weight").reshape(G, -1, o.shape[2])
         u = np.concatenate([self.act(o[:, g], p + "wo_a.weight") @ wo_a[g].T for g in range(G)], 1)

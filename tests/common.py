@@ -1,0 +1,62 @@
+"""What the Python suites share: running the program, counting, comparing."""
+import os
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GOLDEN = os.path.join(ROOT, "tests", "golden")
+sys.path[:0] = [os.path.join(ROOT, "tools"), GOLDEN]
+
+SANITIZERS = {"ASAN_OPTIONS": "exitcode=99:abort_on_error=0:detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:exitcode=99",
+              "TSAN_OPTIONS": "exitcode=99:halt_on_error=1"}
+
+
+class Tally:
+    """Counts checks. A failure prints one line; the last line of a suite is its counts."""
+    def __init__(self, verbose=False):
+        self.passed = self.failed = 0
+        self.verbose = verbose
+
+    def check(self, ok, name, detail=""):
+        if ok:
+            self.passed += 1
+        else:
+            self.failed += 1
+        if not ok or self.verbose:
+            print(f"{'ok  ' if ok else 'FAIL'} {name}{': ' + detail if detail else ''}", flush=True)
+        return ok
+
+    def end(self, suite):
+        print(f"{suite}: {self.passed} passed, {self.failed} failed", flush=True)
+        sys.exit(1 if self.failed else 0)
+
+
+class Result:
+    def __init__(self, code, out, err, seconds):
+        self.code, self.out, self.err, self.seconds = code, out, err, seconds
+
+    def lines(self):
+        """stderr without the `# ` facts."""
+        return [line for line in self.err.split("\n") if line and not line.startswith("#")]
+
+    def sanitizer(self):
+        return "Sanitizer" in self.err or "runtime error:" in self.err
+
+    def tail(self):
+        return f"exit {self.code}, stderr {self.err[-400:]!r}, stdout {self.out[:80]!r}"
+
+
+def run(args, stdin=b"", timeout=120, env=None, cwd=ROOT):
+    """Runs a command to its end. A time-out gives exit code -1000."""
+    t = time.monotonic()
+    try:
+        p = subprocess.run(args, input=stdin, capture_output=True, timeout=timeout, cwd=cwd,
+                           env={**os.environ, **SANITIZERS, **(env or {})})
+    except subprocess.TimeoutExpired as e:
+        return Result(-1000, e.stdout or b"", (e.stderr or b"").decode("utf-8", "replace"), timeout)
+    return Result(p.returncode, p.stdout, p.stderr.decode("utf-8", "replace"), time.monotonic() - t)
+
+
+def ids_arg(ids):
+    return ",".join(map(str, ids))
