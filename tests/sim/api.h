@@ -1,0 +1,332 @@
+/* api.h: what the files of the Driver API half share (api*.c, stream.c, graph.c, report.c).
+ *
+ * Names and numbers are the binary interface of the CUDA Driver API, so no toolkit is needed to
+ * build this. With -DSIM_ABI_CHECK the compiler takes cuda.h instead and so proves them equal.
+ *
+ * One lock covers every call (enter .. leave). Work put on a stream becomes an Op in a graph of
+ * dependencies and runs later, at a synchronisation point: stream.c has the rules. */
+#ifndef API_H
+#define API_H
+
+#include "sim.h"
+#include <pthread.h>
+#include <stdio.h>
+
+#ifdef SIM_ABI_CHECK
+#define __CUDA_API_VERSION_INTERNAL /* declare old and new versions under their own names */
+#include <cuda.h>
+#else
+typedef int CUresult, CUdevice, CUdevice_attribute, CUdevice_P2PAttribute, CUjit_option,
+    CUfunction_attribute, CUfunc_cache, CUpointer_attribute, CUstreamCaptureMode,
+    CUstreamCaptureStatus, CUdriverProcAddressQueryResult, CUgraphExecUpdateResult, CUlimit, CUgraphNodeType;
+typedef uint64_t CUdeviceptr, cuuint64_t;
+typedef struct CUctx_st *CUcontext;
+typedef struct CUmod_st *CUmodule;
+typedef struct CUfunc_st *CUfunction;
+typedef struct CUstream_st *CUstream;
+typedef struct CUevent_st *CUevent;
+typedef struct CUgraph_st *CUgraph;
+typedef struct CUgraphExec_st *CUgraphExec;
+typedef struct CUgraphNode_st *CUgraphNode;
+typedef void (*CUhostFn)(void *user);
+typedef struct { char bytes[16]; } CUuuid;
+
+typedef struct {
+    CUfunction func;
+    unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+    void **kernelParams, **extra;
+    void *kern; /* CUkernel: not supported */
+    CUcontext ctx;
+} CUDA_KERNEL_NODE_PARAMS_v2;
+typedef CUDA_KERNEL_NODE_PARAMS_v2 CUDA_KERNEL_NODE_PARAMS;
+
+typedef struct { int id; char pad[4]; union { char pad[64]; int cooperative; } value; }
+    CUlaunchAttribute;
+
+typedef struct {
+    unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+    CUstream hStream;
+    CUlaunchAttribute *attrs;
+    unsigned numAttrs;
+} CUlaunchConfig;
+
+typedef struct {
+    CUgraphExecUpdateResult result;
+    CUgraphNode errorNode, errorFromNode;
+} CUgraphExecUpdateResultInfo;
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum {
+    OK = 0,
+    E_INVALID_VALUE = 1,
+    E_OUT_OF_MEMORY = 2,
+    E_NOT_INITIALIZED = 3,
+    E_NO_DEVICE = 100,
+    E_INVALID_DEVICE = 101,
+    E_INVALID_IMAGE = 200,
+    E_INVALID_CONTEXT = 201,
+    E_NO_BINARY_FOR_GPU = 209,
+    E_PEER_ACCESS_UNSUPPORTED = 217,
+    E_FILE_NOT_FOUND = 301,
+    E_INVALID_HANDLE = 400,
+    E_ILLEGAL_STATE = 401,
+    E_NOT_FOUND = 500,
+    E_NOT_READY = 600,
+    E_LAUNCH_OUT_OF_RESOURCES = 701,
+    E_PEER_ACCESS_ALREADY_ENABLED = 704,
+    E_PEER_ACCESS_NOT_ENABLED = 705,
+    E_PRIMARY_CONTEXT_ACTIVE = 708,
+    E_CONTEXT_IS_DESTROYED = 709,
+    E_HOST_MEMORY_ALREADY_REGISTERED = 712,
+    E_HOST_MEMORY_NOT_REGISTERED = 713,
+    E_LAUNCH_FAILED = 719,
+    E_COOPERATIVE_LAUNCH_TOO_LARGE = 720,
+    E_NOT_PERMITTED = 800,
+    E_NOT_SUPPORTED = 801,
+    E_CAPTURE_UNSUPPORTED = 900,
+    E_CAPTURE_INVALIDATED = 901,
+    E_CAPTURE_MERGE = 902,
+    E_CAPTURE_UNMATCHED = 903,
+    E_CAPTURE_UNJOINED = 904,
+    E_CAPTURE_ISOLATION = 905,
+    E_CAPTURE_IMPLICIT = 906,
+    E_CAPTURED_EVENT = 907,
+    E_CAPTURE_WRONG_THREAD = 908,
+    E_GRAPH_EXEC_UPDATE_FAILURE = 910,
+    E_UNKNOWN = 999,
+};
+
+/* ------------------------------------------------------------------------------------------------
+ * configuration, from the environment (README.md lists the variables) */
+
+typedef struct {
+    int devices;
+    uint64_t memory;    /* bytes of each device */
+    char name[96];      /* ends in "(SIMULATED)" */
+    bool peer, trace;
+    int driver;         /* 13000 */
+    uint64_t seed;
+    int idle_ms;        /* run pending work after so long without a call; 0: never */
+    const char *report; /* file, or NULL */
+} Config;
+
+extern Config config;
+
+/* ------------------------------------------------------------------------------------------------
+ * objects. Every handle starts with an Obj; destroyed objects stay in a list, marked dead, so that
+ * a stale handle is an error and not a crash. */
+
+typedef enum { T_CTX = 0x51A0, T_MODULE, T_FUNC, T_STREAM, T_EVENT, T_GRAPH, T_EXEC } Type;
+
+typedef struct Obj {
+    Type type;
+    bool dead;
+    struct Obj *next;
+} Obj;
+
+typedef struct CUctx_st Ctx;
+typedef struct CUmod_st Module;
+typedef struct CUfunc_st Func;
+typedef struct CUstream_st Stream;
+typedef struct CUevent_st Event;
+typedef struct CUgraph_st Graph;
+typedef struct CUgraphNode_st Node;
+typedef struct CUgraphExec_st Exec;
+typedef struct Capture Capture;
+
+struct CUctx_st {
+    Obj obj;
+    int device;
+    int retained;       /* cuDevicePrimaryCtxRetain calls not yet released */
+    unsigned flags;
+    CUresult sticky;    /* a fault: every later call on this context returns it */
+    Stream *legacy;     /* the NULL stream */
+    Stream *streams;    /* all, the NULL stream included */
+    bool peer[SIM_MAX_DEVICES];
+    double engine[3];   /* virtual time in us at which kernels, copies in, copies out are through */
+    int pending;        /* operations not finished */
+};
+
+struct CUmod_st {
+    Obj obj;
+    Ctx *ctx;
+    SimModule *sim;
+    Func *funcs;        /* [n_funcs] */
+    int n_funcs;
+    char *text;         /* the PTX, kept for ptxas */
+};
+
+struct CUfunc_st {
+    Obj obj;
+    Module *module;
+    const SimKernel *kernel;
+    uint32_t max_dynamic; /* bytes of dynamic shared memory allowed */
+    int carveout;
+    struct KernelStats *stats;
+};
+
+/* What a stream operation or a graph node does. */
+typedef enum { W_EMPTY, W_KERNEL, W_COPY, W_SET, W_HOST } WorkKind;
+
+typedef struct {
+    WorkKind kind;
+    Ctx *ctx;
+    Func *func;                /* kernel */
+    unsigned grid[3], block[3];
+    uint32_t shared;           /* dynamic, bytes */
+    uint64_t dst, src, bytes;  /* copy and set; device or host addresses */
+    int dst_dev, src_dev;      /* owner, -1: host memory */
+    void *owned;               /* kernel parameters, or the snapshot of a pageable source */
+    uint32_t value, unit;      /* set: units of 1, 2 or 4 bytes */
+    CUhostFn fn;
+    void *user;
+} Work;
+
+typedef struct Op {
+    Work work;
+    int refs, waits;           /* holders; predecessors that have not finished */
+    bool done, needed;
+    struct Op **preds, **succs;
+    int n_preds, n_succs, cap_succs;
+    uint64_t order;            /* seeded priority */
+    double ready, end;         /* virtual time, us */
+} Op;
+
+struct CUstream_st {
+    Obj obj;
+    Ctx *ctx;
+    Stream *next;              /* of the context */
+    unsigned flags;            /* 1: non-blocking */
+    int priority;
+    uint32_t id, count;        /* names its operations for the seeded order */
+    Op *tail;                  /* last operation, NULL: none yet */
+    Capture *capture;
+    Node **front;              /* capture: what the next node depends on */
+    int n_front;
+};
+
+struct CUevent_st {
+    Obj obj;
+    Ctx *ctx;
+    unsigned flags;            /* 2: no timing */
+    Op *op;                    /* last record; NULL: never */
+    Capture *capture;
+    Node **front;
+    int n_front;
+};
+
+struct CUgraphNode_st {
+    Work work;
+    Graph *graph;
+    Node **deps;
+    int n_deps, index;
+    Op *op;                    /* during a launch */
+};
+
+struct CUgraph_st {
+    Obj obj;
+    Node **nodes;              /* in an order in which dependencies come first */
+    int n, cap;
+};
+
+struct CUgraphExec_st {
+    Obj obj;
+    Graph *graph;              /* its own copy */
+    Op *last;                  /* launches of one executable graph do not overlap */
+};
+
+struct Capture {
+    Graph *graph;
+    Stream *origin;
+    int mode;                  /* 0 global, 1 thread local, 2 relaxed */
+    pthread_t thread;
+    bool broken, ended;
+    Capture *next;
+};
+
+/* ------------------------------------------------------------------------------------------------
+ * api.c: entry, contexts */
+
+enum { ANY = 0, INIT = 1, CTX = 3, UNSAFE = 7 }; /* UNSAFE: CTX, and not during a capture */
+
+/* Takes the lock and applies the rules for every call: fault injection, initialised, context
+ * current, context without a fault. On error the caller still goes on to leave(). */
+CUresult enter(const char *name, int needs);
+CUresult leave(CUresult result);
+Ctx *cur(void);                        /* the calling thread's context */
+void *zalloc(size_t bytes);
+void *obj_new(Type type, size_t bytes);
+bool obj_ok(const void *handle, Type type);
+CUresult ctx_of_device(int device, Ctx **ctx);
+Ctx *device_ctx(int device);           /* NULL: not retained */
+void misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* What SIM_FAULT asks for. */
+CUresult fault_launch(void);           /* this kernel launch faults with ..., or OK */
+CUresult fault_lost(int device);       /* this operation finds the device gone, or OK */
+bool fault_memory(uint64_t bytes);     /* this allocation does not fit any more */
+bool fault_missing(const char *symbol);
+bool fault_corrupt(void);              /* this copy between devices damages a byte */
+
+/* the calling thread */
+typedef struct {
+    Ctx *stack[32];
+    int depth;
+    bool in_callback;
+    double clock;                      /* virtual time that this host thread has waited for, us */
+    const char *call;
+} Thread;
+extern _Thread_local Thread self;
+
+/* stream.c: every function expects the lock */
+extern pthread_mutex_t sim_lock;
+CUresult get_stream(CUstream handle, Stream **stream);
+CUresult submit(Stream *stream, Work *work); /* or adds to the capture; takes work->owned */
+CUresult append(Stream *stream, Work *work, Op *extra);
+Op *op_new(const Work *work, Op **preds, int n_preds, double ready, uint64_t order);
+void op_hold(Op **slot, Op *op);             /* *slot = op, with the counts */
+void run_until(Op *op);
+void run_ctx(Ctx *ctx);                      /* all work of a context */
+void run_a_little(Op *op);                   /* what a query may see */
+void stream_tail(Stream *stream, Op *op);
+Stream *stream_new(Ctx *ctx, unsigned flags, int priority);
+int stream_preds(Stream *stream, Op **preds, int max);
+uint64_t stream_order(Stream *stream);
+void work_free(Work *work);
+
+/* api_mem.c */
+CUresult work_copy(const Work *work); /* runs it */
+CUresult work_set(const Work *work);
+
+/* api_launch.c */
+CUresult work_kernel(const Work *work, double *us);
+CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[3],
+                          uint32_t shared, void **params, void **extra, Work *work);
+int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared);
+
+/* graph.c */
+CUresult capture_allows(int needs);            /* the rules for calls during a capture */
+CUresult capture_break(Capture *capture, CUresult why);
+CUresult capture_add(Stream *stream, Work *work);
+CUresult capture_record(Event *event, Stream *stream);
+CUresult capture_wait(Stream *stream, Event *event);
+
+/* report.c: counters and the computed times */
+enum { SM_COUNT_3090 = 82, SM_COUNT_A5000 = 64, REGS_PER_SM = 65536, WARPS_PER_SM = 48,
+       BLOCKS_PER_SM = 16, SHARED_PER_SM = 102400, SHARED_RESERVED = 1024 };
+
+typedef struct KernelStats KernelStats;
+KernelStats *stats_of(const Func *func);
+/* Adds one launch and returns its computed time in us. */
+double stats_launch(KernelStats *stats, const Work *work, const SimCounters *counters);
+double stats_copy(int src_dev, int dst_dev, uint64_t bytes); /* computed us */
+void stats_hop(void);                                        /* a wait across devices */
+int report_sms(void);
+int occupancy_blocks(int registers, int threads, uint64_t shared_bytes);
+
+/* api_names.c */
+const char *error_name(int code), *error_text(int code);
+
+#endif

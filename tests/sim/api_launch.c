@@ -1,0 +1,377 @@
+/* api_launch.c: modules, functions, launches, occupancy. */
+#include "api.h"
+#include <stdlib.h>
+#include <string.h>
+
+/* ------------------------------------------------------------------------------------------------
+ * modules: PTX text only */
+
+/* Where the just-in-time compiler's messages go. */
+typedef struct {
+    char *error, *info;             /* buffers or NULL */
+    size_t error_size, info_size;
+    void **error_slot, **info_slot; /* receive the bytes written */
+    bool verbose;
+} JitLogs;
+
+static CUresult jit_options(unsigned n, const CUjit_option *options, void **values, JitLogs *logs) {
+    if (n && (!options || !values)) return E_INVALID_VALUE;
+    for (unsigned i = 0; i < n; i++) {
+        void **v = &values[i];
+        switch ((int)options[i]) {
+        case 3: logs->info = *v; break;
+        case 4: logs->info_size = (uint32_t)(uintptr_t)*v, logs->info_slot = v; break;
+        case 5: logs->error = *v; break;
+        case 6: logs->error_size = (uint32_t)(uintptr_t)*v, logs->error_slot = v; break;
+        case 12: logs->verbose = *v != NULL; break;
+        default:
+            if ((int)options[i] < 0 || (int)options[i] > 33) return E_INVALID_VALUE;
+        }
+    }
+    return OK;
+}
+
+static void put_log(char *buffer, size_t size, void **slot, const char *text) {
+    size_t n = strlen(text) + 1;
+    if (!buffer || !size) n = 0;
+    if (n > size) n = size;
+    if (n) memcpy(buffer, text, n - 1), buffer[n - 1] = 0;
+    if (slot) *slot = (void *)(uintptr_t)n;
+}
+
+/* The number behind a directive such as ".target sm_", or -1. Comments are not skipped: NVRTC
+ * writes none that contains a directive. */
+static int directive(const char *text, const char *name) {
+    const char *p = strstr(text, name);
+    return p ? atoi(p + strlen(name)) : -1;
+}
+
+/* Is it PTX, and for this device? Binaries (ELF, fat binaries) are for real devices only. */
+static CUresult check_image(const char *image, char *log, size_t size) {
+    static const unsigned char fat[4] = { 0x50, 0xED, 0x55, 0xBA };
+    if (!memcmp(image, "\177ELF", 4) || !memcmp(image, fat, 4)) {
+        snprintf(log, size, "the simulated device runs PTX, not machine code");
+        return E_NO_BINARY_FOR_GPU;
+    }
+    const char *p = strstr(image, ".version");
+    if (!p) return E_INVALID_IMAGE;
+    int target = directive(p, ".target sm_");
+    if (target <= sim_options.sm) return OK;
+    snprintf(log, size, "fatal: SM version specified by .target (%d) is higher than the device's "
+             "(%d)", target, sim_options.sm);
+    return E_NO_BINARY_FOR_GPU;
+}
+
+static void make_functions(Module *m) {
+    m->n_funcs = sim_module_n_kernels(m->sim);
+    m->funcs = zalloc((size_t)m->n_funcs * sizeof *m->funcs);
+    for (int i = 0; i < m->n_funcs; i++) {
+        Func *f = &m->funcs[i];
+        f->obj.type = T_FUNC;
+        f->module = m;
+        f->kernel = sim_module_kernel(m->sim, i);
+        f->max_dynamic = f->kernel->shared_bytes < 49152 ? 49152 - f->kernel->shared_bytes : 0;
+        f->carveout = -1;
+        f->stats = stats_of(f);
+    }
+}
+
+static void verbose_log(const Module *m, char *log, size_t size) {
+    size_t n = 0;
+    for (int i = 0; i < m->n_funcs && n < size; i++) {
+        const SimKernel *k = m->funcs[i].kernel;
+        int w = snprintf(log + n, size - n, "info: %s: about %d registers, %u bytes shared, %u bytes "
+                         "local\n", k->name, k->registers, k->shared_bytes, k->local_bytes);
+        n += w > 0 ? (size_t)w : 0;
+    }
+}
+
+static CUresult load(CUmodule *module, const char *image, unsigned n, const CUjit_option *options,
+                     void **values) {
+    char log[4096] = "";
+    JitLogs logs = { .error = NULL };
+    if (!module || !image) return E_INVALID_VALUE;
+    CUresult r = jit_options(n, options, values, &logs);
+    if (r) return r;
+    SimModule *sim = NULL;
+    r = check_image(image, log, sizeof log);
+    if (!r) r = sim_module_load(cur()->device, image, strlen(image), &sim, log, sizeof log);
+    put_log(logs.error, logs.error_size, logs.error_slot, r ? log : "");
+    if (r && config.trace) fprintf(stderr, "sim: module: %s\n", log);
+    if (r) return r;
+    Module *m = obj_new(T_MODULE, sizeof *m);
+    m->ctx = cur();
+    m->sim = sim;
+    m->text = strdup(image);
+    make_functions(m);
+    log[0] = 0;
+    if (logs.verbose) verbose_log(m, log, sizeof log);
+    put_log(logs.info, logs.info_size, logs.info_slot, log);
+    *module = m;
+    return OK;
+}
+
+EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n,
+                                   CUjit_option *options, void **values) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : load(module, image, n, options, values));
+}
+
+EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : load(module, image, 0, NULL, NULL));
+}
+
+EXPORT CUresult cuModuleUnload(CUmodule m) {
+    CUresult r = enter(__func__, UNSAFE);
+    if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
+    if (!r) {
+        run_ctx(m->ctx);
+        for (int i = 0; i < m->n_funcs; i++) m->funcs[i].obj.dead = true;
+        m->obj.dead = true;
+        sim_module_unload(m->sim);
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuModuleGetFunction(CUfunction *function, CUmodule m, const char *name) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && (!function || !name)) r = E_INVALID_VALUE;
+    if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
+    if (!r) {
+        r = E_NOT_FOUND;
+        for (int i = 0; i < m->n_funcs; i++) {
+            if (strcmp(m->funcs[i].kernel->name, name)) continue;
+            *function = &m->funcs[i];
+            r = OK;
+        }
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuModuleGetGlobal_v2(CUdeviceptr *address, size_t *bytes, CUmodule m,
+                                     const char *name) {
+    CUresult r = enter(__func__, CTX);
+    uint64_t p = 0, n = 0;
+    if (!r && (!name || (!address && !bytes))) r = E_INVALID_VALUE;
+    if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
+    if (!r) r = sim_module_global(m->sim, name, &p, &n);
+    if (!r && address) *address = p;
+    if (!r && bytes) *bytes = n;
+    return leave(r);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * functions */
+
+static CUresult function_attribute(int *value, int which, const Func *f) {
+    const SimKernel *k = f->kernel;
+    switch (which) {
+    case 0: *value = k->max_threads; return OK;
+    case 1: *value = (int)k->shared_bytes; return OK;
+    case 2: *value = (int)k->const_bytes; return OK;
+    case 3: *value = (int)k->local_bytes; return OK;
+    case 4: *value = k->registers; return OK;
+    case 5: *value = sim_module_ptx_version(f->module->sim); return OK;
+    case 6: *value = sim_options.sm; return OK;
+    case 7: *value = 0; return OK;
+    case 8: *value = (int)f->max_dynamic; return OK;
+    case 9: *value = f->carveout; return OK;
+    default: return E_INVALID_VALUE;
+    }
+}
+
+EXPORT CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction f) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && !value) r = E_INVALID_VALUE;
+    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
+    return leave(r ? r : function_attribute(value, (int)which, f));
+}
+
+/* 8: dynamic shared memory allowed, 9: preferred carve-out in per cent */
+EXPORT CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute which, int value) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
+    if (!r && (int)which != 8 && (int)which != 9) r = E_INVALID_VALUE;
+    if (!r && (int)which == 9 && (value < -1 || value > 100)) r = E_INVALID_VALUE;
+    if (!r && (int)which == 8 &&
+        (value < 0 || value + (int64_t)f->kernel->shared_bytes > SIM_SHARED_MAX))
+        r = E_INVALID_VALUE;
+    if (!r && (int)which == 8) f->max_dynamic = (uint32_t)value;
+    if (!r && (int)which == 9) f->carveout = value;
+    return leave(r);
+}
+
+EXPORT CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config_) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
+    if (!r && ((int)config_ < 0 || (int)config_ > 3)) r = E_INVALID_VALUE;
+    return leave(r);
+}
+
+EXPORT CUresult cuFuncGetModule(CUmodule *module, CUfunction f) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && !module) r = E_INVALID_VALUE;
+    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
+    if (!r) *module = f->module;
+    return leave(r);
+}
+
+/* Blocks of a function that fit on one multiprocessor at a time. */
+int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
+    return occupancy_blocks(f->kernel->registers, threads, f->kernel->shared_bytes + dynamic_shared);
+}
+
+EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction f, int threads,
+                                                            size_t dynamic_shared) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && (!blocks || threads <= 0)) r = E_INVALID_VALUE;
+    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
+    if (!r) *blocks = threads > f->kernel->max_threads || dynamic_shared > f->max_dynamic
+                      ? 0 : resident_blocks(f, threads, dynamic_shared);
+    return leave(r);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * launches */
+
+static CUresult check_shape(const Func *f, const unsigned grid[3], const unsigned block[3],
+                            uint32_t shared) {
+    static const unsigned grid_max[3] = { 0x7FFFFFFF, 65535, 65535 }, block_max[3] = { 1024, 1024, 64 };
+    const SimKernel *k = f->kernel;
+    uint64_t threads = 1;
+    for (int i = 0; i < 3; i++) {
+        if (!grid[i] || grid[i] > grid_max[i] || !block[i] || block[i] > block_max[i]) {
+            misuse("%s: grid or block dimension %d is out of range", k->name, i);
+            return E_INVALID_VALUE;
+        }
+        if (k->required_block[i] && k->required_block[i] != block[i]) {
+            misuse("%s: block differs from the one its .reqntid demands", k->name);
+            return E_INVALID_VALUE;
+        }
+        threads *= block[i];
+    }
+    if (threads > 1024) {
+        misuse("%s: %u threads in a block", k->name, (unsigned)threads);
+        return E_INVALID_VALUE;
+    }
+    if (threads > (uint64_t)k->max_threads || !resident_blocks(f, (int)threads, 0)) {
+        misuse("%s: %u threads: at most %d, with about %d registers each", k->name,
+               (unsigned)threads, k->max_threads, k->registers);
+        return E_LAUNCH_OUT_OF_RESOURCES;
+    }
+    if (shared <= f->max_dynamic) return OK;
+    misuse("%s: %u bytes of dynamic shared memory, %u are allowed (%u static; attribute 8 raises "
+           "it, to %d bytes in all)", k->name, shared, f->max_dynamic, k->shared_bytes,
+           SIM_SHARED_MAX);
+    return E_INVALID_VALUE;
+}
+
+/* Copies the arguments into one block, from an array of pointers or from `extra`. */
+static CUresult pack(const SimKernel *k, void **params, void **extra, void **out) {
+    if (params && extra) return E_INVALID_VALUE;
+    if (!params && !extra && k->n_params) return E_INVALID_VALUE;
+    const void *buffer = NULL;
+    const size_t *size = NULL;
+    for (int i = 0; extra && extra[i]; i += 2) {
+        if (i > 4) return E_INVALID_VALUE;
+        if (extra[i] == (void *)1) buffer = extra[i + 1];
+        else if (extra[i] == (void *)2) size = extra[i + 1];
+        else return E_INVALID_VALUE;
+    }
+    if (extra && (!buffer || !size || *size < k->param_bytes)) return E_INVALID_VALUE;
+    for (int i = 0; params && i < k->n_params; i++)
+        if (!params[i]) return E_INVALID_VALUE;
+    char *block = zalloc(k->param_bytes);
+    if (extra) memcpy(block, buffer, k->param_bytes);
+    for (int i = 0; params && i < k->n_params; i++)
+        memcpy(block + k->params[i].offset, params[i], k->params[i].size);
+    *out = block;
+    return OK;
+}
+
+CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[3],
+                          uint32_t shared, void **params, void **extra, Work *work) {
+    *work = (Work){ .kind = W_KERNEL, .func = f, .shared = shared };
+    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
+    work->ctx = f->module->ctx;
+    memcpy(work->grid, grid, sizeof work->grid);
+    memcpy(work->block, block, sizeof work->block);
+    CUresult r = check_shape(f, grid, block, shared);
+    return r ? r : pack(f->kernel, params, extra, &work->owned);
+}
+
+static CUresult launch(Func *f, const unsigned grid[3], const unsigned block[3], uint32_t shared,
+                       CUstream h, void **params, void **extra, bool cooperative) {
+    Stream *s;
+    Work w;
+    CUresult r = get_stream(h, &s);
+    if (r) return r;
+    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
+    if (f->module->ctx != s->ctx || s->ctx != cur()) {
+        misuse("%s: function, stream and current context belong to different devices",
+               f->kernel->name);
+        return E_INVALID_HANDLE;
+    }
+    r = make_kernel_work(f, grid, block, shared, params, extra, &w);
+    if (r) return r;
+    int threads = (int)(block[0] * block[1] * block[2]);
+    uint64_t room = (uint64_t)resident_blocks(f, threads, shared) * (uint64_t)report_sms();
+    if (cooperative && (uint64_t)grid[0] * grid[1] * grid[2] > room) {
+        work_free(&w);
+        return E_COOPERATIVE_LAUNCH_TOO_LARGE;
+    }
+    return submit(s, &w);
+}
+
+EXPORT CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                               unsigned by, unsigned bz, unsigned shared, CUstream stream,
+                               void **params, void **extra) {
+    CUresult r = enter(__func__, CTX);
+    unsigned grid[3] = { gx, gy, gz }, block[3] = { bx, by, bz };
+    return leave(r ? r : launch(f, grid, block, shared, stream, params, extra, false));
+}
+
+EXPORT CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz,
+                                          unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                                          CUstream stream, void **params) {
+    CUresult r = enter(__func__, CTX);
+    unsigned grid[3] = { gx, gy, gz }, block[3] = { bx, by, bz };
+    return leave(r ? r : launch(f, grid, block, shared, stream, params, NULL, true));
+}
+
+/* Attributes: 0 ignore, 1 access policy (a hint), 2 cooperative, 8 priority; others are refused. */
+static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
+    bool cooperative = false;
+    if (!c || (c->numAttrs && !c->attrs)) return E_INVALID_VALUE;
+    for (unsigned i = 0; i < c->numAttrs; i++) {
+        int id = (int)c->attrs[i].id;
+        if (id == 2) cooperative = c->attrs[i].value.cooperative != 0;
+        else if (id != 0 && id != 1 && id != 8) return E_NOT_SUPPORTED;
+    }
+    unsigned grid[3] = { c->gridDimX, c->gridDimY, c->gridDimZ };
+    unsigned block[3] = { c->blockDimX, c->blockDimY, c->blockDimZ };
+    return launch(f, grid, block, c->sharedMemBytes, c->hStream, params, extra, cooperative);
+}
+
+EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params,
+                                 void **extra) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : launch_config(c, f, params, extra));
+}
+
+/* Runs a kernel when its turn has come; *us: its computed time. */
+CUresult work_kernel(const Work *w, double *us) {
+    SimCounters counters = { .launches = 0 };
+    SimLaunch l = { .kernel = w->func->kernel, .dynamic_shared = w->shared, .params = w->owned };
+    memcpy(l.grid, w->grid, sizeof l.grid);
+    memcpy(l.block, w->block, sizeof l.block);
+    CUresult r = fault_launch();
+    if (r) {
+        fprintf(stderr, "sim: %s: fault %d as SIM_FAULT asks\n", w->func->kernel->name, r);
+        return r;
+    }
+    r = sim_launch(&l, &counters);
+    *us = stats_launch(w->func->stats, w, &counters);
+    return r;
+}

@@ -1,0 +1,412 @@
+/* api_mem.c: device and host memory, copies, memset, pointer queries. */
+#include "api.h"
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+/* Page-locked host memory: made here, or the program's own that it registered. */
+typedef struct HostRange {
+    uint64_t base, size; /* bytes */
+    unsigned flags;
+    bool registered;
+    Ctx *ctx;
+    struct HostRange *next;
+} HostRange;
+
+static HostRange *host_ranges;
+
+/* The pinned range that holds all of [address, address + bytes), or NULL. */
+static HostRange *host_find(uint64_t address, uint64_t bytes) {
+    HostRange *h = host_ranges;
+    while (h && (address < h->base || address - h->base >= h->size ||
+                 bytes > h->size - (address - h->base)))
+        h = h->next;
+    return h;
+}
+
+/* Owner of an address: device ordinal, or -1 for any host memory. */
+static int owner(uint64_t address) {
+    SimRange range;
+    return sim_mem_find(address, &range) ? range.device : -1;
+}
+
+/* Is this a live device range? -> its owner in *device. Reports what is wrong. */
+static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
+    char why[200] = "";
+    *device = owner(address);
+    if (*device >= 0 && !sim_mem_check(address, bytes, why, sizeof why)) return OK;
+    if (*device < 0) snprintf(why, sizeof why, "not device memory");
+    misuse("device pointer 0x%llx, %llu bytes: %s", (unsigned long long)address,
+           (unsigned long long)bytes, why);
+    return E_INVALID_VALUE;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * device memory */
+
+EXPORT CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    CUresult r = enter(__func__, CTX);
+    uint64_t left = 0, all = 0;
+    if (!r) sim_mem_info(cur()->device, &left, &all);
+    if (!r && free_bytes) *free_bytes = left;
+    if (!r && total) *total = all;
+    return leave(r);
+}
+
+EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    uint64_t p = 0;
+    if (!r && (!address || !bytes)) r = E_INVALID_VALUE;
+    if (!r && fault_memory(bytes)) r = E_OUT_OF_MEMORY;
+    if (!r) r = sim_mem_alloc(cur()->device, bytes, &p);
+    if (!r) *address = p;
+    return leave(r);
+}
+
+/* As the driver does, waits for the device before the memory goes. */
+EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
+    CUresult r = enter(__func__, UNSAFE);
+    if (!r && address) {
+        Ctx *c = device_ctx(owner(address));
+        if (c) run_ctx(c);
+        r = c && c->sticky ? c->sticky : sim_mem_free(address);
+        if (r == E_INVALID_VALUE)
+            misuse("0x%llx is not the start of an allocation", (unsigned long long)address);
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address) {
+    CUresult r = enter(__func__, CTX);
+    SimRange range;
+    if (!r && (!sim_mem_find(address, &range) || range.freed)) r = E_NOT_FOUND;
+    if (!r && base) *base = range.base;
+    if (!r && size) *size = range.size;
+    return leave(r);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * host memory */
+
+static size_t pages(uint64_t bytes) {
+    return (size_t)((bytes + 4095) & ~(uint64_t)4095);
+}
+
+static CUresult host_add(uint64_t base, uint64_t bytes, unsigned flags, bool registered) {
+    if (sim_mem_host_add((void *)(uintptr_t)base, bytes)) return E_HOST_MEMORY_ALREADY_REGISTERED;
+    HostRange *h = zalloc(sizeof *h);
+    *h = (HostRange){ base, bytes, flags, registered, cur(), host_ranges };
+    host_ranges = h;
+    return OK;
+}
+
+static CUresult host_remove(uint64_t base, bool registered, CUresult unknown) {
+    HostRange **at = &host_ranges;
+    while (*at && (*at)->base != base) at = &(*at)->next;
+    HostRange *h = *at;
+    if (!h || h->registered != registered) return unknown;
+    for (int d = 0; d < config.devices; d++)
+        if (device_ctx(d)) run_ctx(device_ctx(d)); /* any device may be using it */
+    sim_mem_host_remove((void *)(uintptr_t)base);
+    if (!registered) munmap((void *)(uintptr_t)base, pages(h->size) + 4096);
+    for (at = &host_ranges; *at != h;) at = &(*at)->next; /* callbacks may have changed the list */
+    *at = h->next;
+    free(h);
+    return OK;
+}
+
+/* Filled with 0xFF, a NaN in every float format. A guard page follows. */
+static CUresult host_alloc(void **out, size_t bytes, unsigned flags) {
+    if (!out || !bytes || flags & ~7u) return E_INVALID_VALUE;
+    if (bytes > (uint64_t)1 << 40) return E_OUT_OF_MEMORY;
+    size_t size = pages(bytes);
+    char *p = mmap(NULL, size + 4096, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return E_OUT_OF_MEMORY;
+    mprotect(p + size, 4096, PROT_NONE);
+    memset(p, 0xFF, bytes);
+    CUresult r = host_add((uintptr_t)p, bytes, flags, false);
+    if (r) munmap(p, size + 4096);
+    else *out = p;
+    return r;
+}
+
+EXPORT CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : host_alloc(out, bytes, flags));
+}
+
+EXPORT CUresult cuMemAllocHost_v2(void **out, size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : host_alloc(out, bytes, 0));
+}
+
+EXPORT CUresult cuMemFreeHost(void *p) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : host_remove((uintptr_t)p, false, E_INVALID_VALUE));
+}
+
+/* Flags: 1 portable, 2 map, 4 I/O memory, 8 read only. Pages only; the last two are refused, as
+ * device attribute 113 says. */
+EXPORT CUresult cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags) {
+    CUresult r = enter(__func__, UNSAFE);
+    if (!r && (!p || !bytes || flags & ~15u)) r = E_INVALID_VALUE;
+    if (!r && flags & 12) r = E_NOT_SUPPORTED;
+    if (!r && ((uintptr_t)p | bytes) & 4095) {
+        misuse("address and size must be multiples of 4096");
+        r = E_INVALID_VALUE;
+    }
+    return leave(r ? r : host_add((uintptr_t)p, bytes, flags, true));
+}
+
+EXPORT CUresult cuMemHostUnregister(void *p) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : host_remove((uintptr_t)p, true, E_HOST_MEMORY_NOT_REGISTERED));
+}
+
+/* One address space: the device address is the host address. */
+EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *p, unsigned flags) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && (!address || flags || !host_find((uintptr_t)p, 1))) r = E_INVALID_VALUE;
+    if (!r) *address = (uintptr_t)p;
+    return leave(r);
+}
+
+EXPORT CUresult cuMemHostGetFlags(unsigned *flags, void *p) {
+    CUresult r = enter(__func__, CTX);
+    HostRange *h = r ? NULL : host_find((uintptr_t)p, 1);
+    if (!r && (!flags || !h)) r = E_INVALID_VALUE;
+    if (!r) *flags = h->flags;
+    return leave(r);
+}
+
+static CUresult pointer_attribute(void *out, int which, uint64_t p) {
+    SimRange range = { .base = 0 };
+    if (!sim_mem_find(p, &range) || range.freed) return E_INVALID_VALUE;
+    bool host = range.device < 0;
+    HostRange *h = host ? host_find(p, 1) : NULL;
+    Ctx *ctx = host ? h ? h->ctx : NULL : device_ctx(range.device);
+    switch (which) {
+    case 1: memcpy(out, &ctx, sizeof ctx); return OK;             /* context */
+    case 2: *(unsigned *)out = host ? 1 : 2; return OK;           /* host, device */
+    case 3: memcpy(out, &p, sizeof p); return OK;                 /* device address */
+    case 4: memcpy(out, &p, sizeof p); return host ? OK : E_INVALID_VALUE;
+    case 8: *(bool *)out = false; return OK;                      /* managed */
+    case 9: *(int *)out = host ? ctx ? ctx->device : 0 : range.device; return OK;
+    case 11: memcpy(out, &range.base, sizeof range.base); return OK;
+    case 12: memcpy(out, &range.size, sizeof range.size); return OK;
+    case 13: *(bool *)out = true; return OK;                      /* mapped */
+    default: return E_NOT_SUPPORTED;
+    }
+}
+
+EXPORT CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr p) {
+    CUresult r = enter(__func__, INIT);
+    if (!r && !out) r = E_INVALID_VALUE;
+    return leave(r ? r : pointer_attribute(out, (int)which, p));
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * copies */
+
+enum { HOST = 1, DEVICE = 2, EITHER = 3 }; /* what an argument has to be */
+
+/* Checks one side of a copy. *device: owner or -1; *pinned: page-locked host memory. */
+static CUresult side(uint64_t p, uint64_t bytes, int want, int *device, bool *pinned) {
+    *pinned = false;
+    *device = owner(p);
+    if (*device >= 0 && want == HOST) {
+        misuse("0x%llx is device memory, host memory is expected", (unsigned long long)p);
+        return E_INVALID_VALUE;
+    }
+    if (*device >= 0 || want == DEVICE) {
+        HostRange *h = want == DEVICE ? host_find(p, bytes) : NULL;
+        if (!h) return device_range(p, bytes, device);
+    }
+    if (!p) return E_INVALID_VALUE;
+    *pinned = host_find(p, bytes) != NULL;
+    return OK;
+}
+
+/* A copy between any two places. Pageable sources are read now (the driver stages them), pinned
+ * ones when the copy runs. `wait`: the call returns when it is done. */
+static CUresult copy(uint64_t dst, int dst_is, uint64_t src, int src_is, uint64_t bytes, CUstream h,
+                     bool wait) {
+    Stream *s;
+    bool dst_pinned, src_pinned;
+    Work w = { .kind = W_COPY, .dst = dst, .src = src, .bytes = bytes };
+    CUresult r = get_stream(h, &s);
+    if (r || !bytes) return r;
+    r = side(dst, bytes, dst_is, &w.dst_dev, &dst_pinned);
+    if (!r) r = side(src, bytes, src_is, &w.src_dev, &src_pinned);
+    if (r) return r;
+    w.ctx = s->ctx;
+    bool pageable = (w.dst_dev < 0 && !dst_pinned) || (w.src_dev < 0 && !src_pinned);
+    if (s->capture && pageable) return capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (w.src_dev < 0 && !src_pinned) {
+        w.owned = zalloc(bytes);
+        memcpy(w.owned, (void *)(uintptr_t)src, bytes);
+        w.src = (uintptr_t)w.owned;
+    }
+    r = submit(s, &w);
+    if (r || !wait) return r;
+    run_until(s->tail);
+    return s->ctx->sticky;
+}
+
+/* The host's view of one side of a copy. */
+static void *bytes_at(uint64_t p, int device) {
+    return device >= 0 ? sim_mem_ptr(p) : (void *)(uintptr_t)p;
+}
+
+/* Runs when its turn has come. */
+CUresult work_copy(const Work *w) {
+    char why[200] = "";
+    if ((w->dst_dev >= 0 && sim_mem_check(w->dst, w->bytes, why, sizeof why)) ||
+        (w->src_dev >= 0 && sim_mem_check(w->src, w->bytes, why, sizeof why))) {
+        misuse("a copy found its memory gone: %s", why);
+        return 700;
+    }
+    if (w->src_dev >= 0 && w->dst_dev < 0 && sim_options.check_init) {
+        uint64_t good = sim_mem_initialised(w->src, w->bytes);
+        if (good < w->bytes) {
+            SimFinding f = { .kind = SIM_UNINIT, .kernel = "", .device = w->src_dev, .file = "",
+                             .address = w->src + good };
+            snprintf(f.text, sizeof f.text, "a copy of %llu bytes to the host reads bytes that "
+                     "nothing wrote, the first at offset %llu", (unsigned long long)w->bytes,
+                     (unsigned long long)good);
+            sim_report(&f);
+        }
+    }
+    unsigned char *dst = bytes_at(w->dst, w->dst_dev);
+    memmove(dst, bytes_at(w->src, w->src_dev), w->bytes);
+    if (w->dst_dev >= 0 && w->src_dev >= 0) sim_mem_copy_marks(w->dst, w->src, w->bytes);
+    else if (w->dst_dev >= 0) sim_mem_mark(w->dst, w->bytes, true);
+    if (w->dst_dev >= 0 && w->src_dev >= 0 && w->dst_dev != w->src_dev && fault_corrupt())
+        dst[w->bytes / 2] ^= 1;
+    return OK;
+}
+
+EXPORT CUresult cuMemcpyHtoD_v2(CUdeviceptr dst, const void *src, size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, NULL, true));
+}
+
+EXPORT CUresult cuMemcpyDtoH_v2(void *dst, CUdeviceptr src, size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : copy((uintptr_t)dst, HOST, src, DEVICE, bytes, NULL, true));
+}
+
+/* Between device memories the host does not wait, as documented. */
+EXPORT CUresult cuMemcpyDtoD_v2(CUdeviceptr dst, CUdeviceptr src, size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : copy(dst, DEVICE, src, DEVICE, bytes, NULL, false));
+}
+
+EXPORT CUresult cuMemcpy(CUdeviceptr dst, CUdeviceptr src, size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : copy(dst, EITHER, src, EITHER, bytes, NULL, true));
+}
+
+EXPORT CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr dst, const void *src, size_t bytes, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, s, false));
+}
+
+EXPORT CUresult cuMemcpyDtoHAsync_v2(void *dst, CUdeviceptr src, size_t bytes, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : copy((uintptr_t)dst, HOST, src, DEVICE, bytes, s, false));
+}
+
+EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : copy(dst, DEVICE, src, DEVICE, bytes, s, false));
+}
+
+EXPORT CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : copy(dst, EITHER, src, EITHER, bytes, s, false));
+}
+
+/* Works with and without peer access: the driver stages through the host if need be. */
+static CUresult peer_copy(CUdeviceptr dst, Ctx *to, CUdeviceptr src, Ctx *from, size_t bytes,
+                          CUstream s) {
+    if (!obj_ok(to, T_CTX) || !obj_ok(from, T_CTX)) return E_INVALID_CONTEXT;
+    if (to->sticky || from->sticky) return to->sticky ? to->sticky : from->sticky;
+    if (bytes && (owner(dst) != to->device || owner(src) != from->device)) {
+        misuse("a pointer does not belong to the context given with it");
+        return E_INVALID_VALUE;
+    }
+    return copy(dst, DEVICE, src, DEVICE, bytes, s, false);
+}
+
+EXPORT CUresult cuMemcpyPeerAsync(CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
+                                  size_t bytes, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : peer_copy(dst, to, src, from, bytes, s));
+}
+
+EXPORT CUresult cuMemcpyPeer(CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
+                             size_t bytes) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : peer_copy(dst, to, src, from, bytes, NULL));
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * memset */
+
+CUresult work_set(const Work *w) {
+    char why[200] = "";
+    if (w->dst_dev >= 0 && sim_mem_check(w->dst, w->bytes, why, sizeof why)) {
+        misuse("a memset found its memory gone: %s", why);
+        return 700;
+    }
+    unsigned char *p = bytes_at(w->dst, w->dst_dev);
+    if (w->unit == 1) memset(p, (int)w->value, w->bytes);
+    for (uint64_t i = 0; w->unit > 1 && i < w->bytes; i += w->unit) memcpy(p + i, &w->value, w->unit);
+    if (w->dst_dev >= 0) sim_mem_mark(w->dst, w->bytes, true);
+    return OK;
+}
+
+/* Does not wait, in either form: so it is documented for device memory. */
+static CUresult set(CUdeviceptr dst, uint32_t value, uint32_t unit, size_t n, CUstream h) {
+    Stream *s;
+    bool pinned;
+    Work w = { .kind = W_SET, .dst = dst, .value = value, .unit = unit };
+    CUresult r = get_stream(h, &s);
+    if (r || !n) return r;
+    if (__builtin_mul_overflow((uint64_t)n, unit, &w.bytes) || dst % unit) return E_INVALID_VALUE;
+    r = side(dst, w.bytes, DEVICE, &w.dst_dev, &pinned);
+    w.ctx = s->ctx;
+    return r ? r : submit(s, &w);
+}
+
+EXPORT CUresult cuMemsetD8_v2(CUdeviceptr dst, unsigned char value, size_t n) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : set(dst, value, 1, n, NULL));
+}
+
+EXPORT CUresult cuMemsetD16_v2(CUdeviceptr dst, unsigned short value, size_t n) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : set(dst, value, 2, n, NULL));
+}
+
+EXPORT CUresult cuMemsetD32_v2(CUdeviceptr dst, unsigned value, size_t n) {
+    CUresult r = enter(__func__, UNSAFE);
+    return leave(r ? r : set(dst, value, 4, n, NULL));
+}
+
+EXPORT CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, size_t n, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : set(dst, value, 1, n, s));
+}
+
+EXPORT CUresult cuMemsetD16Async(CUdeviceptr dst, unsigned short value, size_t n, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : set(dst, value, 2, n, s));
+}
+
+EXPORT CUresult cuMemsetD32Async(CUdeviceptr dst, unsigned value, size_t n, CUstream s) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : set(dst, value, 4, n, s));
+}

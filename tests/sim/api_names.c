@@ -1,0 +1,202 @@
+/* api_names.c: error texts, and cuGetProcAddress. */
+#define _GNU_SOURCE
+#include "api.h"
+#include <dlfcn.h>
+#include <string.h>
+
+static const struct { int code; const char *name, *text; } errors[] = {
+    { 0, "CUDA_SUCCESS", "no error" },
+    { 1, "CUDA_ERROR_INVALID_VALUE", "invalid argument" },
+    { 2, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory" },
+    { 3, "CUDA_ERROR_NOT_INITIALIZED", "initialization error" },
+    { 4, "CUDA_ERROR_DEINITIALIZED", "driver shutting down" },
+    { 34, "CUDA_ERROR_STUB_LIBRARY", "CUDA driver is a stub library" },
+    { 36, "CUDA_ERROR_CALL_REQUIRES_NEWER_DRIVER", "this call requires a newer driver" },
+    { 46, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable" },
+    { 100, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected" },
+    { 101, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal" },
+    { 200, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid" },
+    { 201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context" },
+    { 205, "CUDA_ERROR_MAP_FAILED", "mapping of buffer object failed" },
+    { 209, "CUDA_ERROR_NO_BINARY_FOR_GPU",
+      "no kernel image is available for execution on the device" },
+    { 214, "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error encountered" },
+    { 216, "CUDA_ERROR_CONTEXT_ALREADY_IN_USE", "exclusive-thread device already in use" },
+    { 217, "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED",
+      "peer access is not supported between these two devices" },
+    { 218, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed" },
+    { 220, "CUDA_ERROR_NVLINK_UNCORRECTABLE", "uncorrectable NVLink error detected" },
+    { 221, "CUDA_ERROR_JIT_COMPILER_NOT_FOUND", "PTX JIT compiler library not found" },
+    { 222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+      "the provided PTX was compiled with an unsupported toolchain" },
+    { 300, "CUDA_ERROR_INVALID_SOURCE", "device kernel image is invalid" },
+    { 301, "CUDA_ERROR_FILE_NOT_FOUND", "file not found" },
+    { 304, "CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS" },
+    { 400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle" },
+    { 401, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state" },
+    { 500, "CUDA_ERROR_NOT_FOUND", "named symbol not found" },
+    { 600, "CUDA_ERROR_NOT_READY", "device not ready" },
+    { 700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered" },
+    { 701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch" },
+    { 702, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated" },
+    { 704, "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED", "peer access is already enabled" },
+    { 705, "CUDA_ERROR_PEER_ACCESS_NOT_ENABLED", "peer access has not been enabled" },
+    { 708, "CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE", "cannot set while device is active" },
+    { 709, "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed" },
+    { 710, "CUDA_ERROR_ASSERT", "device-side assert triggered" },
+    { 712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+      "part or all of the requested memory range is already mapped" },
+    { 713, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+      "pointer does not correspond to a registered memory region" },
+    { 714, "CUDA_ERROR_HARDWARE_STACK_ERROR", "hardware stack error" },
+    { 715, "CUDA_ERROR_ILLEGAL_INSTRUCTION", "an illegal instruction was encountered" },
+    { 716, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address" },
+    { 717, "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+      "operation not supported on global/shared address space" },
+    { 718, "CUDA_ERROR_INVALID_PC", "invalid program counter" },
+    { 719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure" },
+    { 720, "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE", "too many blocks in cooperative launch" },
+    { 800, "CUDA_ERROR_NOT_PERMITTED", "operation not permitted" },
+    { 801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported" },
+    { 802, "CUDA_ERROR_SYSTEM_NOT_READY", "system not yet initialized" },
+    { 803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+      "system has unsupported display driver / cuda driver combination" },
+    { 900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+      "operation not permitted when stream is capturing" },
+    { 901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+      "operation failed due to a previous error during capture" },
+    { 902, "CUDA_ERROR_STREAM_CAPTURE_MERGE",
+      "operation would result in a merge of separate capture sequences" },
+    { 903, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream" },
+    { 904, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work" },
+    { 905, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
+      "dependency created on uncaptured work in another stream" },
+    { 906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+      "operation would make the legacy stream depend on a capturing blocking stream" },
+    { 907, "CUDA_ERROR_CAPTURED_EVENT",
+      "operation not permitted on an event last recorded in a capturing stream" },
+    { 908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+      "attempt to terminate a thread-local capture sequence from another thread" },
+    { 910, "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE",
+      "the graph update was not performed because it included changes which violated constraints" },
+    { 999, "CUDA_ERROR_UNKNOWN", "unknown error" },
+};
+
+const char *error_name(int code) {
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+        if (errors[i].code == code) return errors[i].name;
+    return NULL;
+}
+
+const char *error_text(int code) {
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+        if (errors[i].code == code) return errors[i].text;
+    return NULL;
+}
+
+/* Name as the program asks for it, first driver version that has this form, and what the exported
+ * symbol carries behind the name. */
+static const struct { const char *base; int version; const char *suffix; } symbols[] = {
+    { "cuCtxDisablePeerAccess", 4000, "" }, { "cuCtxEnablePeerAccess", 4000, "" },
+    { "cuCtxGetCurrent", 4000, "" }, { "cuCtxGetDevice", 2000, "" },
+    { "cuCtxGetDevice", 13000, "_v2" }, { "cuCtxGetStreamPriorityRange", 5050, "" },
+    { "cuCtxPopCurrent", 4000, "_v2" }, { "cuCtxPushCurrent", 4000, "_v2" },
+    { "cuCtxSetCurrent", 4000, "" }, { "cuCtxSetLimit", 3010, "" },
+    { "cuCtxSynchronize", 2000, "" }, { "cuCtxSynchronize", 13000, "_v2" },
+    { "cuDeviceCanAccessPeer", 4000, "" }, { "cuDeviceGet", 2000, "" },
+    { "cuDeviceGetAttribute", 2000, "" }, { "cuDeviceGetCount", 2000, "" },
+    { "cuDeviceGetName", 2000, "" }, { "cuDeviceGetP2PAttribute", 8000, "" },
+    { "cuDeviceGetPCIBusId", 4010, "" }, { "cuDeviceGetUuid", 11040, "_v2" },
+    { "cuDevicePrimaryCtxGetState", 7000, "" }, { "cuDevicePrimaryCtxRelease", 11000, "_v2" },
+    { "cuDevicePrimaryCtxReset", 11000, "_v2" }, { "cuDevicePrimaryCtxRetain", 7000, "" },
+    { "cuDevicePrimaryCtxSetFlags", 11000, "_v2" }, { "cuDeviceTotalMem", 3020, "_v2" },
+    { "cuDriverGetVersion", 2020, "" }, { "cuEventCreate", 2000, "" },
+    { "cuEventDestroy", 4000, "_v2" }, { "cuEventElapsedTime", 2000, "" },
+    { "cuEventElapsedTime", 12080, "_v2" }, { "cuEventQuery", 2000, "" },
+    { "cuEventRecord", 2000, "" }, { "cuEventRecordWithFlags", 11010, "" },
+    { "cuEventSynchronize", 2000, "" }, { "cuFuncGetAttribute", 2020, "" },
+    { "cuFuncGetModule", 11000, "" }, { "cuFuncSetAttribute", 9000, "" },
+    { "cuFuncSetCacheConfig", 3000, "" }, { "cuGetErrorName", 6000, "" },
+    { "cuGetErrorString", 6000, "" }, { "cuGetProcAddress", 11030, "" },
+    { "cuGetProcAddress", 12000, "_v2" }, { "cuGraphAddKernelNode", 12000, "_v2" },
+    { "cuGraphCreate", 10000, "" }, { "cuGraphDestroy", 10000, "" },
+    { "cuGraphExecDestroy", 10000, "" }, { "cuGraphExecKernelNodeSetParams", 12000, "_v2" },
+    { "cuGraphExecUpdate", 10020, "" }, { "cuGraphExecUpdate", 12000, "_v2" },
+    { "cuGraphGetNodes", 10000, "" }, { "cuGraphInstantiateWithFlags", 11040, "" },
+    { "cuGraphInstantiate", 11000, "_v2" }, { "cuGraphLaunch", 10000, "" },
+    { "cuGraphNodeGetType", 10000, "" }, { "cuGraphUpload", 11010, "" }, { "cuInit", 2000, "" },
+    { "cuLaunchCooperativeKernel", 9000, "" }, { "cuLaunchHostFunc", 10000, "" },
+    { "cuLaunchKernel", 4000, "" }, { "cuLaunchKernelEx", 11060, "" },
+    { "cuMemAllocHost", 3020, "_v2" }, { "cuMemAlloc", 3020, "_v2" },
+    { "cuMemFreeHost", 2000, "" }, { "cuMemFree", 3020, "_v2" },
+    { "cuMemGetAddressRange", 3020, "_v2" }, { "cuMemGetInfo", 3020, "_v2" },
+    { "cuMemHostAlloc", 2020, "" }, { "cuMemHostGetDevicePointer", 3020, "_v2" },
+    { "cuMemHostGetFlags", 2030, "" }, { "cuMemHostRegister", 6050, "_v2" },
+    { "cuMemHostUnregister", 4000, "" }, { "cuMemcpy", 4000, "" }, { "cuMemcpyAsync", 4000, "" },
+    { "cuMemcpyDtoDAsync", 3020, "_v2" }, { "cuMemcpyDtoD", 3020, "_v2" },
+    { "cuMemcpyDtoHAsync", 3020, "_v2" }, { "cuMemcpyDtoH", 3020, "_v2" },
+    { "cuMemcpyHtoDAsync", 3020, "_v2" }, { "cuMemcpyHtoD", 3020, "_v2" },
+    { "cuMemcpyPeer", 4000, "" }, { "cuMemcpyPeerAsync", 4000, "" },
+    { "cuMemsetD16Async", 3020, "" }, { "cuMemsetD16", 3020, "_v2" },
+    { "cuMemsetD32Async", 3020, "" }, { "cuMemsetD32", 3020, "_v2" },
+    { "cuMemsetD8Async", 3020, "" }, { "cuMemsetD8", 3020, "_v2" },
+    { "cuModuleGetFunction", 2000, "" }, { "cuModuleGetGlobal", 3020, "_v2" },
+    { "cuModuleLoadData", 2000, "" }, { "cuModuleLoadDataEx", 2010, "" },
+    { "cuModuleUnload", 2000, "" }, { "cuOccupancyMaxActiveBlocksPerMultiprocessor", 6050, "" },
+    { "cuPointerGetAttribute", 4000, "" }, { "cuProfilerStart", 4000, "" },
+    { "cuProfilerStop", 4000, "" }, { "cuStreamBeginCapture", 10010, "_v2" },
+    { "cuStreamCreate", 2000, "" }, { "cuStreamCreateWithPriority", 5050, "" },
+    { "cuStreamDestroy", 4000, "_v2" }, { "cuStreamEndCapture", 10000, "" },
+    { "cuStreamGetCtx", 9020, "" }, { "cuStreamGetFlags", 5050, "" },
+    { "cuStreamGetPriority", 5050, "" }, { "cuStreamIsCapturing", 10000, "" },
+    { "cuStreamQuery", 2000, "" }, { "cuStreamSynchronize", 2000, "" },
+    { "cuStreamWaitEvent", 3020, "" }, { "cuGraphInstantiate", 12000, "WithFlags" },
+};
+
+/* Address of one of this library's own exports. */
+static void *own_symbol(const char *name) {
+    Dl_info info;
+    if (!dladdr(&config, &info)) return NULL;
+    void *self_ = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    void *p = self_ ? dlsym(self_, name) : NULL;
+    if (self_) dlclose(self_);
+    return p;
+}
+
+/* The newest form of `symbol` that both `version` and the driver know. *status: 0 found, 1 unknown,
+ * 2 only newer forms. Names with a suffix are unknown, as on a real driver. */
+static CUresult get_proc(const char *symbol, void **fn, int version, uint64_t flags, int *status) {
+    char name[128] = "";
+    *status = 1;
+    if (!symbol || !fn || flags > 2 || version > config.driver) return E_INVALID_VALUE;
+    *fn = NULL;
+    for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
+        if (strcmp(symbols[i].base, symbol)) continue;
+        if (!*name) *status = 2;
+        if (symbols[i].version > version) continue;
+        snprintf(name, sizeof name, "%s%s", symbol, symbols[i].suffix);
+        *status = 0;
+    }
+    if (*status == 0 && (fault_missing(symbol) || fault_missing(name))) *status = 1;
+    if (*status == 0) *fn = own_symbol(name);
+    if (*status == 1) fprintf(stderr, "sim: cuGetProcAddress: %s is not provided\n", symbol);
+    return *fn ? OK : E_NOT_FOUND;
+}
+
+EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **fn, int version, cuuint64_t flags,
+                                    CUdriverProcAddressQueryResult *status) {
+    int found;
+    CUresult r = enter(__func__, ANY);
+    if (!r) {
+        r = get_proc(symbol, fn, version, flags, &found);
+        if (status) *status = found;
+        if (r == E_NOT_FOUND) r = OK; /* the status and the NULL tell, so it is documented */
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuGetProcAddress(const char *symbol, void **fn, int version, cuuint64_t flags) {
+    int found;
+    CUresult r = enter(__func__, ANY);
+    return leave(r ? r : get_proc(symbol, fn, version, flags, &found));
+}

@@ -1,0 +1,553 @@
+/* stream.c: streams, events and the order in which work runs.
+ *
+ * Work does not run when it is submitted. Each operation knows its predecessors: the one before it
+ * in its stream, the records it waits for, and the legacy stream's rule. When a call has to wait,
+ * the operations it needs run one by one, each time the ready one with the lowest seeded priority;
+ * with SIM_SEED % 4 of
+ *   0  nothing else runs (the laziest device),
+ *   1  whatever is ready runs at once, when it is submitted (the most eager one),
+ *   2, 3  half of the operations that nobody waits for run too, in between.
+ * So what is not ordered by the program happens in some other order under some seed. */
+#include "api.h"
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static pthread_cond_t progress = PTHREAD_COND_INITIALIZER; /* an operation finished */
+static Op **ready;                                         /* no unfinished predecessors */
+static int n_ready, cap_ready, n_pending, n_running;
+static uint32_t next_stream_id;
+static struct timespec last_call;
+
+static uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+void work_free(Work *work) {
+    free(work->owned);
+    work->owned = NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * operations */
+
+void op_hold(Op **slot, Op *op) {
+    Op *old = *slot;
+    if (op) op->refs++;
+    *slot = op;
+    if (!old || --old->refs) return;
+    work_free(&old->work);
+    free(old->succs);
+    free(old);
+}
+
+static void make_ready(Op *op) {
+    if (n_ready == cap_ready) {
+        cap_ready = cap_ready ? 2 * cap_ready : 64;
+        ready = realloc(ready, (size_t)cap_ready * sizeof *ready);
+        if (!ready) abort();
+    }
+    ready[n_ready++] = op;
+}
+
+static void add_succ(Op *op, Op *succ) {
+    if (op->n_succs == op->cap_succs) {
+        op->cap_succs = op->cap_succs ? 2 * op->cap_succs : 4;
+        op->succs = realloc(op->succs, (size_t)op->cap_succs * sizeof *op->succs);
+        if (!op->succs) abort();
+    }
+    op->succs[op->n_succs++] = succ;
+}
+
+/* An operation that runs after `preds` (NULL entries allowed), not before virtual time `t`. Takes
+ * work->owned. The scheduler holds it until it is done. */
+Op *op_new(const Work *work, Op **preds, int n_preds, double t, uint64_t order) {
+    Op *op = zalloc(sizeof *op), *held = NULL;
+    op->work = *work;
+    op->ready = t;
+    op->order = order;
+    op->preds = zalloc((size_t)n_preds * sizeof *op->preds);
+    for (int i = 0; i < n_preds; i++) {
+        Op *p = preds[i];
+        if (p && p->end > op->ready && p->done) op->ready = p->end;
+        if (!p || p->done) continue;
+        op_hold(&op->preds[op->n_preds++], p);
+        add_succ(p, op);
+        op->waits++;
+    }
+    op_hold(&held, op);
+    n_pending++;
+    work->ctx->pending++;
+    if (!op->waits) make_ready(op);
+    return op;
+}
+
+static void finish(Op *op, double end) {
+    op->end = end;
+    op->done = true;
+    n_pending--;
+    op->work.ctx->pending--;
+    for (int i = 0; i < op->n_preds; i++) op_hold(&op->preds[i], NULL);
+    free(op->preds);
+    op->preds = NULL;
+    op->n_preds = 0;
+    for (int i = 0; i < op->n_succs; i++) {
+        Op *s = op->succs[i];
+        if (end > s->ready) s->ready = end;
+        if (!--s->waits) make_ready(s);
+    }
+    op->n_succs = 0;
+    work_free(&op->work);
+    pthread_cond_broadcast(&progress);
+    op_hold(&op, NULL);
+}
+
+/* The engines that an operation occupies: kernels, copies in, copies out. */
+static double occupy(const Work *w, double t, double us) {
+    Ctx *a = NULL, *b = NULL;
+    int ea = 0, eb = 0;
+    if (w->kind == W_KERNEL || w->kind == W_SET) a = w->ctx;
+    if (w->kind == W_COPY) {
+        a = device_ctx(w->dst_dev), ea = 1;
+        b = device_ctx(w->src_dev), eb = 2;
+    }
+    if (a && a->engine[ea] > t) t = a->engine[ea];
+    if (b && b->engine[eb] > t) t = b->engine[eb];
+    t += us;
+    if (a) a->engine[ea] = t;
+    if (b) b->engine[eb] = t;
+    return t;
+}
+
+/* The callback may take its time or wait for another thread: run it without the lock. */
+static void call_host(const Work *w) {
+    const char *call = self.call;
+    pthread_mutex_unlock(&sim_lock);
+    self.in_callback = true;
+    w->fn(w->user);
+    self.in_callback = false;
+    pthread_mutex_lock(&sim_lock);
+    self.call = call;
+}
+
+/* Runs one operation (not in the ready list any more). After a fault in its context only its place
+ * in the order is kept. */
+static void execute(Op *op) {
+    Work *w = &op->work;
+    Ctx *c = w->ctx;
+    double us = 0;
+    n_running++;
+    if (w->kind != W_EMPTY && !c->sticky) c->sticky = fault_lost(c->device);
+    if (!c->sticky) {
+        if (w->kind == W_KERNEL) c->sticky = work_kernel(w, &us);
+        if (w->kind == W_COPY) {
+            c->sticky = work_copy(w);
+            us = stats_copy(w->src_dev, w->dst_dev, w->bytes);
+        }
+        if (w->kind == W_SET) c->sticky = work_set(w);
+        if (w->kind == W_HOST) call_host(w);
+    }
+    n_running--;
+    finish(op, occupy(w, op->ready, us));
+}
+
+/* Does this operation run although nobody waits for it? */
+static bool volunteers(const Op *op) {
+    unsigned style = config.seed % 4;
+    return style == 1 || (style > 1 && (op->order >> 40 & 1));
+}
+
+/* Takes the next operation out of the ready list; NULL if none may run now. */
+static Op *pick(void) {
+    int best = -1;
+    for (int i = 0; i < n_ready; i++) {
+        if (!ready[i]->needed && !volunteers(ready[i])) continue;
+        if (best < 0 || ready[i]->order < ready[best]->order) best = i;
+    }
+    if (best < 0) return NULL;
+    Op *op = ready[best];
+    ready[best] = ready[--n_ready];
+    return op;
+}
+
+/* Marks an operation and all it waits for. */
+static void need(Op *op) {
+    int n = 0, cap = 64;
+    Op **stack = zalloc((size_t)cap * sizeof *stack);
+    if (op && !op->done && !op->needed) stack[n++] = op;
+    while (n) {
+        Op *o = stack[--n];
+        if (o->needed) continue;
+        o->needed = true;
+        while (n + o->n_preds > cap) {
+            stack = realloc(stack, (size_t)(cap *= 2) * sizeof *stack);
+            if (!stack) abort();
+        }
+        for (int i = 0; i < o->n_preds; i++)
+            if (!o->preds[i]->done && !o->preds[i]->needed) stack[n++] = o->preds[i];
+    }
+    free(stack);
+}
+
+/* One step: runs an operation, or waits for a thread that is in a callback. */
+static void step(void) {
+    Op *op = pick();
+    if (op) {
+        execute(op);
+    } else if (n_running) {
+        pthread_cond_wait(&progress, &sim_lock);
+    } else {
+        fprintf(stderr, "sim: internal error: work is pending and none of it can run\n");
+        abort();
+    }
+}
+
+/* Runs until `op` is done; the calling thread has then waited until the operation's end. */
+void run_until(Op *op) {
+    Op *held = NULL;
+    if (!op) return;
+    op_hold(&held, op);
+    need(op);
+    while (!op->done) step();
+    if (op->end > self.clock) self.clock = op->end;
+    op_hold(&held, NULL);
+}
+
+void run_ctx(Ctx *ctx) {
+    for (Stream *s = ctx->streams; s; s = s->next) need(s->tail);
+    for (Stream *s = ctx->streams; s; s = s->next) run_until(s->tail);
+}
+
+/* A query lets the device get on by one operation, so that polling ends. */
+void run_a_little(Op *op) {
+    if (!op || op->done) return;
+    need(op);
+    Op *next = pick();
+    if (next) execute(next);
+}
+
+/* The device of a program that waits without calling the driver (for a flag, for a callback) gets
+ * on too, but only after a long silence, and says so. */
+static void *idle_thread(void *unused) {
+    static bool said;
+    struct timespec nap = { 0, 20000000 }, now;
+    for (;;) {
+        nanosleep(&nap, NULL);
+        pthread_mutex_lock(&sim_lock);
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        double ms = (now.tv_sec - last_call.tv_sec) * 1e3 + (now.tv_nsec - last_call.tv_nsec) / 1e6;
+        if (n_ready && !n_running && ms > config.idle_ms) {
+            if (!said) fprintf(stderr, "sim: no call for %d ms: pending work runs unasked\n",
+                               config.idle_ms);
+            said = true;
+            for (int i = 0; i < n_ready; i++) ready[i]->needed = true;
+            Op *op = pick();
+            if (op) execute(op);
+        }
+        pthread_mutex_unlock(&sim_lock);
+    }
+    return unused;
+}
+
+static void start_idle_thread(void) {
+    static bool started;
+    pthread_t t;
+    clock_gettime(CLOCK_MONOTONIC, &last_call);
+    if (started || !config.idle_ms) return;
+    started = true;
+    if (!pthread_create(&t, NULL, idle_thread, NULL)) pthread_detach(t);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * streams */
+
+Stream *stream_new(Ctx *ctx, unsigned flags, int priority) {
+    Stream *s = obj_new(T_STREAM, sizeof *s);
+    s->ctx = ctx;
+    s->flags = flags;
+    s->priority = priority;
+    s->id = next_stream_id++;
+    s->next = ctx->streams;
+    ctx->streams = s;
+    return s;
+}
+
+CUresult get_stream(CUstream handle, Stream **stream) {
+    Stream *s = handle;
+    if (!s || s == (Stream *)1) s = cur()->legacy;
+    if (s == (Stream *)2) return E_NOT_SUPPORTED; /* per-thread default stream */
+    if (!obj_ok(s, T_STREAM)) return E_INVALID_HANDLE;
+    *stream = s;
+    return s->ctx->sticky;
+}
+
+uint64_t stream_order(Stream *s) {
+    return mix(mix(config.seed + 1) ^ mix(((uint64_t)s->id << 32) + ++s->count));
+}
+
+/* What the next operation of a stream has to wait for; at most `max` are written. The legacy
+ * stream waits for every blocking stream of its context, and they wait for it. */
+int stream_preds(Stream *s, Op **preds, int max) {
+    int n = 0;
+    for (Stream *t = s->ctx->streams; t && n < max; t = t->next) {
+        bool tied = t == s || (s == s->ctx->legacy && !(t->flags & 1)) ||
+                    (t == s->ctx->legacy && !(s->flags & 1));
+        if (tied && t->tail && (t == s || !t->tail->done)) preds[n++] = t->tail;
+    }
+    return n;
+}
+
+void stream_tail(Stream *s, Op *op) {
+    op_hold(&s->tail, op);
+    while (config.seed % 4 == 1 && (op = pick())) execute(op);
+}
+
+/* Work on the legacy stream would have to wait for streams that are being captured. */
+static CUresult implicit_capture(Stream *s) {
+    CUresult r = OK;
+    for (Stream *t = s->ctx->streams; s == s->ctx->legacy && t; t = t->next)
+        if (t->capture && !(t->flags & 1)) r = capture_break(t->capture, E_CAPTURE_IMPLICIT);
+    return r;
+}
+
+/* An operation at the end of a stream, which also waits for `extra` (or NULL). */
+CUresult append(Stream *s, Work *work, Op *extra) {
+    enum { MAX = 1024 };
+    Op *preds[MAX + 1];
+    CUresult r = implicit_capture(s);
+    if (!r) r = s->ctx->sticky;
+    if (r) {
+        work_free(work);
+        return r;
+    }
+    int n = stream_preds(s, preds, MAX);
+    preds[n++] = extra;
+    start_idle_thread();
+    stream_tail(s, op_new(work, preds, n, self.clock, stream_order(s)));
+    return OK;
+}
+
+CUresult submit(Stream *s, Work *work) {
+    if (s->capture) return capture_add(s, work);
+    return append(s, work, NULL);
+}
+
+static CUresult make_stream(CUstream *stream, unsigned flags, int priority) {
+    if (!stream || flags > 1) return E_INVALID_VALUE;
+    if (priority > 0) priority = 0;
+    if (priority < -5) priority = -5;
+    *stream = stream_new(cur(), flags, priority);
+    return OK;
+}
+
+EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : make_stream(stream, flags, 0));
+}
+
+EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : make_stream(stream, flags, priority));
+}
+
+EXPORT CUresult cuStreamDestroy_v2(CUstream stream) {
+    Stream *s;
+    CUresult r = enter(__func__, CTX);
+    if (!r) r = get_stream(stream, &s);
+    if (!r && s == s->ctx->legacy) r = E_INVALID_HANDLE;
+    if (!r && s->capture) r = capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (!r) s->obj.dead = true; /* its work goes on */
+    return leave(r);
+}
+
+EXPORT CUresult cuStreamGetFlags(CUstream stream, unsigned *flags) {
+    Stream *s;
+    CUresult r = enter(__func__, CTX);
+    if (!r && !flags) r = E_INVALID_VALUE;
+    if (!r) r = get_stream(stream, &s);
+    if (!r) *flags = s->flags;
+    return leave(r);
+}
+
+EXPORT CUresult cuStreamGetPriority(CUstream stream, int *priority) {
+    Stream *s;
+    CUresult r = enter(__func__, CTX);
+    if (!r && !priority) r = E_INVALID_VALUE;
+    if (!r) r = get_stream(stream, &s);
+    if (!r) *priority = s->priority;
+    return leave(r);
+}
+
+EXPORT CUresult cuStreamGetCtx(CUstream stream, CUcontext *ctx) {
+    Stream *s;
+    CUresult r = enter(__func__, CTX);
+    if (!r && !ctx) r = E_INVALID_VALUE;
+    if (!r) r = get_stream(stream, &s);
+    if (!r) *ctx = s->ctx;
+    return leave(r);
+}
+
+/* The operation that stands for all work of a stream so far. For the legacy stream that includes
+ * the blocking streams. */
+static CUresult stream_now(CUstream handle, Stream **s, const char *name) {
+    CUresult r = enter(name, CTX);
+    if (!r) r = get_stream(handle, s);
+    if (!r && (*s)->capture) r = capture_break((*s)->capture, E_CAPTURE_UNSUPPORTED);
+    if (!r) r = capture_allows(UNSAFE);
+    if (!r && *s == (*s)->ctx->legacy) r = append(*s, &(Work){ .ctx = (*s)->ctx }, NULL);
+    return r;
+}
+
+EXPORT CUresult cuStreamSynchronize(CUstream stream) {
+    Stream *s;
+    CUresult r = stream_now(stream, &s, __func__);
+    if (!r) {
+        run_until(s->tail);
+        r = s->ctx->sticky;
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuStreamQuery(CUstream stream) {
+    Stream *s;
+    CUresult r = stream_now(stream, &s, __func__);
+    if (!r) {
+        run_a_little(s->tail);
+        r = s->ctx->sticky ? s->ctx->sticky : s->tail && !s->tail->done ? E_NOT_READY : OK;
+        if (!r && s->tail && s->tail->end > self.clock) self.clock = s->tail->end;
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuLaunchHostFunc(CUstream stream, CUhostFn fn, void *user) {
+    Stream *s;
+    CUresult r = enter(__func__, CTX);
+    if (!r && !fn) r = E_INVALID_VALUE;
+    if (!r) r = get_stream(stream, &s);
+    if (!r) r = submit(s, &(Work){ .kind = W_HOST, .ctx = s->ctx, .fn = fn, .user = user });
+    return leave(r);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * events */
+
+EXPORT CUresult cuEventCreate(CUevent *event, unsigned flags) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && (!event || flags & ~7u || (flags & 4 && !(flags & 2)))) r = E_INVALID_VALUE;
+    if (!r && flags & 4) r = E_NOT_SUPPORTED; /* between processes */
+    if (!r) {
+        Event *e = obj_new(T_EVENT, sizeof *e);
+        e->ctx = cur();
+        e->flags = flags;
+        *event = e;
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuEventDestroy_v2(CUevent event) {
+    CUresult r = enter(__func__, CTX);
+    if (!r && !obj_ok(event, T_EVENT)) r = E_INVALID_HANDLE;
+    if (!r) {
+        event->obj.dead = true;
+        op_hold(&event->op, NULL);
+    }
+    return leave(r);
+}
+
+static CUresult record(CUevent event, CUstream stream, unsigned flags) {
+    Stream *s;
+    if (!obj_ok(event, T_EVENT)) return E_INVALID_HANDLE;
+    CUresult r = get_stream(stream, &s);
+    if (r) return r;
+    if (s->ctx != event->ctx) return E_INVALID_HANDLE;
+    if (flags) return flags > 1 ? E_INVALID_VALUE : E_NOT_SUPPORTED;
+    if (s->capture) return capture_record(event, s);
+    r = submit(s, &(Work){ .ctx = s->ctx });
+    if (r) return r;
+    op_hold(&event->op, s->tail);
+    event->capture = NULL;
+    return OK;
+}
+
+EXPORT CUresult cuEventRecord(CUevent event, CUstream stream) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : record(event, stream, 0));
+}
+
+EXPORT CUresult cuEventRecordWithFlags(CUevent event, CUstream stream, unsigned flags) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : record(event, stream, flags));
+}
+
+/* The stream's later work waits for the record that the event stands for now. */
+static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
+    Stream *s;
+    CUresult r = get_stream(stream, &s);
+    if (r) return r;
+    if (!obj_ok(event, T_EVENT)) return E_INVALID_HANDLE;
+    if (flags) return flags > 1 ? E_INVALID_VALUE : E_NOT_SUPPORTED;
+    if (s->capture || (event->capture && !event->capture->ended)) return capture_wait(s, event);
+    if (event->capture) return E_CAPTURED_EVENT;
+    if (event->ctx != s->ctx) stats_hop();
+    if (!event->op) return OK;
+    return append(s, &(Work){ .ctx = s->ctx }, event->op);
+}
+
+EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : wait_event(stream, event, flags));
+}
+
+static CUresult event_now(CUevent event, const char *name) {
+    CUresult r = enter(name, CTX);
+    if (!r && !obj_ok(event, T_EVENT)) r = E_INVALID_HANDLE;
+    if (!r && event->capture && !event->capture->ended)
+        r = capture_break(event->capture, E_CAPTURED_EVENT);
+    if (!r && event->capture) r = E_CAPTURED_EVENT;
+    if (!r) r = capture_allows(UNSAFE);
+    return r ? r : event->ctx->sticky;
+}
+
+EXPORT CUresult cuEventSynchronize(CUevent event) {
+    CUresult r = event_now(event, __func__);
+    if (!r) {
+        run_until(event->op);
+        r = event->ctx->sticky;
+    }
+    return leave(r);
+}
+
+EXPORT CUresult cuEventQuery(CUevent event) {
+    CUresult r = event_now(event, __func__);
+    if (!r) {
+        run_a_little(event->op);
+        r = event->ctx->sticky ? event->ctx->sticky
+            : event->op && !event->op->done ? E_NOT_READY : OK;
+        if (!r && event->op && event->op->end > self.clock) self.clock = event->op->end;
+    }
+    return leave(r);
+}
+
+/* Milliseconds of virtual time ("computed"): kernels by the model, copies by the PCIe rate. */
+static CUresult elapsed(float *ms, CUevent from, CUevent to) {
+    if (!ms) return E_INVALID_VALUE;
+    if (!obj_ok(from, T_EVENT) || !obj_ok(to, T_EVENT) || from->ctx != to->ctx)
+        return E_INVALID_HANDLE;
+    if (!from->op || !to->op || ((from->flags | to->flags) & 2)) return E_INVALID_HANDLE;
+    if (from->ctx->sticky) return from->ctx->sticky;
+    if (!from->op->done || !to->op->done) return E_NOT_READY;
+    *ms = (float)((to->op->end - from->op->end) / 1e3);
+    return OK;
+}
+
+EXPORT CUresult cuEventElapsedTime(float *ms, CUevent from, CUevent to) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : elapsed(ms, from, to));
+}
+
+EXPORT CUresult cuEventElapsedTime_v2(float *ms, CUevent from, CUevent to) {
+    CUresult r = enter(__func__, CTX);
+    return leave(r ? r : elapsed(ms, from, to));
+}
