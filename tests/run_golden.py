@@ -144,27 +144,27 @@ def identity(eng, tally, quick):
         same_bits(eng, tally, f"{model} exact", path, e["prompt"], e["vocab"], ["--exact"], [chunks[0], chunks[-1], threads[-1]])
 
 
+def available_levels():
+    """The instruction-set levels of this processor, as --isa names them."""
+    flags = set(open("/proc/cpuinfo").read().split("flags", 1)[-1].split("\n", 1)[0].split())
+    need = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512vl"}, "avx512-vnni": {"avx512_vnni", "avx512vl"}}
+    return [k for k, v in need.items() if v <= flags]
+
+
 def isa_levels(eng, tally, quick):
-    """Every instruction-set level that this processor has keeps the rule of the default path and its own bits over chunks."""
-    for model in ("edge/int", "aligned/int", "aligned/native"):
-        path = os.path.join(GOLDEN, model)
-        e = json.load(open(path + ".json"))
-        want = np.load(path + ".logits.npy").astype(np.float64)[:len(e["prompt"])]
-        for level in ("c", "avx2", "avx512", "vnni"):
-            if level not in available_levels(eng):
-                continue
-            args = ("--isa", level)
-            (x, _), _ = eng.logits(f"{model} {level}", path, e["prompt"], e["vocab"], *args)
+    """Every instruction-set level that this processor has keeps the rule of the default path, and its own bits over chunks."""
+    r = eng.run("--isa portable", os.path.join(GOLDEN, "edge/int"), [0, 5], "-n", 1, "--isa", "portable")
+    for level in available_levels() if r.code == 0 else []:
+        for model in ("edge/int", "aligned/int", "aligned/native", "edge/native"):
+            path = os.path.join(GOLDEN, model)
+            e = json.load(open(path + ".json"))
+            want = np.load(path + ".logits.npy").astype(np.float64)
+            (x, _), _ = eng.logits(f"{model} {level}", path, e["prompt"] + e["continuation"], e["vocab"], "--isa", level)
             if x is not None:
                 judged(tally, f"{model} {level}: default logits", check.judge_default(x, want, *check.INT8[model]))
             if not quick:
-                same_bits(eng, tally, f"{model} {level}", path, e["prompt"], e["vocab"], args, [("--chunk", 3), ("-t", 1)], mtp=False)
-
-
-def available_levels(eng):
-    flags = open("/proc/cpuinfo").read()
-    need = {"c": "", "avx2": " avx2 ", "avx512": " avx512bw ", "vnni": " avx512_vnni "}
-    return [k for k, v in need.items() if v in flags]
+                same_bits(eng, tally, f"{model} {level}", path, e["prompt"], e["vocab"], ["--isa", level],
+                          [("--chunk", 1), ("--chunk", 3), ("--chunk", 7), ("-t", 1)], mtp=False)
 
 
 def decode_is_prefill(eng, tally, work, quick):

@@ -91,7 +91,7 @@ def write_shards(out, tensors, n, split_pairs=False):
         i = min(at * n // max(total, 1), n - 1)
         if name.endswith(".scale"):
             w = name.removesuffix(".scale") + ".weight"
-            home = next(j for j in range(n) if w in shards[j])
+            home = next((j for j in range(n) if w in shards[j]), i)
             i = (home + 1) % n if split_pairs else home
         shards[i][name] = t
         at += t.nbytes()

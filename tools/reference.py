@@ -125,8 +125,8 @@ class Reference:
     def compress(self, x, p, m, freqs):
         """Normed inputs x [T,D] -> one entry for each complete window of m tokens."""
         ape, n = self.w(p + "ape"), len(x) // m
-        kv = self.linear(x[:n * m], p + "wkv").reshape(n, m, -1)
-        gate = self.linear(x[:n * m], p + "wgate").reshape(n, m, -1) + ape
+        kv = self.linear(x[:n * m], p + "wkv").reshape(n, m, ape.shape[1])
+        gate = self.linear(x[:n * m], p + "wgate").reshape(n, m, ape.shape[1]) + ape
         if m == 4:      # overlap: the first half of the channels belongs to the next window
             d = kv.shape[2] // 2
             before = np.zeros((n, m, d)), np.full((n, m, d), -np.inf)

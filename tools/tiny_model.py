@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CONFIG = dict(vocab_size=1280, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, head_dim=128,
-              qk_rope_head_dim=32, q_lora_rank=96, o_groups=2, o_lora_rank=64, sliding_window=32,
-              compress_ratios=[0, 0, 4, 128, 4, 128, 0], index_n_heads=4, index_head_dim=32, index_topk=16,
-              n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, num_hash_layers=2,
+CONFIG = dict(vocab_size=1024, hidden_size=128, num_hidden_layers=5, num_attention_heads=4, head_dim=128,
+              qk_rope_head_dim=16, q_lora_rank=96, o_groups=2, o_lora_rank=64, sliding_window=32,
+              compress_ratios=[0, 4, 128, 4, 128, 0], index_n_heads=4, index_head_dim=32, index_topk=16,
+              n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, num_hash_layers=1,
               routed_scaling_factor=1.5, swiglu_limit=10.0, hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6,
               rms_norm_eps=1e-6, rope_theta=10000, compress_rope_theta=160000, max_position_embeddings=4096,
               rope_scaling=dict(type="yarn", factor=4, beta_fast=32, beta_slow=1,
@@ -231,16 +231,21 @@ class Attention(nn.Module):
         loss = x.new_zeros((), dtype=torch.float32)
         if m and mode.get(f"hide{m}") is None:
             e = self.compressor(x, cos, sin, dtype).to(dtype)
-            seen = torch.arange(S // m) < (torch.arange(S)[:, None] + 1) // m
+            t, w = torch.arange(S)[:, None], torch.arange(S // m)
+            seen = w < (t + 1) // m
+            if "span" in mode:                             # training on short texts: stay inside the own part of the row
+                seen = seen & (w >= t // mode["span"] * mode["span"] // m)
             if m == 4:
-                keep, score = seen.expand(B, S, S // m), None
-                if mode.get("index", "learn") != "off":
-                    score = self.indexer(x.detach(), qr.detach(), cos, sin, dtype)
-                    if mode.get("random"):
-                        score = torch.rand_like(score)
-                    score = torch.where(seen, score, NEG)
-                    if mode["sparse"] and S // m > c["index_topk"]:
-                        keep = keep & (score >= score.detach().topk(c["index_topk"], -1).values[..., -1:])
+                score = self.indexer(x.detach(), qr.detach(), cos, sin, dtype)
+                if mode.get("random"):
+                    score = torch.rand_like(score)
+                score, keep = torch.where(seen, score, NEG), seen.expand(B, S, S // m)
+                if S // m > c["index_topk"] and not self.training:  # of equal scores the first wins
+                    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :c["index_topk"]]
+                    keep = keep & (torch.zeros(B, S, S // m, dtype=torch.bool).scatter(-1, best, True) | ~mode["sparse"])
+                elif S // m > c["index_topk"]:
+                    least = score.detach().topk(c["index_topk"], -1).values[..., -1:]
+                    keep = keep & ((score >= least) | ~mode["sparse"])
             else:
                 keep = seen[None]
             s = (q.reshape(B, S * H, hd) @ e.transpose(1, 2)).float().view(B, S, H, S // m)
@@ -248,7 +253,7 @@ class Attention(nn.Module):
             mass = pc.sum(-1)
             total = total + mass
             o = o + (pc.view(B, S * H, S // m).to(dtype) @ e).float().view(B, S, H, hd)
-            if m == 4 and score is not None:               # KL(attention mass || softmax of the index scores)
+            if m == 4:                                     # KL(attention mass || softmax of the index scores)
                 target = (pc / total[..., None]).sum(2).detach()
                 weight = target.sum(-1, keepdim=True)      # rows that look far count by how much they do
                 target = target / (weight + 1e-9)
@@ -256,8 +261,8 @@ class Attention(nn.Module):
                 kl = (target * ((target + 1e-9).log() - logp)).sum(-1)
                 loss = (kl * weight[..., 0]).sum() / (weight.sum() + 1e-9)
         o = o / total[..., None]
-        o = rope(o, cos[:, None], -sin[:, None], rd).to(dtype).view(B * S, G, H * hd // G).transpose(0, 1)
-        u = torch.bmm(o, self.wo_a.weight.view(G, c["o_lora_rank"], -1).transpose(1, 2).to(dtype))
+        o = rope(o, cos[:, None], -sin[:, None], rd).to(dtype).view(B * S, G, H * hd // G).transpose(0, 1).contiguous()
+        u = torch.bmm(o, self.wo_a.weight.view(G, c["o_lora_rank"], -1).transpose(1, 2).to(dtype).contiguous())
         return self.wo_b(u.transpose(0, 1).reshape(B, S, -1), dtype), loss
 
 
@@ -373,9 +378,10 @@ class Model(nn.Module):
         y = rms((a[..., None] * X.float()).sum(-2), part.norm)
         return self.head(y, dtype)
 
-    def forward(self, tokens, mode=dict(sparse=True), dtype=torch.float32, mtp=True):
+    def forward(self, tokens, mode=dict(sparse=torch.tensor(True)), dtype=torch.float32, mtp=True):
         """tokens [B, S] -> logits [B, S, V], MTP logits (row t predicts t+2; row S-1 is void), index loss, loads.
-        mode: sparse (False: CSA sees every entry), index="off" (no indexer at all, dense), and for ablations
+        mode: sparse (a bool tensor; False: CSA sees every entry), span (an int tensor: compressed entries of other spans
+        of so many tokens are hidden) and, for ablations,
         hide4 / hide128 / random."""
         B, S = tokens.shape
         X = self.embed.weight[tokens].to(dtype)[:, :, None].expand(-1, -1, self.c["hc_mult"], -1)
