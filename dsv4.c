@@ -63,16 +63,18 @@ static bool fail(Err *e, const char *fmt, ...) {
     return false;
 }
 
-// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage.
+// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that fail, one speaks.
 __attribute__((noreturn, format(printf, 2, 3)))
 static void die(int code, const char *fmt, ...) {
+    static atomic_flag dying = ATOMIC_FLAG_INIT;
+    char line[2048];
     va_list ap;
+    while (atomic_flag_test_and_set(&dying)) pause();
     va_start(ap, fmt);
-    fflush(stdout);
-    fputs("dsv4: ", stderr);
-    vfprintf(stderr, fmt, ap);
-    fputc('\n', stderr);
+    vsnprintf(line, sizeof line, fmt, ap);
     va_end(ap);
+    fflush(stdout);
+    fprintf(stderr, "%sdsv4: %s\n", isatty(2) ? "\r\033[K" : "", line);
     exit(code);
 }
 
@@ -173,7 +175,6 @@ typedef struct {
     const void *w, *s;
     int n, k;
     Format fmt;
-    int row0;       // row 0's place in the grid of 128-row scale blocks (a slice of wo_a), else 0
 } Mat;
 
 // Rows of activations: FP32 always, and (fast path) as INT8 in groups of 32 along k, last group short.
@@ -629,13 +630,20 @@ static bool json_skip(Json *j) {
     return !j->bad;
 }
 
-// The text of the next value, checked, as it stands: re-open it with json_open when it is needed.
+// The text of the next value, checked, as it stands: json_inside reads it later.
 static bool json_raw(Json *j, Span *out) {
     json_peek(j);
     const char *from = j->p;
     if (!json_skip(j)) return false;
     *out = (Span){ from, (size_t)(j->p - from) };
     return true;
+}
+
+// Reads a value that json_raw gave; places in errors still count from the start of the whole text.
+static Json json_inside(const Json *j, Span raw) {
+    Json in = json_open(raw, j->name, j->e);
+    in.start = j->start;
+    return in;
 }
 
 // True if the whole text was read without an error and nothing but white space is left.
@@ -1444,6 +1452,1491 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
     if (!ok) config_free(c);
     return ok;
 }
+// ---------------------------------------------------------------------------
+// tokenizer: DeepSeek-V4's tokenizer.json, byte-level BPE behind a four-step pre-tokenizer.
+// Added tokens are found by their content; nothing here knows an id.
+
+typedef struct { int *p; size_t n, cap; } Ids;      // release with free(ids.p)
+
+static void ids_add(Ids *ids, int id) {
+    if (ids->n == ids->cap) {
+        ids->cap = cadd(cmul(ids->cap, 2), 64);
+        ids->p = realloc(ids->p, cmul(ids->cap, sizeof *ids->p));
+        if (!ids->p) die(1, "out of memory: %zu token ids", ids->cap);
+    }
+    ids->p[ids->n++] = id;
+}
+
+// Classes of code points (Unicode 16.0): L and M, N, P and S, White_Space.
+enum { C_OTHER, C_LETTER, C_NUMBER, C_PUNCT, C_SPACE };
+
+// Runs of code points of one class, packed by tools/unicode_table.py, which explains the form.
+static const char unicode_runs[] =
+    "C$6G%&_$J$;I&8I&08&G&&F$%($1*#%,&&$.#^%$^&$I]$0Q$X$5<%$%D%U1$)*/$%2)%$-&#&O%&K-$M4$U8&W'*#8E("
+    "((-$S($%$)$)$%BK&2/(D%I$M$$$-b*G$/Y/$A&%I$$9G$.(%X$(K**S/Z$H$R(0%*#(Y(*^$$O&*%$K$6`%$9BK,&C3("
+    "J$#M%&?*'*W%&;&#./*C$*'*/B#2'&3*H$*(:'%$%*+&72'*W%&;&'&'&'*#&32'*+.#>/&#>H$:$H$+&C$&+&W%&;&'&"
+    "3*G$&+&+*#_$/*H$'<;&+&?*'*W%&;&'&3*C$*'*+>+2'&3*H$#%7I$'&7.+&/.'&#&'.'.+.O$23.+&/*#:#Z$T$?4S$"
+    "&+&[%&`$*C$&+&/>'&+*#*/*H$=%>#1$A&+&[%&G$&3*C$&+&/>':'&/*H$%+R$S$&+&K)&+&3$0/;6*L%#9&+&G%.`%&"
+    "C$&#*;.#27&#&?:H$)'$P$G*2%^$$J$'T''&#&3&`%&#&[%*3&#&;&H$)/c&#]%)8R%#%$%$%0I$&O'2O%$I%&O'&A%8$"
+    "U$T'`*G$7b*G$2(Y'&#6#*K($UL$&/*;&#&/*C(&/*C'&/*;&#&/*[$&C*&/*K+*+D$R%-`$H$8W-*7*%QP%(E%%H&(,K"
+    ",,.B>W%F$W%(D$O%R$S$&+&'R$O-,%0)*H$9H$9M$-&#G$9C.>K(6W+J$[&&O$2O$2%,)J$Z&*3N$O(2G&:L$-I'Q&*)^"
+    "*&S&*#G$9H$9=%8([&F)S,&)J$C%E$P$b(G$J*B1b).5J$-+G$R'(M$6K(*+@@+$^'6WE%*7*W'*7*?&#&#&#&[&*S)&;"
+    "$%,-&;,1*7&-U$,(+&;($N$3b%'3&_(#`$$&*83%G$3$S$.E']$C'_$)%0%(I$$%,58%$%$%$1$M$(1450%$N)*3'0IV%"
+    "X%M$T%P*W,Z%WQ%Z&`_&(b&$E0U?8E$61&'Y'&#6#*`)>#$X$`%F$;&;&;&;&;&;&;&;&`&](%X(H'I&$E.P$Y=H&b$#2"
+    ")#C&F$:$5(.*,$W-*'(-$I.$16K(&W.&)2G$b&X'D$%b$]&$H$W&B#_$`&J$['_$`J$bZ<a*UTY%.^)D$W((UD$,b$G$*"
+    "R%K)$I$$^/G$*8@^%E$(^/(M+*'&#&?V%W)0%.8/8O)0@W+B)J$9`%,%$-G$R'(Q'N$%U&.C+T$$#G$1)b$G$6&[)F$W$"
+    "*H$)1^%,E,c%+(b$(5J$7*7*7F$;&;&K($Y$(0K2$)*H$9OWN$R$[%2C)RCD$WP$*G0Z';R$36O$$U$&3&#&'&'&O0D%a"
+    "$KP$H%b**W)>%a&O$0b$H$8`$L'$M%$103&[32^$J$;I&8I&L$E..7*7*7*+.=$=T$)(O$&G&&K%&'&[$*W$J'K26-0T("
+    "-E$F*C%*+$U$,%](U(%J3S&.C)_$#K&1`&/E$O%#B#5K(6W&&%Q'2?$6I(W6*H$9O'2O'2`'BO)N$%M$&[$&;&'&K$&[$"
+    "&;&'.O)R$[I$F$W%J$?c%7&G(&C$V+7*#&O(&'.#*[%&%B_%(>_&BD$b(K%&'64Z%7-%I&6%a*`)2(*`$)X(2&'6?&+&S"
+    "&*+2#C$=E$<S&'#U&+b&?$Y&24;D$W).=Y%*@N%6@J%>1P$<b,C,_)K)V$K)>8c'BH$9H$R&.3$^%B)a<]&%G(&'$('c$"
+    "+_)C'G$&BC'/3X%W%0X'S%;Q%[%F$[+<0X&:F$O*($1%V$C&>H$9S)&H$/1BO'(%F$S+01$)G$&$%,$P%M$G%&S'81Z*;"
+    "&#&/&[$&G$$8K*6H$9/&?*'*W%&;&'&3&G$*'*+*#:#6;*;.3N$G$&#*#&W'&G$&#*#&/&?($)@'V&K,4J$'$%1Z&W+$%"
+    "BH$Y7W)*C$]%9J'C+,%N$H$9U$L%C*$8H$9P%Q&K&*[$2P$/=F:K*$P/`*K%Q$?*#*?&'&W&&'*C$,D$H$Y+?*W(*?$)N"
+    "&[*@%BG,,%4T$C,>I$X9C'$X$H$9C$&S(&C$4H$T&-)Y&*W%&W$F,;&'&O(.#&'&C$BH$97&'&S'&'&7>H$YI$[%(<C%&"
+    "C(.3T$J$&V-#_$T%S&T$%IV&Z/]0%5L$O;RL-C/(T$`H'c$W%J$KV26[K%FZ=`(G$Y[)CJ%>[&&H$1)^,&H$9W&*3$H$["
+    ")D$1(H$H$%<%S%6K%cX$S(,J$Y;`*[%/T/K,2C*>C%c*'$)N$'Z$`b:BW^'F(G$_`E$/&;&'&KG$_$#V&+*#Z$/BOT$RC"
+    ",K06S$.C$>G$*%)$aN2b@J$9QY$P,W(*[%F$Q1P*YAH$^'(Q*5,9B?(=X&1T*T%I+-$H2P%Q$P%Q$^-D$D&^3S-&[+&'*"
+    "#*'*/&O$&#&;&C+&/*?&;&O&&/&3&#.;&OM$*C&$E&$^&$E&$^&$E&$^&$E&$^&$E&$A*H)`c$^)0I)@%X$%<]$3&[$cL"
+    "'[&:7V=;&C%*;&'&36W*F'#c0S(.W$*H$1#$aJ$[&F%`(G$5%a]$`&G$Y=C'G$1%a_$;&/&'&[$&S;*D$>F(O,2H$1)DE"
+    "&L*#.#2Q,T(#_$I;/&K&&'&#*#&G$&/&#&#:#2#&#&#&+&'&#*#&#&#&#&#&'&#*/&;&/&/&#&G$&C%6+&3&C%R))XD$Q"
+    "(0Q/P$^$(^$$^$$U'H$T$C7a)U&T$Q(0E$<)X$9H6b^&0E%,U$,^10^.8Q$0%]$Q$0b)@I$8b'@Y&(Q$0)X*QM$P$Y$(U"
+    "$,I$4b)<^$(M$8E$<M5$Q.J$YC'`_I(c&GJ3:W>*GS9Z$CI@_$WP%JW,WF%J`(KL66`N3cLaY%`@";
+
+enum { N_CLASSES = 0xe0200, TOKEN_BYTES = 4096, N_TOKENS = 1 << 24 };
+
+static void unpack_classes(uint8_t *cls) {      // [N_CLASSES]
+    size_t at = 0;
+    int now = C_SPACE;
+    for (const char *p = unicode_runs; *p;) {
+        uint32_t run = 0, digit = 32;
+        for (int shift = 0; digit & 32; shift += 5) {
+            digit = (uint32_t)(*p - (*p > '\\' ? '$' : '#'));
+            run |= (digit & 31) << shift;
+            p++;
+        }
+        now = (now + 1 + (int)(run & 3)) % 5;
+        for (uint32_t n = (run >> 2) + 1; n > 0; n--) cls[at++] = (uint8_t)now;
+    }
+}
+
+typedef struct { uint32_t left, right, result; } Merge;     // ids; its index is its rank
+typedef struct { uint8_t byte; int child, next, id; } Node; // of a trie: next sibling; token or -1
+
+typedef struct {
+    int n;                      // tokens
+    Str bytes;                  // the tokens' bytes, one after the other
+    size_t *start;              // [n + 1] where each begins
+    uint8_t *flags;             // [n] of enum below
+    int byte_id[256];           // the token of each single byte
+    Merge *merges;              // [n_merges] by rank
+    size_t n_merges;
+    uint32_t *pairs;            // [pair_cap] (left, right) -> rank + 1, open addressing, 0 = empty
+    size_t pair_cap;
+    Node *nodes;                // added tokens; root 0: not `normalized`, root 1: the others
+    int n_nodes;
+    uint8_t *cls;               // [N_CLASSES] class of each code point; C_OTHER above
+    int bos, eos, user, assistant, think, end_think;
+} Tokenizer;
+
+enum { TOK_ADDED = 1, TOK_SPECIAL = 2, TOK_NORMALIZED = 4 };
+
+// The bytes of a token. The id must be in 0 .. n-1.
+static Span tok_bytes(const Tokenizer *t, int id) {
+    return (Span){ t->bytes.p + t->start[id], t->start[id + 1] - t->start[id] };
+}
+
+static void tok_free(Tokenizer *t) {
+    free(t->bytes.p);
+    free(t->start);
+    free(t->flags);
+    free(t->merges);
+    free(t->pairs);
+    free(t->nodes);
+    free(t->cls);
+    *t = (Tokenizer){ 0 };
+}
+
+// Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes.
+typedef struct { char text[400]; } Quoted;
+static Quoted quoted(Span s) {
+    Quoted q;
+    Str out = { 0 };
+    json_put_string(&out, (Span){ s.p, s.n > 60 ? 60 : s.n });
+    snprintf(q.text, sizeof q.text, "%s%s", out.p, s.n > 60 ? "..." : "");
+    free(out.p);
+    return q;
+}
+
+// ---- loading
+
+// Compares the next value with the one `want` begins with, key order aside; names the difference.
+static bool json_expect(Json *j, const char *path, Span want) {
+    Json w = json_open(want, path, j->e);
+    char c = json_peek(&w), sub[200];
+    Str key = { 0 }, found = { 0 }, expected = { 0 };
+    if ((c == '{' || c == '[') && json_peek(j) != c)
+        return json_fail(j, "%s: expected %s", path, c == '{' ? "an object" : "an array");
+    if (c == '{' && json_object(j)) {
+        Map keys = { 0 };               // key -> where its value stands in `want`, -1 once seen
+        size_t seen = 0;
+        for (json_object(&w); json_member(&w, &key); json_skip(&w))
+            map_add(&keys, str_span(&key), w.p - w.start);
+        for (; json_member(j, &key); seen++) {
+            MapEntry *e = map_find(&keys, str_span(&key));
+            snprintf(sub, sizeof sub, "%s.%.60s", path, quoted(str_span(&key)).text);
+            if (!e || e->value < 0) json_fail(j, "%s is not in DeepSeek-V4's tokenizer", sub);
+            else json_expect(j, sub, (Span){ want.p + e->value, want.n - (size_t)e->value });
+            if (e) e->value = -1;
+        }
+        if (seen < keys.n) json_fail(j, "%s: %zu keys, expected %zu", path, seen, keys.n);
+        map_free(&keys);
+    } else if (c == '[' && json_array(j)) {
+        json_array(&w);
+        for (int i = 0; json_item(&w); i++) {
+            snprintf(sub, sizeof sub, "%s[%d]", path, i);
+            if (!json_item(j)) json_fail(j, "%s is missing", sub);
+            else json_expect(j, sub, (Span){ w.p, (size_t)(w.end - w.p) });
+            json_skip(&w);
+        }
+        if (json_item(j)) json_fail(j, "%s has more items than DeepSeek-V4's", path);
+    } else if (json_dump(j, &found) && json_dump(&w, &expected)) {
+        if (found.n != expected.n || memcmp(found.p, expected.p, found.n))
+            json_fail(j, "%s: expected %s, found %.100s", path, expected.p, found.p);
+    }
+    free(key.p);
+    free(found.p);
+    free(expected.p);
+    return !j->bad;
+}
+
+// The letter that stands for a byte in tokenizer.json: printable Latin-1 for itself, the other 68
+// bytes in order from U+0100 on.
+static uint32_t byte_letter(uint32_t b) {
+    if (b <= 0x20) return 0x100 + b;
+    if (b >= 0x7f && b <= 0xa0) return 0x100 + 33 + b - 0x7f;
+    return b == 0xad ? 0x143 : b;
+}
+
+// "vocab": text -> id
+static bool load_vocab(Json *j, Map *vocab) {
+    Str key = { 0 };
+    int64_t id = 0;
+    for (json_object(j); json_member(j, &key);) {
+        Span text = str_span(&key);
+        if (!text.n || text.n > TOKEN_BYTES)
+            json_fail(j, "token %s: %zu bytes, expected 1 to %d", quoted(text).text, text.n,
+                      TOKEN_BYTES);
+        json_int(j, 0, N_TOKENS - 1, &id);
+        if (!j->bad && !map_add(vocab, text, id)) json_fail(j, "token %s twice", quoted(text).text);
+    }
+    free(key.p);
+    return !j->bad;
+}
+
+// One entry of "added_tokens": text -> id | flags << 32
+static bool load_added_token(Json *j, Map *added) {
+    static const char *const names[] = { "id", "content", "single_word", "lstrip", "rstrip",
+                                         "special", "normalized" };
+    enum { N = sizeof names / sizeof *names };
+    Str key = { 0 }, content = { 0 };
+    bool flag[N] = { 0 };
+    unsigned seen = 0;
+    int64_t id = 0;
+    for (json_object(j); json_member(j, &key);) {
+        int k = 0;
+        while (k < N && !span_is(str_span(&key), names[k])) k++;
+        if (k == N || seen >> k & 1)
+            json_fail(j, "added token: unknown or repeated key %s", quoted(str_span(&key)).text);
+        else if (k == 0) json_int(j, 0, N_TOKENS - 1, &id);
+        else if (k == 1) json_string(j, &content);
+        else json_bool(j, &flag[k]);
+        seen |= 1u << k;
+    }
+    Span text = str_span(&content);
+    Quoted q = quoted(text);
+    const char *name = q.text;
+    if (!j->bad && seen != (1u << N) - 1) json_fail(j, "added token %s: a key is missing", name);
+    else if (!text.n || text.n > TOKEN_BYTES)
+        json_fail(j, "added token %s: %zu bytes, expected 1 to %d", name, text.n, TOKEN_BYTES);
+    else if (flag[2] || flag[3] || flag[4])
+        json_fail(j, "added token %s: single_word, lstrip and rstrip must be false", name);
+    else {
+        int64_t flags = TOK_ADDED | (flag[5] ? TOK_SPECIAL : 0) | (flag[6] ? TOK_NORMALIZED : 0);
+        if (!map_add(added, text, id | flags << 32)) json_fail(j, "added token %s twice", name);
+    }
+    free(key.p);
+    free(content.p);
+    return !j->bad;
+}
+
+// Gives every id its bytes. Ids must be 0 .. n-1 without a gap, each the id of one text.
+static bool load_ids(Tokenizer *t, const Map *vocab, const Map *added, const char *name, Err *e) {
+    uint32_t letter[0x144];
+    size_t n = vocab->n;
+    for (int i = 0; i < 0x144; i++) letter[i] = 256;
+    for (uint32_t b = 0; b < 256; b++) letter[byte_letter(b)] = b;
+    for (size_t i = 0; i < added->n; i++) n += !map_find(vocab, map_key(added, i));
+    t->n = (int)n;
+    t->start = xalloc(n + 1, sizeof *t->start);
+    t->flags = xalloc(n, 1);
+    Span *text = xalloc(n, sizeof *text);           // [n] as in the file, p = NULL: not seen
+    bool ok = true;
+    for (size_t i = 0; ok && i < vocab->n + added->n; i++) {
+        const Map *m = i < added->n ? added : vocab;
+        size_t k = i < added->n ? i : i - added->n;
+        Span key = map_key(m, k);
+        size_t id = m->entries[k].value & UINT32_MAX;
+        const MapEntry *twin = m == vocab ? map_find(added, key) : NULL;
+        if (id >= n) ok = fail(e, "%s: token %s has id %zu of %zu tokens: a gap in the ids", name,
+                               quoted(key).text, id, n);
+        else if (twin && (twin->value & UINT32_MAX) == (int64_t)id) continue;
+        else if (text[id].p) ok = fail(e, "%s: id %zu belongs to %s and to %s", name, id,
+                                       quoted(text[id]).text, quoted(key).text);
+        else {
+            text[id] = key;
+            t->flags[id] = (uint8_t)(m->entries[k].value >> 32);
+        }
+    }
+    for (size_t id = 0; ok && id < n; id++) {
+        t->start[id] = t->bytes.n;
+        if (t->flags[id]) str_add(&t->bytes, text[id].p, text[id].n);
+        else for (size_t i = 0; ok && i < text[id].n;) {
+            int32_t cp;
+            i += utf8_next(text[id].p + i, text[id].n - i, &cp);
+            ok = cp < 0x144 && letter[cp] < 256;
+            if (ok) str_add(&t->bytes, &(char){ (char)letter[cp] }, 1);
+            else fail(e, "%s: token %s holds U+%04X, which stands for no byte", name,
+                      quoted(text[id]).text, cp);
+        }
+    }
+    t->start[n] = t->bytes.n;
+    free(text);
+    return ok;
+}
+
+// The slot of a pair, or the empty one where it belongs.
+static uint32_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
+    uint64_t h = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
+    for (size_t i = h >> 32;; i++) {
+        uint32_t *slot = &t->pairs[i & (t->pair_cap - 1)];
+        if (!*slot) return slot;
+        const Merge *m = &t->merges[*slot - 1];
+        if (m->left == left && m->right == right) return slot;
+    }
+}
+
+// One merge, "left right" or ["left", "right"].
+static bool read_merge(Json *j, Str *left, Str *right) {
+    right->n = 0;
+    if (json_peek(j) == '[')
+        return (json_array(j) && json_item(j) && json_string(j, left) && json_item(j) &&
+                json_string(j, right) && !json_item(j) && !j->bad) ||
+               json_expected(j, "two strings");
+    if (!json_string(j, left)) return false;
+    char *space = memchr(left->p, ' ', left->n);
+    if (!space) return json_fail(j, "merge without a space");
+    str_add(right, space + 1, left->n - (size_t)(space + 1 - left->p));
+    left->n = (size_t)(space - left->p);
+    return true;
+}
+
+// "merges", best rank first. A result is always longer than its parts: no list can loop.
+static bool load_merges(Tokenizer *t, Json *j, const Map *vocab) {
+    Str left = { 0 }, right = { 0 }, both = { 0 };
+    size_t cap = 0;
+    for (json_array(j); json_item(j) && read_merge(j, &left, &right);) {
+        both.n = 0;
+        str_add(&both, left.p, left.n);
+        str_add(&both, right.p, right.n);
+        const MapEntry *a = map_find(vocab, str_span(&left));
+        const MapEntry *b = map_find(vocab, str_span(&right));
+        const MapEntry *ab = map_find(vocab, str_span(&both));
+        if (!a || !b || !ab) {
+            json_fail(j, "merge %zu: %s is not in the vocabulary", t->n_merges,
+                      quoted(str_span(!a ? &left : !b ? &right : &both)).text);
+            break;
+        }
+        if (t->n_merges == cap) {
+            cap = cap ? cap * 2 : 1024;
+            t->merges = realloc(t->merges, cmul(cap, sizeof *t->merges));
+            if (!t->merges) die(1, "out of memory: %zu merges", cap);
+        }
+        t->merges[t->n_merges++] = (Merge){ (uint32_t)a->value, (uint32_t)b->value,
+                                            (uint32_t)ab->value };
+    }
+    free(left.p);
+    free(right.p);
+    free(both.p);
+    for (t->pair_cap = 32; t->pair_cap < t->n_merges * 2;) t->pair_cap *= 2;
+    t->pairs = xalloc(t->pair_cap, sizeof *t->pairs);
+    for (size_t i = 0; i < t->n_merges && !j->bad; i++) {
+        uint32_t *slot = pair_slot(t, t->merges[i].left, t->merges[i].right);
+        if (*slot) json_fail(j, "merge %zu repeats merge %u", i, *slot - 1);
+        else *slot = (uint32_t)i + 1;
+    }
+    return !j->bad;
+}
+
+static bool load_byte_ids(Tokenizer *t, const Map *vocab, const char *name, Err *e) {
+    for (uint32_t b = 0; b < 256; b++) {
+        Str s = { 0 };
+        utf8_put(&s, byte_letter(b));
+        const MapEntry *found = map_find(vocab, str_span(&s));
+        free(s.p);
+        if (!found) return fail(e, "%s: no token for the single byte 0x%02x", name, b);
+        t->byte_id[b] = (int)found->value;
+    }
+    return true;
+}
+
+static void trie_add(Tokenizer *t, int node, Span text, int id) {
+    for (size_t i = 0; i < text.n; i++) {
+        int *link = &t->nodes[node].child;
+        while (*link && t->nodes[*link].byte != (uint8_t)text.p[i]) link = &t->nodes[*link].next;
+        if (!*link) {
+            *link = t->n_nodes;
+            t->nodes[t->n_nodes++] = (Node){ (uint8_t)text.p[i], 0, 0, -1 };
+        }
+        node = *link;
+    }
+    t->nodes[node].id = id;
+}
+
+// The longest added token at the start of s, from the trie with that root; -1 if there is none.
+static int trie_find(const Tokenizer *t, int root, Span s) {
+    int id = -1, node = root;
+    for (size_t i = 0; i < s.n; i++) {
+        node = t->nodes[node].child;
+        while (node && t->nodes[node].byte != (uint8_t)s.p[i]) node = t->nodes[node].next;
+        if (!node) break;
+        if (t->nodes[node].id >= 0) id = t->nodes[node].id;
+    }
+    return id;
+}
+
+// The id of an added token, -1 if there is no such token.
+static int tok_find(const Tokenizer *t, const char *content) {
+    for (int root = 0; root < 2; root++) {
+        int id = trie_find(t, root, span_of(content));
+        if (id >= 0 && span_is(tok_bytes(t, id), content)) return id;
+    }
+    return -1;
+}
+
+static bool load_added(Tokenizer *t, const Map *added, const char *name, Err *e) {
+    const struct { const char *content; int *id; } wanted[] = {
+        { "<｜begin▁of▁sentence｜>", &t->bos }, { "<｜end▁of▁sentence｜>", &t->eos },
+        { "<｜User｜>", &t->user }, { "<｜Assistant｜>", &t->assistant },
+        { "<think>", &t->think }, { "</think>", &t->end_think },
+    };
+    t->nodes = xalloc(cadd(added->text.n, 2), sizeof *t->nodes);
+    t->nodes[0].id = t->nodes[1].id = -1;
+    t->n_nodes = 2;
+    for (size_t i = 0; i < added->n; i++) {
+        int64_t value = added->entries[i].value;
+        int root = value >> 32 & TOK_NORMALIZED ? 1 : 0;
+        trie_add(t, root, map_key(added, i), (int)(value & INT_MAX));
+    }
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        *wanted[i].id = tok_find(t, wanted[i].content);
+        if (*wanted[i].id < 0)
+            return fail(e, "%s: the added token %s is missing", name, wanted[i].content);
+    }
+    return true;
+}
+
+// "model": BPE without any of its options.
+static bool load_model(Json *j, Map *vocab, Span *merges) {
+    static const char *const off[] = { "dropout", "unk_token", "continuing_subword_prefix",
+                                       "end_of_word_suffix", "byte_fallback", "ignore_merges" };
+    Str key = { 0 }, text = { 0 };
+    Map seen = { 0 };
+    for (json_object(j); json_member(j, &key);) {
+        Span k = str_span(&key);
+        bool known = span_is(k, "fuse_unk");        // means nothing without unk_token
+        if (!map_add(&seen, k, 0)) json_fail(j, "model: key %s twice", quoted(k).text);
+        if (span_is(k, "type")) {
+            if (json_string(j, &text) && !span_is(str_span(&text), "BPE"))
+                json_fail(j, "model type %s, expected \"BPE\"", quoted(str_span(&text)).text);
+            continue;
+        }
+        if (span_is(k, "vocab")) load_vocab(j, vocab);
+        else if (span_is(k, "merges")) json_raw(j, merges);
+        else if (known) json_skip(j);
+        else {
+            for (size_t i = 0; i < sizeof off / sizeof *off; i++) known |= span_is(k, off[i]);
+            text.n = 0;
+            Span v = json_dump(j, &text) ? str_span(&text) : span_of("");
+            if (!known || !(span_is(v, "null") || span_is(v, "false") || span_is(v, "\"\"")))
+                json_fail(j, "model.%s is not supported", quoted(k).text);
+        }
+    }
+    if (!j->bad && (!vocab->n || !merges->p || !map_find(&seen, span_of("type"))))
+        json_fail(j, "model: type, vocab or merges is missing");
+    map_free(&seen);
+    free(key.p);
+    free(text.p);
+    return !j->bad;
+}
+
+static const char *const v4_pre_tokenizer =
+    "{\"type\": \"Sequence\", \"pretokenizers\": ["
+    "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{N}{1,3}\"},"
+    " \"behavior\": \"Isolated\", \"invert\": false},"
+    "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"[一-龥\\u3040-ゟ゠-ヿ]+\"},"
+    " \"behavior\": \"Isolated\", \"invert\": false},"
+    "{\"type\": \"Split\", \"pattern\": {\"Regex\": "
+    "\"[!\\\"#$%&'()*+,\\\\-./:;<=>?@\\\\[\\\\\\\\\\\\]^_`{|}~]"
+    "[A-Za-z]+|[^\\r\\n\\\\p{L}\\\\p{P}\\\\p{S}]?[\\\\p{L}\\\\p{M}]+| ?[\\\\p{P}\\\\p{S}]+[\\r\\n]*"
+    "|\\\\s*[\\r\\n]+|\\\\s+(?!\\\\S)|\\\\s+\"}, \"behavior\": \"Isolated\", \"invert\": false},"
+    "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true,"
+    " \"use_regex\": false}]}";
+
+static const char *const v4_normalizer = "{\"type\": \"Sequence\", \"normalizers\": []}";
+
+// The decoder and the post-processor: ByteLevel, whose settings change neither ids nor bytes.
+static bool load_byte_level(Json *j, const char *path) {
+    Str key = { 0 }, text = { 0 };
+    for (json_object(j); json_member(j, &key);)
+        if (!span_is(str_span(&key), "type")) json_skip(j);
+        else json_string(j, &text);
+    if (!j->bad && !span_is(str_span(&text), "ByteLevel"))
+        json_fail(j, "%s.type %s, expected \"ByteLevel\"", path, quoted(str_span(&text)).text);
+    free(key.p);
+    free(text.p);
+    return !j->bad;
+}
+
+// Reads tokenizer.json; `name` is its path, for errors. Whatever is not DeepSeek-V4's structure is
+// refused by name; vocabulary, merges and added tokens are free. Release with tok_free.
+static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
+    Json j = json_open(file, name, e);
+    Str key = { 0 };
+    Map seen = { 0 }, vocab = { 0 }, added = { 0 };
+    Span merges = { 0 };
+    *t = (Tokenizer){ 0 };
+    for (json_object(&j); json_member(&j, &key);) {
+        Span k = str_span(&key);
+        if (!map_add(&seen, k, 0)) json_fail(&j, "key %s twice", quoted(k).text);
+        bool optional = span_is(k, "normalizer") || span_is(k, "post_processor");
+        if (optional && json_null(&j)) continue;
+        if (span_is(k, "pre_tokenizer")) json_expect(&j, key.p, span_of(v4_pre_tokenizer));
+        else if (span_is(k, "normalizer")) json_expect(&j, key.p, span_of(v4_normalizer));
+        else if (span_is(k, "decoder") || optional) load_byte_level(&j, key.p);
+        else if (span_is(k, "model")) load_model(&j, &vocab, &merges);
+        else if (span_is(k, "added_tokens"))
+            for (json_array(&j); json_item(&j);) load_added_token(&j, &added);
+        else if (span_is(k, "truncation") || span_is(k, "padding"))
+            json_expect(&j, key.p, span_of("null"));
+        else json_skip(&j);
+    }
+    bool ok = json_end(&j);
+    const char *const needed[] = { "model", "pre_tokenizer", "decoder", "added_tokens" };
+    for (int i = 0; ok && i < 4; i++)
+        if (!map_find(&seen, span_of(needed[i])))
+            ok = fail(e, "%s: %s is missing", name, needed[i]);
+    Json m = j;
+    m.p = merges.p;
+    ok = ok && load_ids(t, &vocab, &added, name, e) && load_byte_ids(t, &vocab, name, e) &&
+         load_merges(t, &m, &vocab) && load_added(t, &added, name, e);
+    t->cls = xalloc(N_CLASSES, 1);
+    unpack_classes(t->cls);
+    map_free(&seen);
+    map_free(&vocab);
+    map_free(&added);
+    free(key.p);
+    if (!ok) tok_free(t);
+    return ok;
+}
+
+// ---- text -> ids
+
+// Appends s with each maximal invalid part replaced by U+FFFD.
+static void utf8_repair(Span s, Str *out) {
+    for (size_t i = 0, from = 0; i <= s.n;) {
+        int32_t cp = 0;
+        size_t len = i < s.n ? utf8_next(s.p + i, s.n - i, &cp) : 1;
+        if (cp < 0 || i == s.n) {
+            str_add(out, s.p + from, i - from);
+            if (cp < 0) str_puts(out, "\uFFFD");
+            from = i + len;
+        }
+        i += len;
+    }
+}
+
+typedef struct { int32_t cp; int cls; size_t n; } Char;     // n bytes; cls -1: the piece ends here
+
+static Char char_at(const Tokenizer *t, Span s, size_t i) {
+    Char c = { -1, -1, 0 };
+    if (i >= s.n) return c;
+    c.n = utf8_next(s.p + i, s.n - i, &c.cp);
+    c.cls = c.cp < N_CLASSES ? t->cls[c.cp] : C_OTHER;
+    return c;
+}
+
+static bool is_newline(int32_t cp) { return cp == '\n' || cp == '\r'; }
+static bool is_ascii_letter(int32_t cp) { return (cp | 32) >= 'a' && (cp | 32) <= 'z'; }
+
+// Which class of steps 1 and 2: numbers, the CJK and kana range, all else.
+static int coarse_class(Char c) {
+    if (c.cls == C_NUMBER) return 1;
+    return (c.cp >= 0x4e00 && c.cp <= 0x9fa5) || (c.cp >= 0x3040 && c.cp <= 0x30ff) ? 2 : 0;
+}
+
+// The end of the run of class cls that begins at i.
+static size_t run_end(const Tokenizer *t, Span s, size_t i, int cls) {
+    for (Char c; (c = char_at(t, s, i)).cls == cls;) i += c.n;
+    return i;
+}
+
+// Step 3 on a piece of steps 1 and 2: the end of its part that begins at i. The comments name the
+// alternatives of the third regex in their order.
+static size_t part_end(const Tokenizer *t, Span s, size_t i) {
+    Char c = char_at(t, s, i), next = char_at(t, s, i + c.n);
+    size_t j = i + c.n;
+    if (c.cls == C_PUNCT && c.cp < 128 && is_ascii_letter(next.cp)) {   // [!-~][A-Za-z]+
+        while (is_ascii_letter(char_at(t, s, j).cp)) j++;
+        return j;
+    }
+    if (c.cls == C_LETTER || (next.cls == C_LETTER && c.cls != C_PUNCT && !is_newline(c.cp)))
+        return run_end(t, s, j, C_LETTER);                              // .?[\p{L}\p{M}]+
+    if (c.cls == C_PUNCT || (c.cp == ' ' && next.cls == C_PUNCT)) {     // ?[\p{P}\p{S}]+[\r\n]*
+        j = run_end(t, s, j, C_PUNCT);
+        while (is_newline(char_at(t, s, j).cp)) j++;
+        return j;
+    }
+    if (c.cls == C_SPACE) {
+        size_t newline = 0, last = i;
+        for (j = i; (c = char_at(t, s, j)).cls == C_SPACE; j += c.n) {
+            last = j;
+            if (is_newline(c.cp)) newline = j + 1;
+        }
+        if (newline) return newline;                                    // \s*[\r\n]+
+        return j == s.n || last == i ? j : last;                        // \s+(?!\S) or \s+
+    }
+    for (; (c = char_at(t, s, j)).cls == C_OTHER; j += c.n)             // no match: a gap is a part
+        if (char_at(t, s, j + c.n).cls == C_LETTER) break;
+    return j;
+}
+
+// A byte-pair encoding at work: a linked list of symbols and a heap of possible merges, so that a
+// piece of n bytes takes O(n log n).
+enum { NO_RANK = UINT32_MAX, MAX_PIECE = 1 << 30 };
+typedef struct { uint32_t id, prev, next, rank; } Symbol;   // rank: of merging it with the next
+typedef struct {
+    const Tokenizer *t;
+    Ids *out;
+    Symbol *sym;        // [cap]
+    uint64_t *heap;     // [3 * cap] rank << 32 | position of the left symbol; the smallest first
+    size_t cap, n_heap;
+} Bpe;
+
+static void heap_push(Bpe *b, uint64_t key) {
+    size_t i = b->n_heap++;
+    for (; i > 0 && b->heap[(i - 1) / 2] > key; i = (i - 1) / 2) b->heap[i] = b->heap[(i - 1) / 2];
+    b->heap[i] = key;
+}
+
+static uint64_t heap_pop(Bpe *b) {
+    uint64_t top = b->heap[0], key = b->heap[--b->n_heap];
+    size_t i = 0;
+    for (size_t k; (k = 2 * i + 1) < b->n_heap; i = k) {
+        if (k + 1 < b->n_heap && b->heap[k + 1] < b->heap[k]) k++;
+        if (b->heap[k] >= key) break;
+        b->heap[i] = b->heap[k];
+    }
+    b->heap[i] = key;
+    return top;
+}
+
+// Looks up the pair of symbol i and the one after it, n = past the last one.
+static void bpe_pair(Bpe *b, uint32_t i, uint32_t n) {
+    Symbol *s = &b->sym[i];
+    s->rank = s->next == n ? NO_RANK : *pair_slot(b->t, s->id, b->sym[s->next].id) - 1;
+    if (s->rank != NO_RANK) heap_push(b, (uint64_t)s->rank << 32 | i);
+}
+
+static void bpe(Bpe *b, Span piece) {
+    for (; piece.n > MAX_PIECE; piece.p += MAX_PIECE, piece.n -= MAX_PIECE)
+        bpe(b, (Span){ piece.p, MAX_PIECE });
+    uint32_t n = (uint32_t)piece.n;
+    if (n > b->cap) {
+        free(b->sym);
+        free(b->heap);
+        b->cap = n < 256 ? 256 : n;
+        b->sym = xalloc(b->cap, sizeof *b->sym);
+        b->heap = xalloc(cmul(b->cap, 3), sizeof *b->heap);
+    }
+    for (uint32_t i = 0; i < n; i++)
+        b->sym[i] = (Symbol){ (uint32_t)b->t->byte_id[(uint8_t)piece.p[i]], i - 1, i + 1, NO_RANK };
+    for (uint32_t i = 0; i < n; i++) bpe_pair(b, i, n);
+    while (b->n_heap) {
+        uint64_t key = heap_pop(b);
+        uint32_t i = (uint32_t)key, rank = (uint32_t)(key >> 32), j = b->sym[i].next;
+        if (b->sym[i].rank != rank) continue;           // one of the two has been merged since
+        b->sym[i].id = b->t->merges[rank].result;
+        b->sym[i].next = b->sym[j].next;
+        b->sym[j].rank = NO_RANK;
+        if (b->sym[i].next < n) b->sym[b->sym[i].next].prev = i;
+        bpe_pair(b, i, n);
+        if (i > 0) bpe_pair(b, b->sym[i].prev, n);
+    }
+    for (uint32_t i = 0; i < n; i = b->sym[i].next) ids_add(b->out, (int)b->sym[i].id);
+}
+
+// A stretch without added tokens: steps 1 and 2 cut it: threes of digits, runs of CJK, others.
+static void encode_text(Bpe *b, Span s) {
+    for (size_t i = 0, j; i < s.n; i = j) {
+        Char c = char_at(b->t, s, i);
+        int coarse = coarse_class(c), n = 0;
+        for (j = i; j < s.n && (n < 3 || coarse != 1); j += c.n, n++)
+            if (coarse_class(c = char_at(b->t, s, j)) != coarse) break;
+        Span piece = { s.p + i, j - i };
+        for (size_t k = 0, end; k < piece.n; k = end) {
+            end = coarse == 1 ? piece.n : part_end(b->t, piece, k);
+            bpe(b, (Span){ piece.p + k, end - k });
+        }
+    }
+}
+
+// Added tokens, leftmost longest: those that are not `normalized`, then the others in what is left.
+static void encode_added(Bpe *b, Span s, int root) {
+    size_t from = 0;
+    if (root == 2) encode_text(b, s);
+    for (size_t i = 0; root < 2 && i <= s.n;) {
+        int id = i < s.n ? trie_find(b->t, root, (Span){ s.p + i, s.n - i }) : -1;
+        if (id >= 0 || i == s.n) encode_added(b, (Span){ s.p + from, i - from }, root + 1);
+        if (id >= 0) ids_add(b->out, id);
+        i += id >= 0 ? tok_bytes(b->t, id).n : 1;
+        if (id >= 0) from = i;
+    }
+}
+
+// Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
+// in front. With `special`, added tokens are recognised wherever they are, else they are just text.
+// Needs 40 bytes of memory for each byte of the longest word.
+static void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out) {
+    Bpe b = { .t = t, .out = out };
+    Str fixed = { 0 };
+    utf8_repair(text, &fixed);
+    encode_added(&b, str_span(&fixed), special ? 0 : 2);
+    free(fixed.p);
+    free(b.sym);
+    free(b.heap);
+}
+
+// ---- ids -> text
+
+// A stream of bytes that may be cut anywhere. Start with { 0 }.
+typedef struct { char tail[4]; size_t n; } Utf8;
+
+// Appends what is certain; at most 3 bytes are held back.
+static void utf8_feed(Utf8 *u, Span s, Str *out) {
+    for (size_t i = 0; i < s.n; i++) {
+        u->tail[u->n++] = s.p[i];
+        while (u->n) {
+            int32_t cp;
+            size_t len = utf8_next(u->tail, u->n, &cp);
+            if (cp == -2) break;
+            str_add(out, cp < 0 ? "\uFFFD" : u->tail, cp < 0 ? 3 : len);
+            memmove(u->tail, u->tail + len, u->n -= len);
+        }
+    }
+}
+
+static void utf8_finish(Utf8 *u, Str *out) {
+    if (u->n) str_puts(out, "\uFFFD");
+    u->n = 0;
+}
+
+// Streams one token; with `skip_special` those marked so (BOS, EOS, not <think>) are left out.
+static void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out) {
+    if (!(skip_special && t->flags[id] & TOK_SPECIAL)) utf8_feed(u, tok_bytes(t, id), out);
+}
+// ---------------------------------------------------------------------------
+// chat format: messages -> prompt text, and what the model writes -> reasoning, content, tool calls.
+// Two generations, "v4" and "0731", differ in the effort prefix only. Tags are text until tokenized.
+
+#define BOS_TEXT "<｜begin▁of▁sentence｜>"
+#define EOS_TEXT "<｜end▁of▁sentence｜>"
+#define DSML "｜DSML｜"
+#define CALLS_START "\n\n<" DSML "tool_calls"
+#define CALLS_END "</" DSML "tool_calls>"
+
+typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL, ROLE_DEVELOPER, ROLE_REMINDER,
+               N_ROLES } Role;
+static const char *const role_names[] = { "system", "user", "assistant", "tool", "developer",
+                                          "latest_reminder" };
+typedef enum { EFFORT_NONE, EFFORT_LOW, EFFORT_HIGH, EFFORT_MAX, N_EFFORTS } Effort;
+static const char *const effort_names[] = { "none", "low", "high", "max" };
+
+typedef struct {
+    bool release_0731;          // the generation
+    bool thinking;
+    bool keep_thinking;         // old reasoning stays in the prompt (it always does once there are tools)
+    bool no_bos;
+    Effort effort;              // thinking mode only
+} ChatOptions;
+
+typedef struct { bool is_result; Str text, id; } Block;
+
+// One turn. Tool results and consecutive users are blocks of one user turn; other roles have one block.
+typedef struct {
+    Role role;
+    Block *blocks;
+    size_t n_blocks;
+    Str reasoning;
+    Str extra;                  // follows the content: tools and response format, or tool calls
+    Map calls;                  // assistant: call id -> position
+    char task[40];              // the token of a quick task, "" if none
+    bool has_calls, has_tools, no_eos, context;
+} Turn;
+
+typedef struct { Turn *turns; size_t n; } Chat;        // start with { 0 }, release with chat_free
+
+static void chat_cut(Chat *c, size_t n) {               // keeps the first n turns
+    while (c->n > n) {
+        Turn *t = &c->turns[--c->n];
+        for (size_t i = 0; i < t->n_blocks; i++) {
+            free(t->blocks[i].text.p);
+            free(t->blocks[i].id.p);
+        }
+        free(t->blocks);
+        free(t->reasoning.p);
+        free(t->extra.p);
+        map_free(&t->calls);
+    }
+}
+
+static void chat_free(Chat *c) {
+    chat_cut(c, 0);
+    free(c->turns);
+    *c = (Chat){ 0 };
+}
+
+static void *grow_by_one(void *p, size_t n, size_t size) {      // room for item n, zeroed; doubles
+    if (n & (n - 1)) return memset((char *)p + n * size, 0, size), p;
+    p = realloc(p, cmul(n ? 2 * n : 1, size));
+    if (!p) die(1, "out of memory: %zu items", n);
+    memset((char *)p + n * size, 0, size);
+    return p;
+}
+
+// Appends a message whose text is known: the terminal's chat. Users in a row become one turn.
+static Turn *chat_say(Chat *c, Role role, Span content, Span reasoning, bool context) {
+    Turn *last = c->n ? &c->turns[c->n - 1] : NULL;
+    Role turn_role = role == ROLE_TOOL ? ROLE_USER : role;
+    bool open = last && last->role == ROLE_USER && turn_role == ROLE_USER && last->context == context;
+    if (!open || (role == ROLE_USER && last->task[0])) {
+        c->turns = grow_by_one(c->turns, c->n, sizeof *c->turns);
+        last = &c->turns[c->n++];
+        last->role = turn_role;
+        last->context = context;
+    }
+    last->blocks = grow_by_one(last->blocks, last->n_blocks, sizeof *last->blocks);
+    Block *b = &last->blocks[last->n_blocks++];
+    b->is_result = role == ROLE_TOOL;
+    str_add(&b->text, content.p, content.n);
+    str_add(&last->reasoning, reasoning.p, reasoning.n);
+    return last;
+}
+
+// ---- reading messages
+
+// The text of a content: a string, null, or a list of parts joined by empty lines. Of other parts than
+// text a tool result keeps the type; elsewhere they are refused.
+static bool read_content(Json *j, bool tool_result, Str *out) {
+    if (json_null(j)) return true;
+    if (json_peek(j) != '[') return json_string(j, out);
+    Str key = { 0 }, type = { 0 }, text = { 0 };
+    json_array(j);
+    for (int i = 0; json_item(j); i++) {
+        type.n = text.n = 0;
+        for (json_object(j); json_member(j, &key);) {
+            if (span_is(str_span(&key), "type")) json_string(j, &type);
+            else if (span_is(str_span(&key), "text") && json_peek(j) == '"') json_string(j, &text);
+            else json_skip(j);
+        }
+        if (i) str_puts(out, "\n\n");
+        bool is_text = span_is(str_span(&type), "text");
+        if (!is_text && !tool_result)
+            json_fail(j, "content part of type %s: only text", quoted(str_span(&type)).text);
+        if (!is_text) str_puts(out, "[Unsupported ");
+        str_add(out, is_text ? text.p : type.p, is_text ? text.n : type.n);
+        if (!is_text) str_puts(out, "]");
+    }
+    free(key.p);
+    free(type.p);
+    free(text.p);
+    return !j->bad;
+}
+
+static const char tools_head[] =
+    "## Tools\n\nYou have access to a set of tools to help answer the user's question. You can invoke "
+    "tools by writing a \"<" DSML "tool_calls>\" block like the following:\n\n"
+    "<" DSML "tool_calls>\n<" DSML "invoke name=\"$TOOL_NAME\">\n<" DSML "parameter "
+    "name=\"$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE</" DSML "parameter>\n...\n"
+    "</" DSML "invoke>\n<" DSML "invoke name=\"$TOOL_NAME2\">\n...\n</" DSML "invoke>\n" CALLS_END "\n\n"
+    "String parameters should be specified as is and set `string=\"true\"`. For all other types "
+    "(numbers, booleans, arrays, objects), pass the value in JSON format and set `string=\"false\"`.\n\n"
+    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside "
+    "<think>...</think> BEFORE any tool calls or final response.\n\n"
+    "Otherwise, output directly after </think> with tool calls or final response.\n\n"
+    "### Available Tool Schemas\n\n";
+static const char tools_tail[] =
+    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool "
+    "calls.\n";
+static const char format_head[] =
+    "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
+
+// Appends the tools block for a list of OpenAI tools; nothing for null or an empty list.
+static bool read_tools(Json *j, Str *out) {
+    Str key = { 0 };
+    size_t n = 0;
+    if (json_null(j)) return true;
+    for (json_array(j); json_item(j); n++) {
+        bool found = false;
+        str_puts(out, n ? "\n" : "\n\n");
+        if (n == 0) str_puts(out, tools_head);
+        for (json_object(j); json_member(j, &key);) {
+            bool is_function = span_is(str_span(&key), "function") && !found;
+            if (is_function && json_peek(j) != '{') json_expected(j, "a function object");
+            if (is_function) found = json_dump(j, out);
+            else json_skip(j);
+        }
+        if (!found) json_fail(j, "tool without a function");
+    }
+    if (n) str_puts(out, tools_tail);
+    free(key.p);
+    return !j->bad;
+}
+
+static void add_param(Str *out, Span key, const char *is_string, Span value) {
+    str_puts(out, "<" DSML "parameter name=\"");
+    str_add(out, key.p, key.n);
+    str_puts(out, "\" string=\"");
+    str_puts(out, is_string);
+    str_puts(out, "\">");
+    str_add(out, value.p, value.n);
+    str_puts(out, "</" DSML "parameter>");
+}
+
+// The arguments of a call as DSML parameters: strings as they are, other values as JSON. Text that is
+// not JSON becomes one parameter, as in the publisher's encoder; JSON other than an object is refused.
+static bool add_arguments(Span arguments, Str *out, Err *e) {
+    Str clean = { 0 }, key = { 0 }, value = { 0 };      // clean: without duplicate keys
+    Json j = json_open(arguments, "arguments", e);
+    if (!json_dump(&j, &clean) || !json_end(&j)) {
+        add_param(out, span_of("arguments"), "true", arguments);
+        free(clean.p);
+        return true;
+    }
+    j = json_open(str_span(&clean), "arguments", e);
+    json_object(&j);
+    for (int i = 0; json_member(&j, &key); i++) {
+        bool is_string = json_peek(&j) == '"';
+        value.n = 0;
+        if (is_string) json_string(&j, &value);
+        else json_dump(&j, &value);
+        if (i) str_puts(out, "\n");
+        add_param(out, str_span(&key), is_string ? "true" : "false", str_span(&value));
+    }
+    free(clean.p);
+    free(key.p);
+    free(value.p);
+    return json_end(&j);
+}
+
+// Appends the calls block for a list of OpenAI tool calls and notes their ids.
+static bool read_calls(Json *j, Turn *t) {
+    Str key = { 0 }, name = { 0 }, id = { 0 }, args = { 0 };
+    int64_t n = 0;
+    if (json_null(j)) return true;
+    for (json_array(j); json_item(j); n++) {
+        bool named = false, argued = false, has_id = false;
+        args.n = 0;
+        for (json_object(j); json_member(j, &key);) {
+            if (span_is(str_span(&key), "id") && json_peek(j) == '"') has_id = json_string(j, &id);
+            else if (!span_is(str_span(&key), "function")) json_skip(j);
+            else for (json_object(j); json_member(j, &key);) {
+                if (span_is(str_span(&key), "name")) named = json_string(j, &name);
+                else if (!span_is(str_span(&key), "arguments")) json_skip(j);
+                else if (json_peek(j) == '"') argued = json_string(j, &args);
+                else args.n = 0, argued = json_dump(j, &args);
+            }
+        }
+        if (!named || !argued) json_fail(j, "tool call without a name or arguments");
+        if (j->bad) break;
+        if (has_id) map_add(&t->calls, str_span(&id), n);
+        if (has_id) map_find(&t->calls, str_span(&id))->value = n;
+        str_puts(&t->extra, n ? "\n" : CALLS_START ">\n");
+        str_puts(&t->extra, "<" DSML "invoke name=\"");
+        str_add(&t->extra, name.p, name.n);
+        str_puts(&t->extra, "\">\n");
+        if (!add_arguments(str_span(&args), &t->extra, j->e)) j->bad = true;
+        str_puts(&t->extra, "\n</" DSML "invoke>");
+    }
+    t->has_calls = n > 0;
+    if (n) str_puts(&t->extra, "\n" CALLS_END);
+    free(key.p);
+    free(name.p);
+    free(id.p);
+    free(args.p);
+    return !j->bad;
+}
+
+// ROLE_..., or EFFORT_... by name; -1 and an error if there is none.
+static int read_name(Json *j, const char *what, const char *const *names, int n) {
+    Str s = { 0 };
+    int i = 0;
+    if (!json_string(j, &s)) i = n;
+    while (i < n && !span_is(str_span(&s), names[i])) i++;
+    if (i == n) json_fail(j, "unknown %s %s", what, quoted(str_span(&s)).text);
+    free(s.p);
+    return i < n ? i : -1;
+}
+
+// Opens a value kept by json_raw; false if it is absent or null.
+static bool open_value(Json *in, const Json *j, Span raw) {
+    if (!raw.p) return false;
+    *in = json_inside(j, raw);
+    return !json_null(in);
+}
+
+static void add_response_format(Json *j, Str *out) {
+    Str text = { 0 };
+    json_dump(j, &text);
+    if (!span_is(str_span(&text), "{}") && text.n) {
+        str_puts(out, "\n\n");
+        str_puts(out, format_head);
+        str_add(out, text.p, text.n);
+    }
+    free(text.p);
+}
+
+// One message object. On an error j->bad is set.
+static void read_message(Chat *c, Json *j, bool context) {
+    static const char *const tasks[] = { "action", "query", "authority", "domain", "title", "read_url" };
+    enum { K_ROLE, K_CONTENT, K_REASONING, K_TOOLS, K_FORMAT, K_CALLS, K_ID, K_TASK, K_NO_EOS, N_KEYS };
+    static const char *const keys[] = { "role", "content", "reasoning_content", "tools", "response_format",
+                                        "tool_calls", "tool_call_id", "task", "wo_eos" };
+    Span raw[N_KEYS] = { { 0 } };
+    Str key = { 0 }, content = { 0 }, reasoning = { 0 };
+    for (json_object(j); json_member(j, &key);) {
+        int k = 0;
+        while (k < N_KEYS && !span_is(str_span(&key), keys[k])) k++;
+        if (k < N_KEYS) json_raw(j, &raw[k]);
+        else json_skip(j);
+    }
+    free(key.p);
+    if (!j->bad && !raw[K_ROLE].p) json_fail(j, "message without a role");
+    if (j->bad) return;
+    Json in = json_inside(j, raw[K_ROLE]);
+    int role = read_name(&in, "role", role_names, N_ROLES);
+    bool ok = !in.bad;
+    if (ok && open_value(&in, j, raw[K_CONTENT])) ok = read_content(&in, role == ROLE_TOOL, &content);
+    if (ok && role == ROLE_ASSISTANT && open_value(&in, j, raw[K_REASONING]))
+        ok = json_string(&in, &reasoning);
+    if (ok && role == ROLE_DEVELOPER && !content.n) ok = json_fail(j, "developer message without content");
+    if (ok) {
+        Turn *t = chat_say(c, (Role)role, str_span(&content), str_span(&reasoning), context);
+        bool has_extra = role == ROLE_SYSTEM || role == ROLE_DEVELOPER;
+        Str unused = { 0 }, *extra = has_extra ? &t->extra : &unused;
+        if (role == ROLE_TOOL && open_value(&in, j, raw[K_ID]))
+            ok = json_string(&in, &t->blocks[t->n_blocks - 1].id);
+        if (ok && open_value(&in, j, raw[K_TOOLS])) {
+            size_t before = extra->n;
+            ok = read_tools(&in, extra);
+            t->has_tools = t->has_tools || extra->n > before;
+        }
+        if (ok && has_extra && open_value(&in, j, raw[K_FORMAT])) add_response_format(&in, extra);
+        if (ok && role == ROLE_ASSISTANT && open_value(&in, j, raw[K_CALLS])) ok = read_calls(&in, t);
+        if (ok && t->n_blocks == 1 && open_value(&in, j, raw[K_TASK])) {
+            int task = read_name(&in, "task", tasks, sizeof tasks / sizeof *tasks);
+            if (task >= 0) snprintf(t->task, sizeof t->task, "<｜%s｜>", tasks[task]);
+        }
+        if (ok && !in.bad && open_value(&in, j, raw[K_NO_EOS])) json_bool(&in, &t->no_eos);
+        free(unused.p);
+    }
+    j->bad = j->bad || !ok || in.bad;
+    free(content.p);
+    free(reasoning.p);
+}
+
+// The first system message, which tools and formats given apart from the messages go to; a new one in
+// front if there is none.
+static Turn *system_turn(Chat *c) {
+    for (size_t i = 0; i < c->n; i++)
+        if (c->turns[i].role == ROLE_SYSTEM) return &c->turns[i];
+    chat_say(c, ROLE_SYSTEM, span_of(""), span_of(""), c->n && c->turns[0].context);
+    Turn t = c->turns[c->n - 1];
+    memmove(c->turns + 1, c->turns, (c->n - 1) * sizeof t);
+    c->turns[0] = t;
+    return c->turns;
+}
+
+// Reads a list of messages, or an object with `messages` and perhaps `context` (messages already in the
+// prompt), `tools`, `response_format`, `thinking`, `reasoning_effort`, `drop_thinking`, `add_bos` and
+// `release` ("v4", "0731"). Appends to *c and sets in *o what is given. `name` is for errors.
+static bool chat_read(Chat *c, ChatOptions *o, Span text, const char *name, Err *e) {
+    static const char *const releases[] = { "v4", "0731" };
+    Json j = json_open(text, name, e), in;
+    Span context = { 0 }, messages = { 0 }, tools = { 0 }, format = { 0 };
+    Str key = { 0 };
+    bool flag = false;
+    if (json_peek(&j) == '[') json_raw(&j, &messages);
+    else for (json_object(&j); json_member(&j, &key);) {
+        Span k = str_span(&key);
+        if (span_is(k, "messages")) json_raw(&j, &messages);
+        else if (span_is(k, "context")) json_raw(&j, &context);
+        else if (span_is(k, "tools")) json_raw(&j, &tools);
+        else if (span_is(k, "response_format")) json_raw(&j, &format);
+        else if (span_is(k, "thinking")) json_bool(&j, &o->thinking);
+        else if (span_is(k, "release")) o->release_0731 = read_name(&j, key.p, releases, 2) == 1;
+        else if (span_is(k, "reasoning_effort")) {
+            int effort = json_null(&j) ? 0 : read_name(&j, key.p, effort_names, N_EFFORTS);
+            o->effort = effort < 0 ? EFFORT_NONE : (Effort)effort;
+        } else if (span_is(k, "drop_thinking")) o->keep_thinking = json_bool(&j, &flag) && !flag;
+        else if (span_is(k, "add_bos")) o->no_bos = json_bool(&j, &flag) && !flag;
+        else json_skip(&j);
+    }
+    free(key.p);
+    if (json_end(&j) && !messages.p) json_fail(&j, "no messages");
+    Span lists[] = { context, messages };
+    for (int i = 0; i < 2 && !j.bad; i++) {
+        if (!open_value(&in, &j, lists[i])) continue;
+        for (json_array(&in); json_item(&in);) read_message(c, &in, i == 0);
+        j.bad = in.bad;
+    }
+    if (!j.bad && open_value(&in, &j, tools)) {
+        Turn *t = system_turn(c);
+        size_t before = t->extra.n;
+        j.bad = !read_tools(&in, &t->extra);
+        t->has_tools = t->has_tools || t->extra.n > before;
+    }
+    if (!j.bad && open_value(&in, &j, format)) add_response_format(&in, &system_turn(c)->extra);
+    return !j.bad;
+}
+
+// ---- messages -> prompt
+
+static const char effort_x[] =
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the "
+    "root cause, rigorously stress-testing your logic against all potential paths, edge cases, and "
+    "adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n";
+static const char effort_y[] =
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
+    "exhaustively decompose the problem into its most fundamental components, trace every causal chain "
+    "to its root, and resolve the underlying cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles and "
+    "are certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
+
+// The prefix of a generation and effort; NULL: the publisher's encoder refuses it.
+static const char *effort_prefix(bool release_0731, Effort effort) {
+    if (effort == EFFORT_MAX) return release_0731 ? effort_y : effort_x;
+    if (effort == EFFORT_HIGH) return release_0731 ? effort_x : "";
+    return effort == EFFORT_NONE || release_0731 ? "" : NULL;
+}
+
+// Puts the tool results of a turn into the order of the calls they answer; texts stay where they are.
+static void order_results(Turn *t, const Map *calls) {
+    for (size_t i = 0; i < t->n_blocks; i++) {          // a stable insertion sort over the results
+        if (!t->blocks[i].is_result) continue;
+        size_t at = i;
+        Block moved = t->blocks[i];
+        const MapEntry *e = map_find(calls, str_span(&moved.id));
+        int64_t place = e ? e->value : 0;
+        for (size_t k = i; k-- > 0;) {
+            if (!t->blocks[k].is_result) continue;
+            e = map_find(calls, str_span(&t->blocks[k].id));
+            if ((e ? e->value : 0) <= place) break;
+            t->blocks[at] = t->blocks[k];
+            at = k;
+        }
+        t->blocks[at] = moved;
+    }
+}
+
+static void render_turn(const Turn *t, bool with_reasoning, Str *out) {
+    bool user = t->role == ROLE_USER || t->role == ROLE_DEVELOPER;
+    if (user) str_puts(out, "<｜User｜>");
+    if (t->role == ROLE_REMINDER) str_puts(out, "<｜latest_reminder｜>");
+    if (with_reasoning) {
+        str_add(out, t->reasoning.p, t->reasoning.n);
+        str_puts(out, "</think>");
+    }
+    for (size_t i = 0; i < t->n_blocks; i++) {
+        const Block *b = &t->blocks[i];
+        if (i && user) str_puts(out, "\n\n");
+        if (b->is_result) str_puts(out, "<tool_result>");
+        str_add(out, b->text.p, b->text.n);
+        if (b->is_result) str_puts(out, "</tool_result>");
+    }
+    str_add(out, t->extra.p, t->extra.n);
+    if (t->role == ROLE_ASSISTANT && !t->no_eos) str_puts(out, EOS_TEXT);
+}
+
+// Appends the prompt for a chat. Turns marked `context` are not written, but count for all decisions.
+static bool chat_render(Chat *c, const ChatOptions *o, Str *out, Err *e) {
+    const char *prefix = effort_prefix(o->release_0731, o->effort);
+    if (o->thinking && !prefix)
+        return fail(e, "reasoning effort %s: the v4 encoding has none, high and max",
+                    effort_names[o->effort]);
+    bool drop = !o->keep_thinking, context = c->n && c->turns[0].context;
+    const Map *calls = NULL;
+    size_t user = 0;                                    // past the last user or developer turn
+    for (size_t i = 0; i < c->n; i++) {
+        Turn *t = &c->turns[i];
+        if (t->has_tools) drop = false;
+        if (t->role == ROLE_USER || t->role == ROLE_DEVELOPER) user = i + 1;
+        if (t->has_calls) calls = &t->calls;
+        if (t->role == ROLE_USER && calls && calls->n) order_results(t, calls);
+    }
+    if (!o->no_bos && !context) str_puts(out, BOS_TEXT);
+    if (o->thinking && c->n && !context) str_puts(out, prefix);
+    const Turn *before = NULL;
+    for (size_t i = 0, next; i < c->n; i = next) {
+        const Turn *t = &c->turns[i];
+        for (next = i + 1; next < c->n; next++)         // old developer turns go with the old reasoning
+            if (!(o->thinking && drop && next + 1 < user && c->turns[next].role == ROLE_DEVELOPER)) break;
+        bool gone = o->thinking && drop && i + 1 < user && t->role == ROLE_DEVELOPER;
+        if (gone || t->context) {
+            if (!gone) before = t;
+            continue;
+        }
+        bool reason = o->thinking && t->role == ROLE_ASSISTANT && (!drop || i + 1 > user);
+        render_turn(t, reason && !(before && before->task[0]), out);
+        before = t;
+        if (next < c->n && c->turns[next].role != ROLE_ASSISTANT && c->turns[next].role != ROLE_REMINDER)
+            continue;
+        bool action = !strcmp(t->task, "<｜action｜>");
+        bool reply = t->role == ROLE_USER || t->role == ROLE_DEVELOPER;
+        if (action || (!t->task[0] && reply)) {
+            bool think = o->thinking && (action || !drop || i + 1 >= user);
+            str_puts(out, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
+        }
+        str_puts(out, t->task);
+    }
+    return true;
+}
+
+// ---- what the model writes
+
+typedef struct { Str name, arguments; } Call;           // arguments: JSON text
+typedef struct { Str reasoning, content; Call *calls; size_t n_calls; } Reply;
+
+static void reply_free(Reply *r) {
+    for (size_t i = 0; i < r->n_calls; i++) {
+        free(r->calls[i].name.p);
+        free(r->calls[i].arguments.p);
+    }
+    free(r->calls);
+    free(r->reasoning.p);
+    free(r->content.p);
+    *r = (Reply){ 0 };
+}
+
+static bool starts_with(Span s, const char *z) {
+    size_t n = strlen(z);
+    return s.n >= n && !memcmp(s.p, z, n);
+}
+
+static size_t find(Span s, const char *z) {             // SIZE_MAX: not there
+    const char *at = s.n ? memmem(s.p, s.n, z, strlen(z)) : NULL;
+    return at ? (size_t)(at - s.p) : SIZE_MAX;
+}
+
+static Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
+
+// Cuts *s at whichever of two stops comes first: what stood before it, and which one; -1 and all of *s
+// if there is none. *s then begins behind the stop.
+static int cut_at(Span *s, const char *a, const char *b, Span *before) {
+    for (size_t i = 0; i < s->n; i++) {
+        Span rest = span_from(*s, i);
+        int which = starts_with(rest, a) ? 0 : starts_with(rest, b) ? 1 : -1;
+        if (which < 0) continue;
+        *before = (Span){ s->p, i };
+        *s = span_from(rest, strlen(which ? b : a));
+        return which;
+    }
+    *before = *s;
+    *s = span_from(*s, s->n);
+    return -1;
+}
+
+// ` name="KEY" string="true|false">VALUE<` -> one more member of the arguments.
+static bool parse_param(Span p, Map *keys, Str *arguments, Err *e) {
+    Span key, all = p;
+    int is_json;
+    bool ok = starts_with(p, " name=\"") && p.n && p.p[p.n - 1] == '<';
+    if (ok) p = (Span){ p.p + 7, p.n - 8 };
+    is_json = ok ? cut_at(&p, "\" string=\"true\">", "\" string=\"false\">", &key) : -1;
+    if (is_json < 0) return fail(e, "bad parameter %s", quoted(all).text);
+    if (!map_add(keys, key, 0)) return fail(e, "parameter %s twice", quoted(key).text);
+    if (keys->n > 1) str_puts(arguments, ", ");
+    json_put_string(arguments, key);
+    str_puts(arguments, ": ");
+    if (is_json) str_add(arguments, p.p, p.n);
+    else json_put_string(arguments, p);
+    return true;
+}
+
+// The calls behind CALLS_START, up to and with CALLS_END.
+static bool parse_calls(Span *s, Reply *r, Err *e) {
+    for (;;) {
+        Span part;
+        int which = cut_at(s, "<" DSML "invoke", CALLS_END, &part);
+        if (which < 0 || !span_is(part, ">\n")) return fail(e, "bad tool calls: %s", quoted(part).text);
+        if (which == 1) return true;
+        which = cut_at(s, "<" DSML "parameter", "</" DSML "invoke", &part);
+        size_t tail = part.n && part.p[part.n - 1] == '\n' ? 1 : 0;     // one more newline may follow
+        if (part.n > 2 && part.p[part.n - 2] == '\n') tail = 2;
+        bool ok = which >= 0 && starts_with(part, " name=\"") && part.n >= 9 + tail && tail &&
+                  !memcmp(part.p + part.n - tail - 2, "\">", 2);
+        if (!ok) return fail(e, "bad tool call %s", quoted(part).text);
+        r->calls = grow_by_one(r->calls, r->n_calls, sizeof *r->calls);
+        Call *call = &r->calls[r->n_calls++];
+        str_add(&call->name, part.p + 7, part.n - 9 - tail);
+        str_puts(&call->arguments, "{");
+        Map keys = { 0 };
+        while (ok && which == 0) {
+            ok = cut_at(s, "/" DSML "parameter", "/" DSML "parameter", &part) == 0 ||
+                 fail(e, "parameter without an end: %s", quoted(part).text);
+            ok = ok && parse_param(part, &keys, &call->arguments, e);
+            if (!ok) break;
+            which = cut_at(s, "<" DSML "parameter", "</" DSML "invoke", &part);
+            if (which < 0 || !span_is(part, ">\n"))
+                ok = fail(e, "bad end of a parameter: %s", quoted(part).text);
+        }
+        map_free(&keys);
+        str_puts(&call->arguments, "}");
+        if (!ok) return false;
+    }
+}
+
+// The publisher's strict reading of a whole completion, with EOS as text at its end. Nothing is repaired.
+// *r must be { 0 }; reply_free it in any case.
+static bool reply_parse(Span s, bool thinking, Reply *r, Err *e) {
+    static const char *const never[] = { BOS_TEXT, EOS_TEXT, "<think>", "</think>", DSML };
+    Span part;
+    if (thinking) {
+        if (cut_at(&s, "</think>", CALLS_START, &part) != 0) return fail(e, "missing </think>");
+        str_add(&r->reasoning, part.p, part.n);
+    }
+    int which = cut_at(&s, EOS_TEXT, CALLS_START, &part);
+    if (which < 0) return fail(e, "missing " EOS_TEXT);
+    str_add(&r->content, part.p, part.n);
+    if (which == 1 && !parse_calls(&s, r, e)) return false;
+    if (which == 1 && starts_with(s, EOS_TEXT)) s = span_from(s, strlen(EOS_TEXT));
+    if (s.n) return fail(e, "text behind the end: %s", quoted(s).text);
+    for (size_t i = 0; i < sizeof never / sizeof *never; i++)
+        if (find(str_span(&r->reasoning), never[i]) != SIZE_MAX ||
+            find(str_span(&r->content), never[i]) != SIZE_MAX)
+            return fail(e, "unexpected %s in the text", never[i]);
+    return true;
+}
+
+// The forgiving reader that follows a completion piece by piece. It tells reasoning and content as soon
+// as no tag can be hidden in them, and each call when it is complete.
+typedef enum { EV_REASONING, EV_CONTENT, EV_CALL } Event;
+typedef void (*OnEvent)(void *arg, Event kind, Span text, Span arguments);  // EV_CALL: name, JSON text
+typedef struct {
+    enum { IN_CONTENT, IN_REASONING, IN_CALLS, IN_VALUE } state;    // start: { .state =, .on_event =, }
+    OnEvent on_event;
+    void *arg;
+    Str held;               // text not yet understood
+    bool open, is_string;   // a call is open; the value being read is a string
+    Call call;
+    Map keys;               // of the open call; of a repeated parameter the first value counts
+    Str key, value;
+} Reader;
+
+static void reader_free(Reader *r) {
+    free(r->held.p);
+    free(r->call.name.p);
+    free(r->call.arguments.p);
+    free(r->key.p);
+    free(r->value.p);
+    map_free(&r->keys);
+    *r = (Reader){ 0 };
+}
+
+static void tell(Reader *r, Event kind, Span text) {
+    if (text.n) r->on_event(r->arg, kind, text, span_of(""));
+}
+
+// How many bytes at the end of s may be the beginning of tag.
+static size_t tag_begun(Span s, const char *tag) {
+    size_t k = strlen(tag) - 1;
+    if (k > s.n) k = s.n;
+    while (k && memcmp(s.p + s.n - k, tag, k)) k--;
+    return k;
+}
+
+static Span skip_space(Span s) {
+    while (s.n && strchr(" \t\r\n", s.p[0]) && s.p[0]) s = span_from(s, 1);
+    return s;
+}
+
+// Which of n words s begins with, after white space: its index, -1 none, -2 cannot be said yet.
+static int first_word(Span s, const char *const *words, int n) {
+    int undecided = -1;
+    s = skip_space(s);
+    for (int i = 0; i < n; i++) {
+        if (starts_with(s, words[i])) return i;
+        if (s.n < strlen(words[i]) && !memcmp(s.p, words[i], s.n)) undecided = -2;
+    }
+    return undecided;
+}
+
+static void begin_call(Reader *r, Span name) {
+    r->open = true;
+    r->call.name.n = r->call.arguments.n = 0;
+    str_add(&r->call.name, name.p, name.n);
+    str_puts(&r->call.arguments, "{");
+    map_free(&r->keys);
+}
+
+static void end_call(Reader *r) {
+    if (!r->open) return;
+    r->open = false;
+    str_puts(&r->call.arguments, "}");
+    r->on_event(r->arg, EV_CALL, str_span(&r->call.name), str_span(&r->call.arguments));
+}
+
+static void end_value(Reader *r) {
+    Err unused;
+    Span value = str_span(&r->value);
+    if (!r->open || !map_add(&r->keys, str_span(&r->key), 0)) return;
+    if (r->keys.n > 1) str_puts(&r->call.arguments, ", ");
+    json_put_string(&r->call.arguments, str_span(&r->key));
+    str_puts(&r->call.arguments, ": ");
+    Json j = json_open(value, "value", &unused);
+    bool valid = !r->is_string && json_skip(&j) && json_end(&j);
+    if (valid) str_add(&r->call.arguments, value.p, value.n);
+    else json_put_string(&r->call.arguments, value);
+}
+
+static Span attribute(Span tag, const char *start) {    // NAME="value"
+    size_t at = find(tag, start);
+    if (at == SIZE_MAX) return span_of("");
+    Span v = span_from(tag, at + strlen(start));
+    size_t n = find(v, "\"");
+    return (Span){ v.p, n == SIZE_MAX ? v.n : n };
+}
+
+static const char *const dsml_words[] = { "tool_calls", "invoke", "parameter" };
+
+// Acts on one tag, the text between < and >.
+static void read_tag(Reader *r, Span tag) {
+    bool closing = starts_with(tag, "/");
+    if (closing) tag = span_from(tag, 1);
+    if (!starts_with(tag, DSML)) return;
+    tag = span_from(tag, strlen(DSML));
+    int word = first_word(tag, dsml_words, 3);
+    bool empty = tag.n && tag.p[tag.n - 1] == '/';
+    if (word == 0 && closing) r->state = IN_CONTENT;
+    if (word == 0 || word == 1) end_call(r);
+    if (word == 1 && !closing) begin_call(r, attribute(tag, "name=\""));
+    if (word == 1 && !closing && empty) end_call(r);
+    if (word == 2 && !closing) {
+        Span key = attribute(tag, "name=\"");
+        r->key.n = r->value.n = 0;
+        str_add(&r->key, key.p, key.n);
+        r->is_string = !span_is(attribute(tag, "string=\""), "false");
+        r->state = empty ? r->state : IN_VALUE;
+        if (empty) end_value(r);
+    }
+}
+
+// Each of these looks at the held text, acts, and returns how many bytes are done with; 0: more is needed.
+static size_t read_reasoning(Reader *r, Span s) {
+    size_t at = find(s, "</think>");
+    bool found = at != SIZE_MAX;
+    if (!found) at = s.n - tag_begun(s, "</think>");
+    tell(r, EV_REASONING, (Span){ s.p, at });
+    if (found) r->state = IN_CONTENT;
+    return found ? at + strlen("</think>") : at;
+}
+
+static size_t read_content_text(Reader *r, Span s) {
+    size_t at = find(s, "<" DSML), hold = 0;
+    int word = -1;
+    if (at == SIZE_MAX) {
+        size_t a = tag_begun(s, "\n\n<" DSML), b = tag_begun(s, "<" DSML);
+        at = s.n - (a > b ? a : b);
+    } else {
+        Span rest = span_from(s, at + strlen("<" DSML));
+        word = first_word(rest, dsml_words, 2);
+        if (word == -1) at = s.n - rest.n;                          // not a tag of ours: text
+        else if (at >= 2 && !memcmp(s.p + at - 2, "\n\n", 2)) hold = 2;
+    }
+    tell(r, EV_CONTENT, (Span){ s.p, at - hold });
+    if (word >= 0) r->state = IN_CALLS;
+    return word >= 0 ? at : at - hold;
+}
+
+static size_t read_between_tags(Reader *r, Span s) {
+    size_t start = find(s, "<");
+    if (start) return start == SIZE_MAX ? s.n : start;              // between tags nothing counts
+    size_t end = find(s, ">");
+    if (end == SIZE_MAX) return s.n > 65536 ? 1 : 0;
+    read_tag(r, (Span){ s.p + 1, end - 1 });
+    return end + 1;
+}
+
+static size_t read_value(Reader *r, Span s) {
+    size_t at = find(s, "</" DSML);
+    int word = -2;
+    if (at == SIZE_MAX) at = s.n - tag_begun(s, "</" DSML);
+    else if (at == 0) {
+        Span rest = span_from(s, strlen("</" DSML));
+        word = first_word(rest, dsml_words, 3);
+        if (word == -1) at = s.n - rest.n;
+    }
+    str_add(&r->value, s.p, at);
+    if (word >= 0) {
+        r->state = IN_CALLS;                                        // which reads the closing tag
+        end_value(r);
+    }
+    return at;
+}
+
+// Takes the next piece of text: whole characters, as tok_decode gives them.
+static void reader_feed(Reader *r, Span piece) {
+    size_t done = 0, n = 1;
+    str_add(&r->held, piece.p, piece.n);
+    while (n && done < r->held.n) {
+        Span s = { r->held.p + done, r->held.n - done };
+        int state = (int)r->state;
+        n = state == IN_REASONING ? read_reasoning(r, s) : state == IN_CONTENT ? read_content_text(r, s) :
+            state == IN_CALLS ? read_between_tags(r, s) : read_value(r, s);
+        if (!n && (int)r->state != state) n = SIZE_MAX;             // nothing used, but another reader's turn
+        done += n == SIZE_MAX ? 0 : n;
+    }
+    memmove(r->held.p, r->held.p + done, r->held.n -= done);
+}
+
+// The end of the completion: what was held back is text. False if it broke off inside the tool calls;
+// an unfinished call is not told.
+static bool reader_finish(Reader *r) {
+    bool whole = r->state == IN_REASONING || r->state == IN_CONTENT;
+    if (whole) tell(r, r->state == IN_REASONING ? EV_REASONING : EV_CONTENT, str_span(&r->held));
+    r->held.n = 0;
+    return whole;
+}
+typedef struct { float temp, top_p, min_p; int top_k; uint64_t rng; } Sampler;
+static Sampler sampler_default(void) { return (Sampler){ 1, 1, 0, 0, 0 }; }
+static bool generation_config(Sampler *s, Span text, const char *name, Err *e) { (void)s; (void)text; (void)name; (void)e; return true; }
+static void sampler_seed(Sampler *s, uint64_t seed) { s->rng = seed; }
+static bool sample(Sampler *s, const float *x, int n, int *token, Err *e) { (void)s; (void)e; *token = 0; for (int i = 1; i < n; i++) if (x[i] > x[*token]) *token = i; return true; }
 // ---------------------------------------------------------------------------
 // threads: one pool; a parallel region hands out ranges of items, large ones first
 
@@ -2743,6 +4236,12 @@ static bool weights_bind(Weights *w, Binder *b) {
     return true;
 }
 
+static size_t store_bytes(const Store *s) {
+    size_t n = 0;
+    for (size_t i = 0; i < s->n; i++) n += s->tensors[i].bytes;
+    return n;
+}
+
 // The rotation per position of each pair of rope dims (spec 3), [R/2]. Compressed layers use their own theta and YaRN.
 static float *rope_frequencies(const Config *c, bool compressed) {
     int R = c->rope_dim;
@@ -2847,8 +4346,8 @@ typedef struct {
     float *g, *v;               // [(A+1)*T, F] w1 x, w3 x
     Act h;                      // [(A+1)*T, F]
     float *ye;                  // [(A+1)*T, D] each expert's contribution
-    Part *part;                 // [max(E+1, G)]
-    Product *job;               // [2 * max(E+1, G)]
+    Part *part;                 // [parts] of the experts, or of wo_a
+    Product *job;               // [2 * parts]
     Act emb, streams;           // [T, D], [T*S, D] MTP: normed next embeddings, normed streams
     float *e;                   // [T, D] MTP: projected embeddings
     Act heads;                  // [T, D] input of the head
@@ -2968,7 +4467,7 @@ static size_t mat_bytes(const Mat *m) {
     return m->w ? n * k * bits[m->fmt] / 8 + scales[m->fmt] : 0;
 }
 
-// Rows [row, row + n) of a matrix. The grid of scale blocks is kept through row0.
+// Rows [row, row + n) of a matrix. Of a block-scaled one they must begin a scale block or lie within one.
 static Mat mat_rows(const Mat *w, int row, int n) {
     static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
     Mat m = *w;
@@ -2979,7 +4478,6 @@ static Mat mat_rows(const Mat *w, int row, int n) {
     if (w->fmt == W_FP4) m.s = (const uint8_t *)w->s + (size_t)row * (w->k / 32);
     if (w->fmt == W_INT8) m.s = (const uint8_t *)w->s + (size_t)(row / 128) * blocks * 2;
     if (w->fmt == W_FP8) m.s = (const uint8_t *)w->s + (size_t)(row / 128) * blocks;
-    m.row0 = row % 128;
     return m;
 }
 
@@ -3042,7 +4540,7 @@ static void hc_mix(float *y, const float *X, const float *mix, const Hyper *h, c
 static void hc_scale(const Device *d, float *mix, int n, const float *X) {
     int len = d->c->hc_mult * d->c->dim;
     float mean = dot(X, X, len) / len;
-    if (!isfinite(mean)) die(1, "%s: the input is not finite (run `dsv4 verify` on the checkpoint)", d->at);
+    if (!isfinite(mean)) die(1, "%s: the output is not finite (run `dsv4 verify` on the checkpoint)", d->at);
     float scale = 1.0f / sqrtf(mean + d->c->norm_eps);
     for (int i = 0; i < n; i++) mix[i] *= scale;
 }
@@ -3406,17 +4904,20 @@ static void quantise_u(void *arg, int begin, int end) {
     for (int t = begin; t < end; t++) act_quantise(k->d, &k->r->u, t);
 }
 
-// Grouped output: u_g = wo_a[g] o_g for each group of H/G heads, then y = wo_b u.
+// Grouped output: u_g = wo_a[g] o_g for each group of H/G heads, then y = wo_b u. A group's rows are cut where a
+// 128-row block of scales ends.
 static void cpu_attn_out(Device *d, const Layer *l) {
     Task k = task(d, l, 0);
     Run *r = k.r;
     int G = d->c->o_groups, L = d->c->o_lora_rank;
-    for (int g = 0; g < G; g++) {
-        r->part[g].w = mat_rows(&l->wo_a, g * L, L);
-        r->part[g].a = act_segment(&r->o, g);
-        r->job[g] = (Product){ &r->part[g].w, &r->part[g].a, NULL, r->T, r->u.x + (size_t)g * L, r->u.ld };
-    }
-    matmul(r->pool, r->job, G, d->exact);
+    int n = 0;
+    for (int g = 0; g < G; g++)
+        for (int row = g * L, end = row + L, next; row < end; row = next, n++) {
+            next = L % 128 == 0 || (row / 128 + 1) * 128 > end ? end : (row / 128 + 1) * 128;
+            r->part[n] = (Part){ .w = mat_rows(&l->wo_a, row, next - row), .a = act_segment(&r->o, g) };
+            r->job[n] = (Product){ &r->part[n].w, &r->part[n].a, NULL, r->T, r->u.x + row, r->u.ld };
+        }
+    matmul(r->pool, r->job, n, d->exact);
     parallel(r->pool, r->T, 1, quantise_u, &k);
     matmul(r->pool, &(Product){ &l->wo_b, &r->u, NULL, r->T, r->y, (size_t)d->c->dim }, 1, d->exact);
 }
@@ -3751,7 +5252,8 @@ static void cpu_device(Device *d, Pool *pool) {
     Run *r = xalloc(1, sizeof *r);
     size_t T = (size_t)d->max_rows, S = (size_t)c->hc_mult, D = (size_t)c->dim, A = (size_t)c->n_active;
     size_t J = (size_t)c->index_heads * c->index_dim, F = (size_t)c->expert_dim, entries = T * (A + 1);
-    size_t parts = (size_t)(c->n_experts + 1 > c->o_groups ? c->n_experts + 1 : c->o_groups);
+    size_t parts = (size_t)c->o_groups * (c->o_lora_rank / 128 + 2);
+    if (parts < (size_t)c->n_experts + 1) parts = (size_t)c->n_experts + 1;
     d->op = &cpu_ops;
     d->impl = r;
     r->pool = pool;
@@ -3792,6 +5294,177 @@ static void cpu_device(Device *d, Pool *pool) {
     r->emb = act_new(d, d->max_rows, c->dim, 1);
     r->streams = act_new(d, (int)(T * S), c->dim, 1);
     r->e = xalloc(T * D, sizeof(float));
+}
+// ---------------------------------------------------------------------------
+// command line: one table of options prints --help and checks every value
+
+#define VERSION "0.1"
+
+typedef enum { RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128 } Command;
+
+static struct {
+    const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
+    const char *devices, *layers, *effort, *encoding, *level, *kernels;
+    int64_t tokens, ctx, threads, seed, top_k, chunk;
+    double temp, top_p, min_p;
+    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, help, version;
+} opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
+
+typedef enum { FLAG, WORD, INT, REAL } OptType;
+
+typedef struct {
+    const char *name;           // long name; the test build's own options have no help
+    char letter;
+    OptType type;
+    void *to;
+    double lo, hi;              // INT and REAL: allowed range; lo_open: lo itself is not
+    bool lo_open;
+    int commands;               // where it is allowed
+    const char *arg, *help;     // arg of a WORD: its choices, if it holds a '|'
+} Option;
+
+enum { LOADS = RUN | BENCH | PPL | INFO, COMPUTES = RUN | BENCH | PPL };
+static const Option options[] = {
+    { "model", 'm', WORD, &opt.model, 0, 0, 0, LOADS | TOKENIZE, "DIR", "the checkpoint: config.json, *.safetensors, tokenizer.json" },
+    { "prompt", 'p', WORD, &opt.prompt, 0, 0, 0, RUN, "TEXT", "answer one prompt; without -p, -f and --ids: chat" },
+    { "file", 'f', WORD, &opt.file, 0, 0, 0, RUN, "FILE", "the prompt is the text of FILE ('-': standard input)" },
+    { "raw", 0, FLAG, &opt.raw, 0, 0, 0, RUN, NULL, "begin-of-sentence and the text, no chat encoding" },
+    { "ids", 0, WORD, &opt.ids, 0, 0, 0, RUN, "0,5,6", "the prompt as token ids, nothing added; answers in ids" },
+    { "show-ids", 0, FLAG, &opt.show_ids, 0, 0, 0, RUN, NULL, "print the answer as token ids" },
+    { "tokens", 'n', INT, &opt.tokens, 0, INT_MAX, 0, RUN | BENCH, "N", "tokens to generate at most (default: to the end)" },
+    { "ctx", 'c', INT, &opt.ctx, 1, INT_MAX, 0, LOADS, "N", "context: positions a session can hold" },
+    { "seed", 's', INT, &opt.seed, 0, 9e15, 0, RUN, "N", "seed of the sampler (default: the clock)" },
+    { "temp", 0, REAL, &opt.temp, 0, 1000, 0, RUN, "X", "temperature, 0 = greedy (default: the publisher's, else 1)" },
+    { "top-k", 0, INT, &opt.top_k, 0, INT_MAX, 0, RUN, "N", "only the N likeliest tokens, 0 = all" },
+    { "top-p", 0, REAL, &opt.top_p, 0, 1, 1, RUN, "X", "only the likeliest tokens that sum to X (default: the publisher's, else 1)" },
+    { "min-p", 0, REAL, &opt.min_p, 0, 1, 0, RUN, "X", "only tokens at least X times as likely as the likeliest" },
+    { "system", 0, WORD, &opt.system, 0, 0, 0, RUN, "TEXT", "system message" },
+    { "think", 0, FLAG, &opt.think, 0, 0, 0, RUN, NULL, "reason first (to standard error), then answer" },
+    { "nothink", 0, FLAG, &opt.nothink, 0, 0, 0, RUN, NULL, "answer at once (default)" },
+    { "effort", 0, WORD, &opt.effort, 0, 0, 0, RUN, "low|high|max", "how hard to reason, with --think" },
+    { "encoding", 0, WORD, &opt.encoding, 0, 0, 0, RUN | TOKENIZE, "v4|0731", "prompt generation (default: by the checkpoint)" },
+    { "devices", 0, WORD, &opt.devices, 0, 0, 0, LOADS, "LIST", "cuda:0,cuda:1,cpu (default: every GPU, else cpu)" },
+    { "layers", 0, WORD, &opt.layers, 0, 0, 0, LOADS, "LIST", "layers per entry of --devices, e.g. 22,21" },
+    { "threads", 't', INT, &opt.threads, 1, 1024, 0, COMPUTES | VERIFY | CONVERT, "N", "CPU threads (default: all cores)" },
+    { "exact", 0, FLAG, &opt.exact, 0, 0, 0, COMPUTES, NULL, "FP32 everywhere: the slow reference (cpu)" },
+    { "mlock", 0, FLAG, &opt.mlock, 0, 0, 0, COMPUTES, NULL, "keep the weights in memory" },
+    { "logits", 0, WORD, &opt.logits, 0, 0, 0, RUN, "FILE", "write the prompt's logits: float32 [tokens][vocab]" },
+    { "mtp-logits", 0, WORD, &opt.mtp_logits, 0, 0, 0, RUN, "FILE", "the same for the MTP layer" },
+    { "plain", 0, FLAG, &opt.plain, 0, 0, 0, TOKENIZE, NULL, "special tokens in the text are text" },
+    { "decode", 0, FLAG, &opt.decode, 0, 0, 0, TOKENIZE, NULL, "ids -> bytes" },
+    { "chat", 0, WORD, &opt.chat, 0, 0, 0, TOKENIZE, "FILE", "a messages file -> its ids" },
+    { "kernels", 0, WORD, &opt.kernels, 0, 0, 0, COMPUTES | DEVICES, "FILE", "another kernels.cu" },
+    { "help", 'h', FLAG, &opt.help, 0, 0, 0, -1, NULL, "this text" },
+    { "version", 0, FLAG, &opt.version, 0, 0, 0, -1, NULL, "the version" },
+    { "chunk", 0, INT, &opt.chunk, 1, 1 << 16, 0, COMPUTES, "N", NULL },
+    { "cpu-level", 0, WORD, &opt.level, 0, 0, 0, COMPUTES, "c|avx2|avx512|vnni", NULL },
+};
+
+static const struct { const char *name; Command command; const char *args, *help; int n_args; } commands[] = {
+    { "", RUN, "-m DIR [-p TEXT]", "answer one prompt, or chat in the terminal", 0 },
+    { "tokenize", TOKENIZE, "-m DIR", "standard input -> token ids", 0 },
+    { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
+    { "bench", BENCH, "-m DIR", "tokens per second at several depths, GB/s per kernel", 0 },
+    { "ppl", PPL, "-m DIR FILE", "perplexity of a text", 1 },
+};
+
+static void print_help(void) {
+    puts("dsv4: DeepSeek-V4-Flash from its published checkpoints\n");
+    for (size_t i = 0; i < COUNT(commands); i++) {
+        char line[80];
+        snprintf(line, sizeof line, "dsv4 %s%s%s", commands[i].name, *commands[i].name ? " " : "", commands[i].args);
+        printf("  %-30s %s\n", line, commands[i].help);
+    }
+    puts("");
+    for (size_t i = 0; i < COUNT(options); i++) {
+        const Option *o = options + i;
+        char name[64], letter[8] = "   ";
+        if (!o->help) continue;
+        if (o->letter) snprintf(letter, sizeof letter, "-%c,", o->letter);
+        snprintf(name, sizeof name, "%s --%s %s", letter, o->name, o->arg ? o->arg : "");
+        printf("  %-30s %s\n", name, o->help);
+    }
+    puts("\nEnvironment: DSV4_NVRTC (path of libnvrtc), DSV4_CACHE (directory of compiled kernels)");
+}
+
+// A value of a choice list "a|b|c".
+static bool choice_ok(const char *list, const char *value) {
+    size_t n = strlen(value);
+    for (const char *p = list; p; p = strchr(p, '|') ? strchr(p, '|') + 1 : NULL)
+        if (n && !strncmp(p, value, n) && (p[n] == '|' || !p[n])) return true;
+    return false;
+}
+
+static void set_option(const Option *o, const char *name, const char *value) {
+    char *end;
+    errno = 0;
+    switch (o->type) {
+    case FLAG:
+        *(bool *)o->to = true;
+        return;
+    case WORD:
+        if (strchr(o->arg, '|') && !choice_ok(o->arg, value)) die(2, "%s: expected %s, found '%s'", name, o->arg, value);
+        *(const char **)o->to = value;
+        return;
+    case INT: {
+        long long x = strtoll(value, &end, 10);
+        if (!strchr("-0123456789", *value) || end == value || *end || errno || x < o->lo || (double)x > o->hi)
+            die(2, "%s: expected a whole number from %.0f to %.0f, found '%s'", name, o->lo, o->hi, value);
+        *(int64_t *)o->to = x;
+        return;
+    }
+    case REAL: {
+        double x = strtod(value, &end);
+        if (value[strspn(value, "-+.0123456789e")] || end == value || *end || !isfinite(x) || x < o->lo || x > o->hi || (o->lo_open && x == o->lo))
+            die(2, "%s: expected a number from %g%s to %g, found '%s'", name, o->lo, o->lo_open ? " (excluded)" : "", o->hi, value);
+        *(double *)o->to = x;
+    }
+    }
+}
+
+static const Option *find_option(const char *word, const char **value) {
+    const char *eq = strchr(word, '=');
+    for (size_t i = 0; i < COUNT(options); i++) {
+        const Option *o = options + i;
+        size_t n = strlen(o->name);
+        if (word[0] == '-' && word[1] == '-' && !strncmp(word + 2, o->name, n) && (!word[2 + n] || word + 2 + n == eq)) {
+            *value = eq ? eq + 1 : NULL;
+            return o;
+        }
+        if (word[0] == '-' && word[1] == o->letter && o->letter && !word[2]) {
+            *value = NULL;
+            return o;
+        }
+    }
+    return NULL;
+}
+
+// Fills opt and args (n_args of them); returns the command.
+static Command parse_options(int argc, char **argv, char **args) {
+    size_t which = 0;
+    for (size_t i = 1; i < COUNT(commands) && argc > 1; i++)
+        if (!strcmp(argv[1], commands[i].name)) which = i;
+    Command command = commands[which].command;
+    int n = 0;
+    for (int i = 1 + (which > 0); i < argc; i++) {
+        const char *value = NULL;
+        const Option *o = argv[i][0] == '-' && argv[i][1] ? find_option(argv[i], &value) : NULL;
+        if (!o && argv[i][0] == '-' && argv[i][1]) die(2, "unknown option %s (dsv4 --help lists them)", argv[i]);
+        if (!o) {
+            if (n == commands[which].n_args) die(2, "unexpected argument '%s' (dsv4 --help)", argv[i]);
+            args[n++] = argv[i];
+            continue;
+        }
+        const char *name = argv[i];
+        if (!(o->commands & command)) die(2, "%s does not go with dsv4 %s", name, *commands[which].name ? commands[which].name : "-m");
+        if (o->type == FLAG && value) die(2, "%s takes no value", name);
+        if (o->type != FLAG && !value && !(value = ++i < argc ? argv[i] : NULL)) die(2, "%s needs a value: %s", name, o->arg);
+        set_option(o, name, value);
+    }
+    if (opt.help || opt.version) return command;
+    if (n < commands[which].n_args) die(2, "usage: dsv4 %s %s", commands[which].name, commands[which].args);
+    if (!opt.model && command & (LOADS | TOKENIZE)) die(2, "no model: -m DIR (dsv4 --help)");
+    return command;
 }
 // ---------------------------------------------------------------------------
 // the model: one forward pass over stages of layers, and sessions that remember what they have read
@@ -3836,8 +5509,8 @@ static int argmax(const float *x, int n) {
 // Hyper-connections around attention, then around the experts (spec 2). i: the cache of this stage.
 static void forward_layer(Device *d, const Layer *l, int i) {
     const Ops *op = d->op;
-    d->at = l->name;
     op->hc_pre(d, &l->hc_attn, l->attn_norm);
+    d->at = l->name;            // only now: hc_pre checks what the layer before has left
     op->attn_project(d, l);
     op->attn_latent(d, l, i);
     op->attn_query(d, l);
@@ -3866,8 +5539,8 @@ static void forward_mtp(Device *d, Batch *j) {
     for (int i = 0; i < j->n_want; i++)
         if (rows[j->want[i]].next < 0) rows[j->want[i]].next = argmax(j->logits + (size_t)i * V, V);
     d->op->begin(d, rows, j->T);
-    d->at = m->block.name;
     d->op->mtp_in(d, m);
+    d->at = "mtp.0.e_proj and h_proj";
     forward_layer(d, &m->block, d->last - d->first);
     d->op->head(d, &m->hc_head, m->norm, j->want, j->n_want, j->mtp_logits);
     check_logits(j->mtp_logits, j->n_want, V);
@@ -3876,6 +5549,7 @@ static void forward_mtp(Device *d, Batch *j) {
 
 static void forward_stage(Device *d, Batch *j) {
     d->op->begin(d, j->rows, j->T);
+    d->at = d->first ? "the stage before" : "embed";
     if (d->first == 0) d->op->embed(d);
     else d->op->streams_in(d, j->X);
     for (int i = d->first; i < d->last; i++) forward_layer(d, &d->w.layers[i], i - d->first);
@@ -3883,7 +5557,6 @@ static void forward_stage(Device *d, Batch *j) {
         d->op->streams_out(d, j->X);
         return;
     }
-    d->at = "head";
     if (j->n_want) d->op->head(d, &d->w.hc_head, d->w.norm, j->want, j->n_want, j->logits);
     if (j->n_want) check_logits(j->logits, j->n_want, d->c->vocab);
     if (j->mtp_logits) forward_mtp(d, j);
@@ -3969,6 +5642,7 @@ typedef struct {
 } Feed;
 
 static volatile sig_atomic_t interrupted;      // Ctrl-C: long work stops at the next chunk or token
+static volatile sig_atomic_t computing;        // there is such work; else Ctrl-C ends the program
 
 // NULL if all slots are taken.
 static Session *session_new(Model *m) {
@@ -4107,6 +5781,8 @@ static char *path_join(const char *dir, const char *file) {
     return s.p;
 }
 
+static const Store *open_store;     // for the SIGBUS handler: whose page could not be read
+
 // Reads config.json, opens the shards and binds every tensor. Nothing is read from the weights but small vectors.
 static void model_bind(Model *m, const char *dir) {
     Err e = { 0 };
@@ -4115,6 +5791,7 @@ static void model_bind(Model *m, const char *dir) {
     if (!map_file(path, &text, &e) || !config_read(&m->c, text, path, &e)) model_fail(&e);
     munmap((void *)(uintptr_t)text.p, text.n);
     free(path);
+    open_store = &m->store;
     if (!store_open(&m->store, dir, &e)) model_fail(&e);
     Binder b = { .store = &m->store, .c = &m->c, .e = &e };
     if (!weights_bind(&m->w, &b)) model_fail(&e);
@@ -4161,7 +5838,7 @@ static void stage_init(Model *m, Device *d, int first, int last, bool exact) {
     d->w = m->w;
     d->first = first;
     d->last = last;
-    d->has_head = last == c->n_layers;
+    d->has_head = last == c->n_layers;      // the head goes with the last stage
     d->exact = exact;
     d->max_rows = m->chunk;
     d->ctx = m->ctx;
@@ -4171,205 +5848,243 @@ static void stage_init(Model *m, Device *d, int first, int last, bool exact) {
     for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(c, i);
 }
 
+// --- placement: runs of layers on devices
+
+typedef struct { char name[16]; int layers; } Placement;       // layers -1: to be chosen
+
+// "cuda:0,cuda:1,cpu" -> places; returns their number.
+static int parse_devices(const char *list, Placement *place) {
+    int n = 0;
+    for (const char *p = list;; p++) {
+        int len = (int)strcspn(p, ","), ordinal = -1, used = 0;
+        bool cuda = sscanf(p, "cuda:%3d%n", &ordinal, &used) == 1 && used == len && ordinal >= 0;
+        if (!cuda && !(len == 3 && !strncmp(p, "cpu", 3)))
+            die(2, "--devices: expected cpu or cuda:N, found '%.*s'", len, p);
+        if (n == MAX_STAGES) die(2, "--devices: at most %d", MAX_STAGES);
+        snprintf(place[n].name, sizeof place[n].name, "%.*s", len, p);
+        place[n++].layers = -1;
+        p += len;
+        if (!*p) return n;
+    }
+}
+
+// "22,21": one count per place, all layers together.
+static void parse_layers(const char *list, Placement *place, int n, int n_layers) {
+    int i = 0, sum = 0;
+    char *end = (char *)list;
+    for (const char *p = list; i < n; p = end + 1) {
+        long x = strtol(p, &end, 10);
+        if (end == p || x < 0 || x > n_layers) break;
+        sum += place[i++].layers = (int)x;
+        if (*end != ',') break;
+    }
+    if (i != n || *end || sum != n_layers)
+        die(2, "--layers: expected %d counts with the sum %d, found '%s'", n, n_layers, list);
+}
+
+static void print_plan(const Model *m, FILE *to) {
+    for (int i = 0; i < m->n_stages; i++) {
+        const Device *d = &m->stage[i];
+        size_t weights = 0;
+        for (int l = d->first; l < d->last; l++) weights += layer_bytes(&m->w.layers[l], &m->c);
+        if (d->has_head) weights += mat_bytes(&m->w.head);
+        for (int k = 0; d->has_head && m->w.mtp && k < m->c.n_mtp; k++)
+            weights += layer_bytes(&m->w.mtp[k].block, &m->c);
+        fprintf(to, "# %s: layers %d to %d%s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name,
+                d->first, d->last - 1, d->has_head ? " and the head" : "", weights / 1e9, session_bytes(d) / 1e9, m->ctx);
+    }
+}
+
+static void start_stages(Model *m) {
+    if (m->n_stages == 1) return;
+    pthread_mutex_init(&m->lock, NULL);
+    pthread_cond_init(&m->moved, NULL);
+    for (int i = 0; i < m->n_stages; i++) {
+        StageArg *a = xalloc(1, sizeof *a);
+        *a = (StageArg){ m, i };
+        if (pthread_create(&m->thread[i], NULL, stage_main, a)) die(1, "cannot start a thread");
+    }
+}
+
+// The context a session gets: as asked, else min(what the model can, 131072, what half the memory holds).
+static int choose_ctx(const Model *m, int asked) {
+    int most = m->c.max_ctx;
+    if (asked > most) die(2, "-c %d: this model reads at most %d positions", asked, most);
+    if (asked) return asked;
+    Device d = { 0 };
+    Model probe = *m;
+    size_t memory = memory_info("MemTotal");
+    probe.ctx = most < 131072 ? most : 131072;
+    probe.chunk = probe.reach = 1;
+    stage_init(&probe, &d, 0, m->c.n_layers, false);
+    while (memory && probe.ctx > 4096 && session_bytes(&d) > memory / 2) d.ctx = probe.ctx /= 2;
+    return probe.ctx;
+}
+
 // Opens a checkpoint and prepares the devices. Errors end the process.
 static Model *model_open(const Opening *o) {
     Model *m = xalloc(1, sizeof *m);
     Err e = { 0 };
     model_bind(m, o->dir);
     const Config *c = &m->c;
-    int most = c->max_ctx < 131072 ? c->max_ctx : 131072;
-    m->ctx = o->ctx ? o->ctx : most;
-    if (m->ctx > c->max_ctx) die(2, "-c %d: this model reads at most %d positions", m->ctx, c->max_ctx);
+    Placement place[MAX_STAGES];
+    m->ctx = choose_ctx(m, o->ctx);
     m->chunk = o->chunk ? o->chunk : 512;
     if (m->chunk > m->ctx) m->chunk = m->ctx;
     m->reach = m->chunk + 64;
-    m->n_stages = 1;
-    m->stage = xalloc(1, sizeof *m->stage);
-    stage_init(m, m->stage, 0, c->n_layers, o->exact);
-    snprintf(m->stage->name, sizeof m->stage->name, "cpu");
+    m->n_stages = parse_devices(o->devices ? o->devices : "cpu", place);
+    if (o->layers) parse_layers(o->layers, place, m->n_stages, c->n_layers);
+    else for (int i = 0; i < m->n_stages; i++)
+        place[i].layers = c->n_layers * (i + 1) / m->n_stages - c->n_layers * i / m->n_stages;
+    m->stage = xalloc((size_t)m->n_stages, sizeof *m->stage);
+    for (int i = 0, first = 0; i < m->n_stages; first += place[i++].layers) {
+        stage_init(m, &m->stage[i], first, first + place[i].layers, o->exact);
+        m->stage[i].has_head = i == m->n_stages - 1;
+        memcpy(m->stage[i].name, place[i].name, sizeof place[i].name);
+    }
     if (o->info) return m;
+    print_plan(m, stderr);
     for (int i = 0; i < c->n_layers; i++)
         if (!check_table(c, m->w.layers + i, &e)) model_fail(&e);
-    cpu_device(m->stage, pool_new(o->threads));
+    size_t weights = store_bytes(&m->store), memory = memory_info("MemTotal");
+    if (memory && weights > memory)
+        note("the weights (%.1f GB) are larger than this machine's memory (%.1f GB): running from the disk, slowly",
+             weights / 1e9, memory / 1e9);
+    for (int i = 0; i < m->n_stages; i++)
+        cpu_device(&m->stage[i], pool_new(o->threads ? o->threads : m->n_stages > 1 ? 1 : 0));
+    start_stages(m);
     return m;
-}
-// ---------------------------------------------------------------------------
-// command line: one table of options prints --help and checks every value
-
-#define VERSION "0.1"
-
-typedef enum { RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128 } Command;
-
-static struct {
-    const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
-    const char *devices, *layers, *effort, *encoding, *level, *kernels;
-    int64_t tokens, ctx, threads, seed, top_k, chunk;
-    double temp, top_p, min_p;
-    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, help, version;
-} opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
-
-typedef enum { FLAG, WORD, INT, REAL } OptType;
-
-typedef struct {
-    const char *name;           // long name; the test build's own options have no help
-    char letter;
-    OptType type;
-    void *to;
-    double lo, hi;              // INT and REAL: allowed range; lo_open: lo itself is not
-    bool lo_open;
-    int commands;               // where it is allowed
-    const char *arg, *help;     // arg of a WORD: its choices, if it holds a '|'
-} Option;
-
-enum { LOADS = RUN | BENCH | PPL | INFO, COMPUTES = RUN | BENCH | PPL };
-static const Option options[] = {
-    { "model", 'm', WORD, &opt.model, 0, 0, 0, LOADS | TOKENIZE, "DIR", "the checkpoint: config.json, *.safetensors, tokenizer.json" },
-    { "prompt", 'p', WORD, &opt.prompt, 0, 0, 0, RUN, "TEXT", "answer one prompt; without -p, -f and --ids: chat" },
-    { "file", 'f', WORD, &opt.file, 0, 0, 0, RUN, "FILE", "the prompt is the text of FILE ('-': standard input)" },
-    { "raw", 0, FLAG, &opt.raw, 0, 0, 0, RUN, NULL, "begin-of-sentence and the text, no chat encoding" },
-    { "ids", 0, WORD, &opt.ids, 0, 0, 0, RUN, "0,5,6", "the prompt as token ids, nothing added; answers in ids" },
-    { "show-ids", 0, FLAG, &opt.show_ids, 0, 0, 0, RUN, NULL, "print the answer as token ids" },
-    { "tokens", 'n', INT, &opt.tokens, 0, INT_MAX, 0, RUN | BENCH, "N", "tokens to generate at most (default: to the end)" },
-    { "ctx", 'c', INT, &opt.ctx, 1, INT_MAX, 0, LOADS, "N", "context: positions a session can hold" },
-    { "seed", 's', INT, &opt.seed, 0, 9e15, 0, RUN, "N", "seed of the sampler (default: the clock)" },
-    { "temp", 0, REAL, &opt.temp, 0, 1000, 0, RUN, "X", "temperature, 0 = greedy (default: the publisher's, else 1)" },
-    { "top-k", 0, INT, &opt.top_k, 0, INT_MAX, 0, RUN, "N", "only the N likeliest tokens, 0 = all" },
-    { "top-p", 0, REAL, &opt.top_p, 0, 1, 1, RUN, "X", "only the likeliest tokens that sum to X (default: the publisher's, else 1)" },
-    { "min-p", 0, REAL, &opt.min_p, 0, 1, 0, RUN, "X", "only tokens at least X times as likely as the likeliest" },
-    { "system", 0, WORD, &opt.system, 0, 0, 0, RUN, "TEXT", "system message" },
-    { "think", 0, FLAG, &opt.think, 0, 0, 0, RUN, NULL, "reason first (to standard error), then answer" },
-    { "nothink", 0, FLAG, &opt.nothink, 0, 0, 0, RUN, NULL, "answer at once (default)" },
-    { "effort", 0, WORD, &opt.effort, 0, 0, 0, RUN, "low|high|max", "how hard to reason, with --think" },
-    { "encoding", 0, WORD, &opt.encoding, 0, 0, 0, RUN | TOKENIZE, "v4|0731", "prompt generation (default: by the checkpoint)" },
-    { "devices", 0, WORD, &opt.devices, 0, 0, 0, LOADS, "LIST", "cuda:0,cuda:1,cpu (default: every GPU, else cpu)" },
-    { "layers", 0, WORD, &opt.layers, 0, 0, 0, LOADS, "LIST", "layers per entry of --devices, e.g. 22,21" },
-    { "threads", 't', INT, &opt.threads, 1, 1024, 0, COMPUTES | VERIFY | CONVERT, "N", "CPU threads (default: all cores)" },
-    { "exact", 0, FLAG, &opt.exact, 0, 0, 0, COMPUTES, NULL, "FP32 everywhere: the slow reference (cpu)" },
-    { "mlock", 0, FLAG, &opt.mlock, 0, 0, 0, COMPUTES, NULL, "keep the weights in memory" },
-    { "logits", 0, WORD, &opt.logits, 0, 0, 0, RUN, "FILE", "write the prompt's logits: float32 [tokens][vocab]" },
-    { "mtp-logits", 0, WORD, &opt.mtp_logits, 0, 0, 0, RUN, "FILE", "the same for the MTP layer" },
-    { "plain", 0, FLAG, &opt.plain, 0, 0, 0, TOKENIZE, NULL, "special tokens in the text are text" },
-    { "decode", 0, FLAG, &opt.decode, 0, 0, 0, TOKENIZE, NULL, "ids -> bytes" },
-    { "chat", 0, WORD, &opt.chat, 0, 0, 0, TOKENIZE, "FILE", "a messages file -> its ids" },
-    { "kernels", 0, WORD, &opt.kernels, 0, 0, 0, COMPUTES | DEVICES, "FILE", "another kernels.cu" },
-    { "help", 'h', FLAG, &opt.help, 0, 0, 0, -1, NULL, "this text" },
-    { "version", 0, FLAG, &opt.version, 0, 0, 0, -1, NULL, "the version" },
-    { "chunk", 0, INT, &opt.chunk, 1, 1 << 16, 0, COMPUTES, "N", NULL },
-    { "cpu-level", 0, WORD, &opt.level, 0, 0, 0, COMPUTES, "c|avx2|avx512|vnni", NULL },
-};
-
-static const struct { const char *name; Command command; const char *args, *help; int n_args; } commands[] = {
-    { "", RUN, "-m DIR [-p TEXT]", "answer one prompt, or chat in the terminal", 0 },
-    { "tokenize", TOKENIZE, "-m DIR", "standard input -> token ids", 0 },
-    { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
-    { "bench", BENCH, "-m DIR", "tokens per second at several depths, GB/s per kernel", 0 },
-    { "ppl", PPL, "-m DIR FILE", "perplexity of a text", 1 },
-};
-
-static void print_help(void) {
-    puts("dsv4: DeepSeek-V4-Flash from its published checkpoints\n");
-    for (size_t i = 0; i < COUNT(commands); i++) {
-        char line[80];
-        snprintf(line, sizeof line, "dsv4 %s%s%s", commands[i].name, *commands[i].name ? " " : "", commands[i].args);
-        printf("  %-30s %s\n", line, commands[i].help);
-    }
-    puts("");
-    for (size_t i = 0; i < COUNT(options); i++) {
-        const Option *o = options + i;
-        char name[64], letter[8] = "   ";
-        if (!o->help) continue;
-        if (o->letter) snprintf(letter, sizeof letter, "-%c,", o->letter);
-        snprintf(name, sizeof name, "%s --%s %s", letter, o->name, o->arg ? o->arg : "");
-        printf("  %-30s %s\n", name, o->help);
-    }
-    puts("\nEnvironment: DSV4_NVRTC (path of libnvrtc), DSV4_CACHE (directory of compiled kernels)");
-}
-
-// A value of a choice list "a|b|c".
-static bool choice_ok(const char *list, const char *value) {
-    size_t n = strlen(value);
-    for (const char *p = list; p; p = strchr(p, '|') ? strchr(p, '|') + 1 : NULL)
-        if (n && !strncmp(p, value, n) && (p[n] == '|' || !p[n])) return true;
-    return false;
-}
-
-static void set_option(const Option *o, const char *name, const char *value) {
-    char *end;
-    errno = 0;
-    switch (o->type) {
-    case FLAG:
-        *(bool *)o->to = true;
-        return;
-    case WORD:
-        if (strchr(o->arg, '|') && !choice_ok(o->arg, value)) die(2, "%s: expected %s, found '%s'", name, o->arg, value);
-        *(const char **)o->to = value;
-        return;
-    case INT: {
-        long long x = strtoll(value, &end, 10);
-        if (end == value || *end || errno || x < o->lo || (double)x > o->hi)
-            die(2, "%s: expected a whole number from %.0f to %.0f, found '%s'", name, o->lo, o->hi, value);
-        *(int64_t *)o->to = x;
-        return;
-    }
-    case REAL: {
-        double x = strtod(value, &end);
-        if (end == value || *end || !isfinite(x) || x < o->lo || x > o->hi || (o->lo_open && x == o->lo))
-            die(2, "%s: expected a number from %g%s to %g, found '%s'", name, o->lo, o->lo_open ? " (excluded)" : "", o->hi, value);
-        *(double *)o->to = x;
-    }
-    }
-}
-
-static const Option *find_option(const char *word, const char **value) {
-    const char *eq = strchr(word, '=');
-    for (size_t i = 0; i < COUNT(options); i++) {
-        const Option *o = options + i;
-        size_t n = strlen(o->name);
-        if (word[0] == '-' && word[1] == '-' && !strncmp(word + 2, o->name, n) && (!word[2 + n] || word + 2 + n == eq)) {
-            *value = eq ? eq + 1 : NULL;
-            return o;
-        }
-        if (word[0] == '-' && word[1] == o->letter && o->letter && !word[2]) {
-            *value = NULL;
-            return o;
-        }
-    }
-    return NULL;
-}
-
-// Fills opt and args (n_args of them); returns the command.
-static Command parse_options(int argc, char **argv, char **args) {
-    size_t which = 0;
-    for (size_t i = 1; i < COUNT(commands) && argc > 1; i++)
-        if (!strcmp(argv[1], commands[i].name)) which = i;
-    Command command = commands[which].command;
-    int n = 0;
-    for (int i = 1 + (which > 0); i < argc; i++) {
-        const char *value = NULL;
-        const Option *o = argv[i][0] == '-' && argv[i][1] ? find_option(argv[i], &value) : NULL;
-        if (!o && argv[i][0] == '-' && argv[i][1]) die(2, "unknown option %s (dsv4 --help lists them)", argv[i]);
-        if (!o) {
-            if (n == commands[which].n_args) die(2, "unexpected argument '%s' (dsv4 --help)", argv[i]);
-            args[n++] = argv[i];
-            continue;
-        }
-        const char *name = argv[i];
-        if (!(o->commands & command)) die(2, "%s does not go with dsv4 %s", name, *commands[which].name ? commands[which].name : "-m");
-        if (o->type == FLAG && value) die(2, "%s takes no value", name);
-        if (o->type != FLAG && !value && !(value = ++i < argc ? argv[i] : NULL)) die(2, "%s needs a value: %s", name, o->arg);
-        set_option(o, name, value);
-    }
-    if (opt.help || opt.version) return command;
-    if (n < commands[which].n_args) die(2, "usage: dsv4 %s %s", commands[which].name, commands[which].args);
-    if (!opt.model && command & (LOADS | TOKENIZE)) die(2, "no model: -m DIR (dsv4 --help)");
-    return command;
 }
 // ---------------------------------------------------------------------------
 // programs: what the subcommands do
 
-typedef struct { int x; } Sampler;
-static int sample(Sampler *s, const float *l, int V) { (void)s; return argmax(l, V); }
-static bool is_eos(Model *m, int t) { return t == m->c.eos; }
+static Model *open_from_options(bool info) {
+    return model_open(&(Opening){ .dir = opt.model, .devices = opt.devices, .layers = opt.layers, .ctx = (int)opt.ctx,
+                                  .threads = (int)opt.threads, .chunk = (int)opt.chunk, .exact = opt.exact,
+                                  .mlock = opt.mlock, .info = info });
+}
+
+// The checkpoint's tokenizer. NULL if it has none and none is needed.
+static Tokenizer *open_tokenizer(bool needed) {
+    Err e = { 0 };
+    Span text;
+    char *path = path_join(opt.model, "tokenizer.json");
+    Tokenizer *t = NULL;
+    if (!needed && access(path, F_OK)) return free(path), NULL;
+    if (access(path, F_OK)) die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
+    t = xalloc(1, sizeof *t);
+    if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
+    munmap((void *)(uintptr_t)text.p, text.n);
+    free(path);
+    return t;
+}
+
+// All bytes of a file, or of standard input for "-".
+static Str read_text(const char *path) {
+    char buf[65536];
+    Str s = { 0 };
+    size_t n;
+    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) die(1, "%s: %s", path, strerror(errno));
+    while ((n = fread(buf, 1, sizeof buf, f)) > 0) str_add(&s, buf, n);
+    if (ferror(f)) die(1, "%s: %s", path, strerror(errno));
+    if (f != stdin) fclose(f);
+    str_add(&s, "", 0);
+    return s;
+}
+
+// --- prompts as token ids
+
+static ChatOptions chat_options(const Model *m) {
+    ChatOptions o = { .thinking = opt.think, .release_0731 = m && m->c.dspark };
+    if (opt.encoding) o.release_0731 = !strcmp(opt.encoding, "0731");
+    if (opt.effort) o.effort = *opt.effort == 'l' ? EFFORT_LOW : *opt.effort == 'h' ? EFFORT_HIGH : EFFORT_MAX;
+    return o;
+}
+
+// Appends a user's turn up to where the answer begins: for the first turn the begin of sentence, effort and system text
+// too. Only the encoding's own tags are tokens; whatever the texts hold is text. Tags cut the text in any case, so the
+// ids are the same as those of the whole prompt where the texts hold no tags.
+static void encode_turn(const Tokenizer *t, ChatOptions o, bool first, Span user, Ids *ids) {
+    Err e;
+    Chat chat = { 0 };
+    Str text = { 0 };
+    o.no_bos = !first;
+    if (first && opt.system) chat_say(&chat, ROLE_SYSTEM, span_of(opt.system), (Span){ 0 }, false);
+    chat_say(&chat, ROLE_USER, (Span){ 0 }, (Span){ 0 }, false);
+    if (!first) o.effort = EFFORT_NONE;
+    if (!chat_render(&chat, &o, &text, &e)) die(2, "%s", e.text);
+    size_t bos = first ? strlen(BOS_TEXT) : 0, tags = strlen("<｜User｜><｜Assistant｜>") + strlen(opt.think ? "<think>" : "</think>");
+    const char *at = text.p + text.n - tags;                    // <｜User｜> HERE <｜Assistant｜>...
+    if (first) ids_add(ids, t->bos);
+    tok_encode(t, (Span){ text.p + bos, (size_t)(at - text.p) - bos }, false, ids);
+    ids_add(ids, t->user);
+    tok_encode(t, user, false, ids);
+    ids_add(ids, t->assistant);
+    ids_add(ids, opt.think ? t->think : t->end_think);
+    chat_free(&chat);
+    free(text.p);
+}
+
+// A file of messages -> the whole prompt's ids, tags in it recognised as the publisher does.
+static void encode_messages(const Tokenizer *t, Span file, Ids *ids) {
+    Err e;
+    Chat chat = { 0 };
+    Str text = { 0 };
+    ChatOptions o = chat_options(NULL);
+    if (!chat_read(&chat, &o, file, opt.chat, &e) || !chat_render(&chat, &o, &text, &e)) die(1, "%s", e.text);
+    tok_encode(t, str_span(&text), true, ids);
+    chat_free(&chat);
+    free(text.p);
+}
+
+// The tokenizer may know more tokens than the model.
+static void check_tokens(const Model *m, const Tokenizer *t, const Ids *ids) {
+    if (ids->n > (size_t)m->ctx)
+        die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)", ids->n, m->ctx, m->c.max_ctx);
+    for (size_t i = 0; i < ids->n; i++)
+        if (ids->p[i] >= m->c.vocab) die(1, "token %d is beyond the model's vocabulary of %d", ids->p[i], m->c.vocab);
+    if (t && t->n > m->c.vocab) note("the tokenizer has %d tokens, the model %d", t->n, m->c.vocab);
+}
+
+// stdout may be closed or full: the loss of text must not look like success.
+static void flush_out(void) {
+    if (fflush(stdout) || ferror(stdout)) die(1, "standard output: %s", strerror(errno));
+}
+
+// --- dsv4 tokenize
+
+static int run_tokenize(void) {
+    Tokenizer *t = open_tokenizer(true);
+    Str in = read_text(opt.chat ? opt.chat : "-"), out = { 0 };
+    Ids ids = { 0 };
+    if (opt.decode) {
+        Utf8 u = { 0 };
+        for (const char *p = in.p; *p;) {
+            char *end;
+            long id = strtol(p, &end, 10);
+            size_t skip = strspn(end, " \n\t\r,");
+            if (end == p || (!skip && *end) || (size_t)(p - in.p) > in.n) die(1, "--decode: expected ids, found '%.20s'", p);
+            if (id < 0 || id >= t->n) die(1, "--decode: %ld: the tokenizer ends at %d", id, t->n - 1);
+            tok_decode(t, (int)id, false, &u, &out);
+            p = end + skip;
+        }
+        utf8_finish(&u, &out);
+        fwrite(out.p, 1, out.n, stdout);
+    } else {
+        if (opt.chat) encode_messages(t, str_span(&in), &ids);
+        else tok_encode(t, str_span(&in), !opt.plain, &ids);
+        for (size_t i = 0; i < ids.n; i++) printf(i ? " %d" : "%d", ids.p[i]);
+        puts("");
+    }
+    flush_out();
+    free(in.p), free(out.p), free(ids.p);
+    tok_free(t);
+    free(t);
+    return 0;
+}
+
+// --- generating
 
 // Where the prompt's logits go, row by row.
 typedef struct {
@@ -4404,12 +6119,14 @@ static void close_out(FILE *f, const char *path) {
 }
 
 typedef struct {
-    int prompt, generated;
+    int prompt, reused, generated;              // tokens; reused: of the prompt, were in place already
     double t_prompt, t_first, t_generate;       // seconds; t_first: from the start to the first token
 } Timing;
 
 static void print_timing(const Timing *t) {
-    note("prompt %d tokens, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f s", t->prompt,
+    char reused[64] = "";
+    if (t->reused) snprintf(reused, sizeof reused, " (and %d in place)", t->reused);
+    note("prompt %d tokens%s, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f s", t->prompt, reused,
          t->t_prompt > 0 ? t->prompt / t->t_prompt : 0, t->generated,
          t->t_generate > 0 && t->generated > 1 ? (t->generated - 1) / t->t_generate : 0, t->t_first);
 }
@@ -4417,85 +6134,474 @@ static void print_timing(const Timing *t) {
 // Gets each generated token; false stops.
 typedef bool (*TokenSink)(void *arg, int token);
 
-// Reads the prompt's n tokens after what the session holds, then generates until end-of-sentence, `most` tokens
-// (< 0: no limit), the end of the context, the sink's wish or Ctrl-C. The last token is not read back.
-static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler, TokenSink sink, void *arg,
-                     Timing *t) {
+static int common_prefix(const Session *s, const int *tokens, int n) {
+    int i = 0;
+    while (i < n && i < s->n && tokens[i] == s->tokens[i]) i++;
+    return i;
+}
+
+// Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a snapshot of it; at least
+// the last token stays to be read. Returns how many tokens are in place.
+static int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {
+    int same = common_prefix(s, tokens, n);
+    if (same == n) same--;
+    if (session_rewind(s, same)) return same;
+    if (snap && snap->pos <= same) session_restore(s, snap);
+    else session_clear(s);
+    return s->n;
+}
+
+static bool is_eos(const Sampler *s, const Model *m, int token) { (void)s; return token == m->c.eos; }
+
+// Makes the prompt's n tokens what the session has read, then generates until end-of-sentence, `most` tokens (< 0: no
+// limit), the end of the context, the sink's wish or Ctrl-C. The last token is not read back. With snap, a snapshot is
+// taken before the prompt's last token, which is where a chat's next prompt departs from this one.
+static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler, Snapshot **snap,
+                     TokenSink sink, void *arg, Timing *t) {
     Model *m = s->m;
+    Err e;
     LogitsOut out = { .vocab = m->c.vocab, .last = xalloc((size_t)m->c.vocab, sizeof(float)),
                       .logits_path = opt.logits, .mtp_path = opt.mtp_logits };
     out.logits = open_out(opt.logits);
     out.mtp = open_out(opt.mtp_logits);
     double start = now();
     Feed feed = { .all = out.logits, .mtp = out.mtp, .progress = true, .sink = logits_sink, .arg = &out };
-    int read = session_feed(s, tokens, n, &feed);
+    int reused = session_reuse(s, tokens, n, snap ? *snap : NULL), read = reused;
+    if (snap) {
+        read += session_feed(s, tokens + read, n - 1 - read, &feed);
+        snapshot_free(*snap);
+        *snap = session_snapshot(s);
+    }
+    if (!interrupted) read += session_feed(s, tokens + read, n - read, &feed);
     close_out(out.logits, opt.logits);
     close_out(out.mtp, opt.mtp_logits);
-    *t = (Timing){ .prompt = read, .t_prompt = now() - start };
+    *t = (Timing){ .prompt = read - reused, .reused = reused, .t_prompt = now() - start };
     Feed step = { .sink = logits_sink, .arg = &out };
     out.logits = out.mtp = NULL;
     while (read == n && (most < 0 || t->generated < most) && !interrupted) {
-        int token = sample(sampler, out.last, m->c.vocab);
-        if (!t->generated++) t->t_first = now() - start;
-        if (is_eos(m, token)) {
-            t->generated--;
-            break;
-        }
+        int token;
+        if (!sample(sampler, out.last, m->c.vocab, &token, &e)) die(1, "%s", e.text);
+        if (!t->t_first) t->t_first = now() - start;
+        if (is_eos(sampler, m, token)) break;
+        t->generated++;
         if (!sink(arg, token) || s->n == m->ctx || t->generated == most) break;
-        if (session_feed(s, &token, 1, &step) != 1) break;
+        session_feed(s, &token, 1, &step);
     }
     t->t_generate = now() - start - t->t_first;
     free(out.last);
 }
 
-static bool print_id(void *arg, int token) {
-    int *n = arg;
-    printf((*n)++ ? " %d" : "%d", token);
-    fflush(stdout);
+// Prints tokens as they come: ids, or text with the reasoning on standard error.
+typedef struct {
+    const Tokenizer *t;
+    bool ids, reasoning;
+    int printed;
+    Utf8 utf8;
+    Ids answer;                 // the tokens after the reasoning
+} Printer;
+
+static bool print_token(void *arg, int token) {
+    Printer *p = arg;
+    Str text = { 0 };
+    FILE *to = p->reasoning ? stderr : stdout;
+    if (!p->reasoning) ids_add(&p->answer, token);
+    if (p->ids) printf(p->printed ? " %d" : "%d", token);
+    else if (p->reasoning && token == p->t->end_think) {
+        utf8_finish(&p->utf8, &text);
+        str_puts(&text, "\n");
+        p->reasoning = false;
+    } else tok_decode(p->t, token, true, &p->utf8, &text);
+    if (text.n) fwrite(text.p, 1, text.n, to);
+    free(text.p);
+    p->printed++;
+    if (to == stderr) fflush(stderr);
+    else flush_out();
     return true;
 }
 
+static void print_end(Printer *p) {
+    Str text = { 0 };
+    utf8_finish(&p->utf8, &text);
+    if (text.n) fwrite(text.p, 1, text.n, p->reasoning ? stderr : stdout);
+    free(text.p);
+    if (p->reasoning) fputs("\n", stderr);
+    if (p->printed) puts("");
+    flush_out();
+}
+
 // Ids from "0,5,6" (or separated by spaces), each checked against the vocabulary.
-static int *parse_ids(const char *text, int vocab, int *n) {
-    size_t cap = strlen(text) / 2 + 1;
-    int *ids = xalloc(cap, sizeof *ids);
-    for (*n = 0; *text;) {
+static void parse_ids(const char *text, int vocab, Ids *ids) {
+    for (const char *p = text; *p;) {
         char *end;
         errno = 0;
-        long id = strtol(text, &end, 10);
-        if (end == text || errno || id < 0 || (*end && *end != ',' && *end != ' '))
-            die(2, "--ids: expected numbers and commas, found '%.20s'", text);
+        long id = strtol(p, &end, 10);
+        if (*p < '0' || *p > '9' || errno || (*end && *end != ',' && *end != ' '))
+            die(2, "--ids: expected numbers and commas, found '%.20s'", p);
         if (id >= vocab) die(2, "--ids: %ld: the vocabulary ends at %d", id, vocab - 1);
-        ids[(*n)++] = (int)id;
-        text = *end ? end + 1 : end;
-        if (*end && !*text) die(2, "--ids: ends in '%c'", *end);
+        ids_add(ids, (int)id);
+        p = *end ? end + 1 : end;
+        if (*end && !*p) die(2, "--ids: '%s' ends in '%c'", text, *end);
     }
-    if (!*n) die(2, "--ids: no ids");
-    return ids;
+    if (!ids->n) die(2, "--ids: no ids");
 }
 
-static Model *open_from_options(bool info) {
-    return model_open(&(Opening){ .dir = opt.model, .devices = opt.devices, .layers = opt.layers, .ctx = (int)opt.ctx,
-                                  .threads = (int)opt.threads, .chunk = (int)opt.chunk, .exact = opt.exact,
-                                  .mlock = opt.mlock, .info = info });
+// What the sampler does unless options say otherwise: the publisher's generation_config.json, else temperature 1.
+static Sampler open_sampler(void) {
+    Err e;
+    Span text;
+    Sampler s = sampler_default();
+    char *path = path_join(opt.model, "generation_config.json");
+    if (!access(path, F_OK)) {
+        if (!map_file(path, &text, &e) || !generation_config(&s, text, path, &e)) die(1, "%s", e.text);
+        munmap((void *)(uintptr_t)text.p, text.n);
+    }
+    free(path);
+    if (opt.temp >= 0) s.temp = (float)opt.temp;
+    if (opt.top_k >= 0) s.top_k = (int)opt.top_k;
+    if (opt.top_p >= 0) s.top_p = (float)opt.top_p;
+    if (opt.min_p >= 0) s.min_p = (float)opt.min_p;
+    if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
+    sampler_seed(&s, (uint64_t)opt.seed);
+    if (s.temp > 0) note("seed %lld", (long long)opt.seed);
+    return s;
 }
 
-static int run_main(void) {
+// Answers one prompt.
+static int run_prompt(void) {
+    Ids ids = { 0 };
+    Str text = { 0 };
+    Tokenizer *t = open_tokenizer(!opt.ids);
+    if (opt.prompt) str_puts(&text, opt.prompt);
+    else if (opt.file) text = read_text(opt.file);
+    if (!opt.ids && !text.n) die(2, "the prompt is empty");
+    if (!opt.ids && opt.raw) {
+        ids_add(&ids, t->bos);
+        tok_encode(t, str_span(&text), true, &ids);
+    }
     Model *m = open_from_options(false);
-    int n = 0, printed = 0, *ids = parse_ids(opt.ids ? opt.ids : "", m->c.vocab, &n);
-    if (n > m->ctx) die(1, "the prompt has %d tokens, the context %d (-c)", n, m->ctx);
+    if (opt.ids) parse_ids(opt.ids, m->c.vocab, &ids);
+    else if (!opt.raw) encode_turn(t, chat_options(m), true, str_span(&text), &ids);
+    check_tokens(m, t, &ids);
     Session *s = session_new(m);
-    Timing t;
-    Sampler sampler = { 0 };
-    generate(s, ids, n, opt.tokens, &sampler, print_id, &printed, &t);
-    if (opt.tokens) puts("");
-    print_timing(&t);
-    free(ids);
+    Sampler sampler = open_sampler();
+    Printer p = { .t = t, .ids = opt.ids || opt.show_ids, .reasoning = opt.think && !opt.ids && !opt.raw };
+    Timing timing;
+    computing = true;
+    generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, NULL, print_token, &p, &timing);
+    print_end(&p);
+    print_timing(&timing);
     session_free(s);
+    free(ids.p), free(text.p), free(p.answer.p);
+    return interrupted ? 130 : 0;
+}
+
+// One line, or several joined by a '\' at their ends. False at the end of the input.
+static bool read_turn(Str *line) {
+    char *buf = NULL;
+    size_t cap = 0;
+    ssize_t n;
+    line->n = 0;
+    do {
+        if (isatty(0)) fputs(line->n ? ". " : "> ", stderr);
+        n = getline(&buf, &cap, stdin);
+        if (n > 0 && buf[n - 1] == '\n') n--;
+        if (line->n && n >= 0) line->p[line->n - 1] = '\n';     // was the backslash
+        if (n > 0) str_add(line, buf, (size_t)n);
+    } while (n > 0 && line->p[line->n - 1] == '\\');
+    free(buf);
+    return n >= 0 || line->n;
+}
+
+// A conversation in the terminal. Ctrl-C stops the answer. What was read stays read: only a turn's new tokens are, since
+// `past` holds the very ids of the answers, and old reasoning is dropped by going back to the snapshot before it.
+static int run_chat(void) {
+    Tokenizer *t = open_tokenizer(true);
+    Model *m = open_from_options(false);
+    Session *s = session_new(m);
+    Sampler sampler = open_sampler();
+    Snapshot *snap = NULL;
+    Ids past = { 0 }, ids = { 0 };
+    Str line = { 0 };
+    note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops an answer, Ctrl-D leaves");
+    for (;;) {
+        interrupted = 0;
+        if (!read_turn(&line)) {
+            if (!interrupted) break;
+            clearerr(stdin);
+            fputs("\n", stderr);
+            continue;
+        }
+        if (!line.n) continue;
+        if (span_is(str_span(&line), "/new")) {
+            past.n = 0;
+            continue;
+        }
+        ids.n = 0;
+        for (size_t i = 0; i < past.n; i++) ids_add(&ids, past.p[i]);
+        encode_turn(t, chat_options(m), !past.n, str_span(&line), &ids);
+        if (ids.n >= (size_t)m->ctx) {
+            note("the conversation has %zu tokens, the context holds %d: /new starts again", ids.n, m->ctx);
+            continue;
+        }
+        Printer p = { .t = t, .ids = opt.show_ids, .reasoning = opt.think };
+        Timing timing;
+        computing = true;
+        generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &snap, print_token, &p, &timing);
+        computing = false;
+        print_end(&p);
+        print_timing(&timing);
+        past.n = 0;                                             // the prompt, its <think> closed, and the answer
+        for (size_t i = 0; i + 1 < ids.n; i++) ids_add(&past, ids.p[i]);
+        ids_add(&past, t->end_think);
+        for (size_t i = 0; i < p.answer.n; i++) ids_add(&past, p.answer.p[i]);
+        ids_add(&past, t->eos);
+        free(p.answer.p);
+    }
+    snapshot_free(snap);
+    session_free(s);
+    free(past.p), free(ids.p), free(line.p);
     return 0;
+}
+
+// --- dsv4 info
+
+static const char *const format_names[N_FORMATS] = {
+    "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
+};
+
+// Bytes of compressed rows that one token adds, over all layers of the stages.
+static double bytes_per_token(const Model *m) {
+    double n = 0;
+    for (int i = 0; i < m->c.n_layers; i++) {
+        const Layer *l = &m->w.layers[i];
+        if (l->ratio) n += (double)kv_bytes(m->stage, m->c.head_dim) / l->ratio;
+        if (l->ratio == 4) n += (double)kv_bytes(m->stage, m->c.index_dim) / 4;
+    }
+    return n;
+}
+
+// Bytes of weights that decoding one token reads: everything but the experts that are not chosen, and one row of the
+// embedding. Hash layers need the gate's rows of the chosen experts only; all of it is counted.
+static double bytes_touched(const Model *m) {
+    const Config *c = &m->c;
+    double n = mat_bytes(&m->w.head) + (double)mat_bytes(&m->w.embed) / c->vocab + mat_bytes(&m->w.hc_head.fn);
+    for (int i = 0; i < c->n_layers; i++) {
+        const Layer *l = &m->w.layers[i];
+        double experts = 0;
+        for (int e = 0; e < c->n_experts; e++)
+            experts += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
+        n += layer_bytes(l, c) - experts * (c->n_experts - c->n_active) / c->n_experts;
+        if (l->tid2eid) n -= 8.0 * c->vocab * c->n_active;
+    }
+    return n;
+}
+
+static void print_layers(const Model *m) {
+    for (int i = 0; i < m->c.n_layers; i++) {
+        const Layer *l = &m->w.layers[i];
+        printf("  layer %-2d  ratio %-3d  %-6s  %9.2f MB  experts %s, attention %s\n", i, l->ratio,
+               l->tid2eid ? "hashed" : "scored", layer_bytes(l, &m->c) / 1e6, format_names[l->w1[0].fmt],
+               format_names[l->wq_b.fmt]);
+    }
+    for (int i = 0; m->w.mtp && i < m->c.n_mtp; i++)
+        printf("  mtp %-2d    ratio %-3d  scored  %9.2f MB  experts %s, e_proj %s\n", i, m->w.mtp[i].block.ratio,
+               layer_bytes(&m->w.mtp[i].block, &m->c) / 1e6, format_names[m->w.mtp[i].block.w1[0].fmt],
+               format_names[m->w.mtp[i].e_proj.fmt]);
+}
+
+static int run_info(void) {
+    Model *m = open_from_options(true);
+    const Config *c = &m->c;
+    printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, context %d\n", c->n_layers,
+           c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window, c->vocab, c->max_ctx);
+    printf("experts    %d, %d per token, hidden %d; the first %d layers choose by token\n", c->n_experts, c->n_active,
+           c->expert_dim, c->n_hash_layers);
+    printf("indexer    %d heads x %d, keeps %d rows; hyper-connections: %d streams\n", c->index_heads, c->index_dim,
+           c->index_topk, c->hc_mult);
+    printf("checkpoint %zu tensors in %d files, %.2f GB", m->store.n, m->store.n_shards, store_bytes(&m->store) / 1e9);
+    printf(", quant_method %s\n", *c->quant ? c->quant : "none");
+    for (int i = 0; i < N_FORMATS; i++)
+        if (m->format[i]) printf("  %-18s %6d matrices\n", format_names[i], m->format[i]);
+    print_layers(m);
+    double rings = -bytes_per_token(m) * m->ctx;
+    for (int i = 0; i < m->n_stages; i++) rings += session_bytes(&m->stage[i]);
+    printf("memory     %.3f GB of weights read per token; context: %.0f bytes per token (%.2f MB per 1024), "
+           "%.1f MB of rings per session\n", bytes_touched(m) / 1e9, bytes_per_token(m), bytes_per_token(m) * 1024 / 1e6,
+           rings / 1e6);
+    print_plan(m, stdout);
+    return 0;
+}
+
+// --- dsv4 ppl
+
+typedef struct { const int *tokens; double nll; int64_t n; int vocab; } NllSum;
+
+// -log p of the token that follows each row.
+static void nll_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
+    NllSum *s = arg;
+    (void)mtp;
+    for (int i = 0; i < n; i++) {
+        const float *x = logits + (size_t)i * s->vocab;
+        int next = s->tokens[pos + i + 1];
+        double m = x[argmax(x, s->vocab)], sum = 0;
+        for (int v = 0; v < s->vocab; v++) sum += exp(x[v] - m);
+        s->nll += m + log(sum) - x[next];
+        s->n++;
+    }
+}
+
+// Perplexity of a text, in contexts of -c positions (default 2048), each begun with the begin-of-sentence token.
+static int run_ppl(const char *path) {
+    if (!opt.ctx) opt.ctx = 2048;
+    Model *m = open_from_options(false);
+    Tokenizer *t = open_tokenizer(true);
+    Str text = read_text(path);
+    Ids ids = { 0 };
+    tok_encode(t, str_span(&text), false, &ids);
+    if (!ids.n) die(1, "%s: no text", path);
+    int *window = xalloc((size_t)m->ctx + 1, sizeof *window);
+    NllSum sum = { .tokens = window, .vocab = m->c.vocab };
+    Session *s = session_new(m);
+    window[0] = t->bos;
+    for (size_t at = 0; at < ids.n && !interrupted; at += (size_t)m->ctx) {
+        size_t n = ids.n - at < (size_t)m->ctx ? ids.n - at : (size_t)m->ctx;
+        memcpy(window + 1, ids.p + at, n * sizeof *window);
+        session_clear(s);
+        session_feed(s, window, (int)n, &(Feed){ .all = true, .sink = nll_sink, .arg = &sum });
+        progress("reading", (int64_t)(at + n), (int64_t)ids.n);
+    }
+    if (interrupted) die(130, "interrupted");
+    printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %d\n", exp(sum.nll / sum.n),
+           sum.nll / sum.n, (long long)sum.n, m->ctx);
+    return 0;
+}
+
+// --- dsv4 bench
+
+// Reads n made-up tokens; the time it took.
+static double feed_time(Session *s, int n) {
+    int *tokens = xalloc((size_t)n, sizeof *tokens);
+    for (int i = 0; i < n; i++) tokens[i] = (int)((s->n + i) * 7919LL % s->m->c.vocab);
+    double start = now();
+    session_feed(s, tokens, n, &(Feed){ 0 });
+    free(tokens);
+    return now() - start;
+}
+
+// GB/s of one kind of matrix at one row, over all layers, so that caches do not help.
+static void bench_product(Model *m, const char *name, const Mat **mats, int n, int together, double bandwidth) {
+    Run *r = m->stage[0].impl;
+    double bytes = 0, best = 1e30;
+    if (!n) return;
+    for (int i = 0; i < n; i++) bytes += mat_bytes(mats[i]);
+    Act a = act_new(&m->stage[0], 1, mats[0]->k, 1);
+    float *y = xalloc((size_t)together * mats[0]->n, sizeof *y);
+    Product *p = xalloc((size_t)together, sizeof *p);
+    act_quantise(&m->stage[0], &a, 0);
+    for (int pass = 0; pass < 4; pass++) {
+        double start = now();
+        for (int i = 0; i + together <= n; i += together) {
+            for (int j = 0; j < together; j++)
+                p[j] = (Product){ mats[i + j], &a, NULL, 1, y + (size_t)j * mats[0]->n, (size_t)mats[0]->n };
+            matmul(r->pool, p, together, m->stage[0].exact);
+        }
+        double t = now() - start;
+        if (pass && t < best) best = t;
+    }
+    printf("  %-22s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt], mats[0]->n, mats[0]->k,
+           bytes / best / 1e9, 100 * bytes / best / bandwidth);
+    free(a.x), free(a.q), free(a.s), free(y), free(p);
+}
+
+static void bench_products(Model *m, double bandwidth) {
+    const Config *c = &m->c;
+    int most = c->n_layers * c->n_experts;
+    const Mat **list = xalloc((size_t)most, sizeof *list);
+    const struct { const char *name; size_t at; } dense[] = {
+        { "attn.wq_b", offsetof(Layer, wq_b) }, { "attn.wo_b", offsetof(Layer, wo_b) },
+        { "shared_experts.w1", offsetof(Layer, sw1) }, { "hc_attn_fn", offsetof(Layer, hc_attn.fn) },
+        { "attn.compressor.wkv", offsetof(Layer, comp.wkv) },
+    };
+    printf("products of one row             format               rows x columns        rate  of read bandwidth\n");
+    for (size_t k = 0; k < COUNT(dense); k++) {
+        int n = 0;
+        for (int i = 0; i < c->n_layers; i++) {
+            const Mat *w = (const Mat *)((const char *)&m->w.layers[i] + dense[k].at);
+            if (w->w && (!n || (w->n == list[0]->n && w->fmt == list[0]->fmt))) list[n++] = w;
+        }
+        bench_product(m, dense[k].name, list, n, 1, bandwidth);
+    }
+    for (int k = 1; k <= 2; k++) {
+        for (int i = 0; i < most; i++) {
+            const Layer *l = &m->w.layers[i / c->n_experts];
+            list[i] = k == 1 ? &l->w1[i % c->n_experts] : &l->w2[i % c->n_experts];
+        }
+        bench_product(m, k == 1 ? "experts.w1" : "experts.w2", list, most, c->n_active, bandwidth);
+    }
+    list[0] = &m->w.head;
+    bench_product(m, "head", list, 1, 1, bandwidth);
+    free(list);
+}
+
+// Prefill and decode at growing depths; the machine's read bandwidth is measured between the runs.
+static int run_bench(void) {
+    Model *m = open_from_options(false);
+    Session *s = session_new(m);
+    Run *r = m->stage[0].impl;
+    int steps = opt.tokens > 0 ? (int)opt.tokens : 32;
+    double bandwidth = read_bandwidth(r->pool), touched = bytes_touched(m);
+    printf("cpu %s, %d threads, read bandwidth %.1f GB/s; %.3f GB of weights read per token\n", cpu_names[cpu_level],
+           r->pool->n_threads, bandwidth / 1e9, touched / 1e9);
+    bench_products(m, bandwidth);
+    printf("   depth   prefill tok/s   decode tok/s   decode GB/s   of the bandwidth\n");
+    feed_time(s, 1);
+    for (int depth = 128; depth + steps <= m->ctx && !interrupted; depth *= 4) {
+        int n = depth - s->n;
+        double t_read = feed_time(s, n), t = 0, again = read_bandwidth(r->pool);
+        if (again > bandwidth) bandwidth = again;
+        for (int i = 0; i < steps; i++) t += feed_time(s, 1);
+        printf("%8d %15.1f %14.2f %13.2f %17.0f %%\n", depth, n / t_read, steps / t, touched * steps / t / 1e9,
+               100 * touched * steps / t / bandwidth);
+        fflush(stdout);
+    }
+    return interrupted ? 130 : 0;
 }
 // ---------------------------------------------------------------------------
 // main
+
+static void on_interrupt(int sig) {
+    (void)sig;
+    if (interrupted++ || !computing) _exit(130);
+}
+
+static void on_bus(int sig, siginfo_t *info, void *context) {
+    const char *path = open_store ? store_find_address(open_store, info->si_addr) : NULL;
+    const char *parts[] = { "dsv4: ", path ? path : "a mapped file", ": cannot be read (did it shrink, or does its disk fail?)\n" };
+    (void)sig;
+    (void)context;
+    for (int i = 0; i < 3; i++) if (write(2, parts[i], strlen(parts[i])) < 0) break;
+    _exit(1);
+}
+
+static void catch_signals(void) {
+    struct sigaction stop = { .sa_handler = on_interrupt }, bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
+    sigaction(SIGINT, &stop, NULL);
+    sigaction(SIGTERM, &stop, NULL);
+    sigaction(SIGHUP, &stop, NULL);
+    sigaction(SIGBUS, &bus, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static void check_options(void) {
+    int prompts = (opt.prompt != NULL) + (opt.file != NULL) + (opt.ids != NULL);
+    if (prompts > 1) die(2, "-p, -f and --ids: only one of them");
+    if (opt.think && opt.nothink) die(2, "--think and --nothink: only one of them");
+    if (opt.raw && !opt.prompt && !opt.file) die(2, "--raw needs -p or -f");
+    if ((opt.logits || opt.mtp_logits) && !prompts) die(2, "--logits and --mtp-logits need a prompt");
+    if (opt.effort && !opt.think) die(2, "--effort needs --think");
+    if (opt.raw && (opt.think || opt.system)) die(2, "--raw takes no --system and no --think");
+    if (opt.decode + opt.plain + (opt.chat != NULL) > 1) die(2, "--decode, --plain and --chat: only one of them");
+}
 
 #ifndef DSV4_NO_MAIN
 int main(int argc, char **argv) {
@@ -4506,8 +6612,15 @@ int main(int argc, char **argv) {
         else puts("dsv4 " VERSION);
         return 0;
     }
+    check_options();
+    catch_signals();
     cpu_init();
-    (void)command;
-    return run_main();
+    switch (command) {
+    case TOKENIZE: return run_tokenize();
+    case INFO: return run_info();
+    case BENCH: return run_bench();
+    case PPL: return run_ppl(args[0]);
+    default: return opt.prompt || opt.file || opt.ids ? run_prompt() : run_chat();
+    }
 }
 #endif
