@@ -5304,7 +5304,7 @@ typedef enum { RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32
 
 static struct {
     const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
-    const char *devices, *layers, *effort, *encoding, *level, *kernels;
+    const char *devices, *layers, *effort, *encoding, *isa, *kernels;
     int64_t tokens, ctx, threads, seed, top_k, chunk;
     double temp, top_p, min_p;
     bool raw, think, nothink, exact, plain, decode, show_ids, mlock, help, version;
@@ -5357,7 +5357,7 @@ static const Option options[] = {
     { "help", 'h', FLAG, &opt.help, 0, 0, 0, -1, NULL, "this text" },
     { "version", 0, FLAG, &opt.version, 0, 0, 0, -1, NULL, "the version" },
     { "chunk", 0, INT, &opt.chunk, 1, 1 << 16, 0, COMPUTES, "N", NULL },
-    { "cpu-level", 0, WORD, &opt.level, 0, 0, 0, COMPUTES, "c|avx2|avx512|vnni", NULL },
+    { "isa", 0, WORD, &opt.isa, 0, 0, 0, COMPUTES, "portable|avx2|avx512|avx512-vnni", NULL },
 };
 
 static const struct { const char *name; Command command; const char *args, *help; int n_args; } commands[] = {
@@ -5921,6 +5921,52 @@ static int choose_ctx(const Model *m, int asked) {
     return probe.ctx;
 }
 
+// --- bringing the weights into memory
+
+typedef struct {
+    const Store *store;
+    size_t *first;              // [n_shards + 1] pieces before each shard
+    atomic_size_t done;
+    bool lock;
+} Loading;
+
+enum { PIECE = 4 << 20 };
+
+// Items: pieces of the shards, in file order. Pages that are in memory already cost one look.
+static void load_pieces(void *arg, int begin, int end) {
+    Loading *o = arg;
+    unsigned char in_memory[PIECE / 4096];
+    for (int i = begin; i < end; i++) {
+        int shard = 0;
+        while ((size_t)i >= o->first[shard + 1]) shard++;
+        Span map = o->store->shards[shard].map;
+        size_t at = ((size_t)i - o->first[shard]) * PIECE, n = map.n - at < PIECE ? map.n - at : PIECE;
+        const volatile char *p = map.p + at;
+        size_t pages = (n + 4095) / 4096, present = 0;
+        if (!mincore((void *)(uintptr_t)p, n, in_memory)) while (present < pages && in_memory[present] & 1) present++;
+        if (present < pages) madvise((void *)(uintptr_t)p, n, MADV_WILLNEED);
+        for (size_t page = present; page < pages; page++) (void)p[page * 4096];
+        if (o->lock && mlock((void *)(uintptr_t)p, n))
+            die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
+        size_t done = atomic_fetch_add(&o->done, 1) + 1;
+        if (done % 64 == 0) progress("loading", (int64_t)done, (int64_t)o->first[o->store->n_shards]);
+    }
+}
+
+// Reads the files with all threads, in their order, so that the first token does not wait for the disk page by page.
+static void load_weights(const Store *s, Pool *pool, bool lock) {
+    Loading o = { .store = s, .first = xalloc((size_t)s->n_shards + 1, sizeof(size_t)), .lock = lock };
+    for (int i = 0; i < s->n_shards; i++) {
+        madvise((void *)(uintptr_t)s->shards[i].map.p, s->shards[i].map.n, MADV_HUGEPAGE);
+        o.first[i + 1] = o.first[i] + (s->shards[i].map.n + PIECE - 1) / PIECE;
+    }
+    double start = now();
+    parallel(pool, (int)o.first[s->n_shards], 1, load_pieces, &o);
+    progress("loading", 1, 1);
+    if (now() - start > 1) note("loaded %.1f GB in %.1f s", store_bytes(s) / 1e9, now() - start);
+    free(o.first);
+}
+
 // Opens a checkpoint and prepares the devices. Errors end the process.
 static Model *model_open(const Opening *o) {
     Model *m = xalloc(1, sizeof *m);
@@ -5947,11 +5993,15 @@ static Model *model_open(const Opening *o) {
     for (int i = 0; i < c->n_layers; i++)
         if (!check_table(c, m->w.layers + i, &e)) model_fail(&e);
     size_t weights = store_bytes(&m->store), memory = memory_info("MemTotal");
-    if (memory && weights > memory)
-        note("the weights (%.1f GB) are larger than this machine's memory (%.1f GB): running from the disk, slowly",
+    bool fits = !memory || weights < memory - memory / 16;
+    if (!fits)
+        note("the weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running from the disk, slowly",
              weights / 1e9, memory / 1e9);
-    for (int i = 0; i < m->n_stages; i++)
-        cpu_device(&m->stage[i], pool_new(o->threads ? o->threads : m->n_stages > 1 ? 1 : 0));
+    for (int i = 0; i < m->n_stages; i++) {
+        Pool *pool = pool_new(o->threads ? o->threads : m->n_stages > 1 ? 1 : 0);
+        if (!i && (fits || o->mlock)) load_weights(&m->store, pool, o->mlock);
+        cpu_device(&m->stage[i], pool);
+    }
     start_stages(m);
     return m;
 }
@@ -6282,6 +6332,7 @@ static int run_prompt(void) {
     if (opt.ids) parse_ids(opt.ids, m->c.vocab, &ids);
     else if (!opt.raw) encode_turn(t, chat_options(m), true, str_span(&text), &ids);
     check_tokens(m, t, &ids);
+    if (opt.mtp_logits && !m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
     Session *s = session_new(m);
     Sampler sampler = open_sampler();
     Printer p = { .t = t, .ids = opt.ids || opt.show_ids, .reasoning = opt.think && !opt.ids && !opt.raw };
@@ -6603,6 +6654,14 @@ static void check_options(void) {
     if (opt.decode + opt.plain + (opt.chat != NULL) > 1) die(2, "--decode, --plain and --chat: only one of them");
 }
 
+// The vector instructions to use: the best there are, or fewer.
+static void choose_isa(void) {
+    int best = cpu_best();
+    cpu_level = best;
+    for (int i = 0; opt.isa && i < N_CPU_LEVELS; i++) if (!strcmp(opt.isa, cpu_names[i])) cpu_level = i;
+    if (cpu_level > best) die(2, "--isa: this processor has %s at most", cpu_names[best]);
+}
+
 #ifndef DSV4_NO_MAIN
 int main(int argc, char **argv) {
     char *args[2] = { NULL };
@@ -6614,7 +6673,7 @@ int main(int argc, char **argv) {
     }
     check_options();
     catch_signals();
-    cpu_init();
+    choose_isa();
     switch (command) {
     case TOKENIZE: return run_tokenize();
     case INFO: return run_info();
