@@ -1260,6 +1260,12 @@ static bool config_fixed(Json *j, const Fixed *table, size_t n, const Str *key) 
     return true;
 }
 
+// Says which key an error that has no name in it is about.
+static void config_blame(Json *j, const char *key) {
+    Err plain = *j->e;
+    if (j->bad && !strstr(plain.text, key)) fail(j->e, "%.400s (%.80s)", plain.text, key);
+}
+
 // An int or a float of the tables; an error names the key.
 static void config_number(Json *j, const char *key, bool whole, double lo, double hi, void *to) {
     double v = 0;
@@ -1270,16 +1276,12 @@ static void config_number(Json *j, const char *key, bool whole, double lo, doubl
         j->p = at.p;
         ok = json_fail(j, "expected a number from %g to %g, found %g", lo, hi, v);
     }
-    if (!ok && !at.bad) {
-        Err plain = *j->e;
-        fail(j->e, "%.400s (%s)", plain.text, key);
-    }
+    if (!ok && !at.bad) config_blame(j, key);
     if (whole) *(int *)to = (int)i;
     else *(float *)to = (float)v;
 }
 
 static void config_rope(Config *c, Json *j) {
-    if (json_null(j)) return;
     Map seen = { 0 };
     Str key = { 0 };
     for (json_object(j); config_member(j, &seen, &key);) {
@@ -1337,7 +1339,7 @@ static void config_ratios(Json *j, int ratios[static MAX_RATIOS], int *n) {
     int64_t v = 0;
     for (json_array(j); json_item(j);) {
         Json at = *j;
-        if (!json_int(j, 0, 1 << 20, &v)) return;
+        if (!json_int(j, INT64_MIN, INT64_MAX, &v)) return;
         if (v != 0 && v != 4 && v != 128) {
             j->p = at.p;
             json_fail(j, "compress_ratios[%d]: expected 0, 4 or 128, found %lld", *n, (long long)v);
@@ -1377,6 +1379,10 @@ static bool config_check(const Config *c, const Map *seen, int n_ratios, const c
     if (n_ratios < c->n_layers)
         return fail(e, "%s: compress_ratios has %d entries, num_hidden_layers is %d", path,
                     n_ratios, c->n_layers);
+    for (int i = 0; i < c->n_layers && !map_find(seen, span_of("rope_scaling")); i++)
+        if (c->ratio[i])
+            return fail(e, "%s: no key rope_scaling, which layer %d with ratio %d needs", path, i,
+                        c->ratio[i]);
     for (int i = 0; i < c->n_mtp && !c->dspark; i++)
         if (c->ratio[c->n_layers + i])
             return fail(e, "%s: compress_ratios[%d]: an MTP layer with ratio %d is not supported, "
@@ -1404,6 +1410,7 @@ static bool config_check(const Config *c, const Map *seen, int n_ratios, const c
 
 static void config_key(Config *c, Json *j, const Str *key, int ratios[static MAX_RATIOS], int *n) {
     Span k = str_span(key);
+    if (k.n > 7 && !memcmp(k.p, "dspark_", 7)) c->dspark = true;
     for (size_t i = 0; i < COUNT(config_ints); i++)
         if (span_is(k, config_ints[i].key)) {
             config_number(j, config_ints[i].key, true, config_ints[i].lo, config_ints[i].hi,
@@ -1420,7 +1427,7 @@ static void config_key(Config *c, Json *j, const Str *key, int ratios[static MAX
     else if (span_is(k, "rope_scaling")) config_rope(c, j);
     else if (span_is(k, "quantization_config")) config_quant(c, j);
     else if (!config_fixed(j, fixed_top, COUNT(fixed_top), key)) json_skip(j);
-    if (k.n > 7 && !memcmp(k.p, "dspark_", 7)) c->dspark = true;
+    if (j->bad) config_blame(j, key->p);
 }
 
 static void config_free(Config *c) {
@@ -1442,7 +1449,7 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
         for (json_object(&j); config_member(&j, &seen, &key);) config_key(c, &j, &key, ratios, &n);
         ok = json_end(&j);
     }
-    if (!c->yarn_ctx) c->yarn_ctx = c->max_ctx;     // no rope_scaling: factor 1 changes nothing
+    if (!c->yarn_ctx) c->yarn_ctx = c->max_ctx;     // no rope_scaling: no layer uses it
     c->ratio = xalloc((size_t)(c->n_layers + c->n_mtp), sizeof *c->ratio);
     for (int i = 0; i < c->n_layers + c->n_mtp && i < n; i++) c->ratio[i] = ratios[i];
     ok = ok && config_check(c, &seen, n, path, e);
@@ -2932,11 +2939,144 @@ static bool reader_finish(Reader *r) {
     r->held.n = 0;
     return whole;
 }
-typedef struct { float temp, top_p, min_p; int top_k; uint64_t rng; } Sampler;
-static Sampler sampler_default(void) { return (Sampler){ 1, 1, 0, 0, 0 }; }
-static bool generation_config(Sampler *s, Span text, const char *name, Err *e) { (void)s; (void)text; (void)name; (void)e; return true; }
-static void sampler_seed(Sampler *s, uint64_t seed) { s->rng = seed; }
-static bool sample(Sampler *s, const float *x, int n, int *token, Err *e) { (void)s; (void)e; *token = 0; for (int i = 1; i < n; i++) if (x[i] > x[*token]) *token = i; return true; }
+// ---------------------------------------------------------------------------
+// sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what top-k
+// left, min-p relative to the most likely token. Ties go to the lower id, so a seed fixes the text.
+
+typedef struct {
+    double temperature;     // 0: the most likely token, always
+    double top_p, min_p;    // 1 and 0: off
+    int top_k;              // 0: off
+} Sampling;
+static const Sampling sampling_default = { 1, 1, 0, 0 };     // the publisher's recommendation
+
+typedef struct {
+    Sampling how;
+    uint64_t state;         // of the random numbers: any seed will do
+    int n;                  // vocabulary
+    double *p;              // [n] exp((logit - max) / temperature)
+    int *order;             // [n] ids, as a heap with the likeliest on top
+} Sampler;
+
+static void sampler_init(Sampler *s, int n, Sampling how, uint64_t seed) {
+    *s = (Sampler){ how, seed, n, xalloc((size_t)n, sizeof *s->p), xalloc((size_t)n, sizeof *s->order) };
+}
+
+static void sampler_free(Sampler *s) {
+    free(s->p);
+    free(s->order);
+    *s = (Sampler){ 0 };
+}
+
+// A uniform number in [0, 1): SplitMix64 (Steele, Lea and Flood, 2014).
+static double random_unit(uint64_t *state) {
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+static bool likelier(const Sampler *s, int a, int b) {
+    return s->p[a] > s->p[b] || (s->p[a] == s->p[b] && a < b);
+}
+
+static void sift_down(Sampler *s, int i, int n) {
+    int id = s->order[i];
+    for (int k; (k = 2 * i + 1) < n; i = k) {
+        if (k + 1 < n && likelier(s, s->order[k + 1], s->order[k])) k++;
+        if (!likelier(s, s->order[k], id)) break;
+        s->order[i] = s->order[k];
+    }
+    s->order[i] = id;
+}
+
+// Takes the likeliest tokens off a heap until top-k or top-p is satisfied and puts them at the end of
+// s->order, the likeliest last. Returns how many; *total gets the sum of their p.
+static int take_likeliest(Sampler *s, double *total) {
+    int kept = 0, most = s->how.top_k > 0 && s->how.top_k < s->n ? s->how.top_k : s->n;
+    double sum = 0, wanted = most < s->n ? INFINITY : s->how.top_p * *total;
+    for (int i = 0; i < s->n; i++) s->order[i] = i;
+    for (int i = s->n / 2; i-- > 0;) sift_down(s, i, s->n);
+    while (kept < most && sum < wanted) {
+        int last = s->n - ++kept, id = s->order[0];
+        s->order[0] = s->order[last];
+        if (last > 0) sift_down(s, 0, last);
+        s->order[last] = id;
+        sum += s->p[id];
+    }
+    if (most < s->n) {                      // top-p counts within what top-k left
+        double all = sum;
+        int k = 0;
+        for (sum = 0; k < kept && sum < s->how.top_p * all; k++) sum += s->p[s->order[s->n - 1 - k]];
+        kept = k;
+    }
+    *total = sum;
+    return kept;
+}
+
+// logits [n] -> a token, -1 with an error if one of them is not finite.
+static int sample(Sampler *s, const float *logits, Err *e) {
+    int best = 0;
+    for (int i = 0; i < s->n; i++) {
+        if (!isfinite(logits[i])) {
+            fail(e, "logit of token %d is %f", i, (double)logits[i]);
+            return -1;
+        }
+        if (logits[i] > logits[best]) best = i;
+    }
+    if (s->how.temperature <= 0) return best;
+    double total = 0;
+    for (int i = 0; i < s->n; i++)
+        total += s->p[i] = exp(((double)logits[i] - (double)logits[best]) / s->how.temperature);
+    bool sorted = (s->how.top_k > 0 && s->how.top_k < s->n) || s->how.top_p < 1;
+    int kept = sorted ? take_likeliest(s, &total) : s->n, last = best;
+    double left = 0;                        // what min-p leaves of the total; the best has p = 1
+    for (int k = 0; k < kept; k++) {
+        double p = s->p[sorted ? s->order[s->n - 1 - k] : k];
+        left += p >= s->how.min_p ? p : 0;
+    }
+    double mark = random_unit(&s->state) * left, sum = 0;
+    for (int k = 0; k < kept; k++) {
+        int id = sorted ? s->order[s->n - 1 - k] : k;
+        if (s->p[id] < s->how.min_p || s->p[id] == 0) continue;
+        last = id;
+        sum += s->p[id];
+        if (sum > mark) break;
+    }
+    return last;
+}
+
+// Reads generation_config.json: temperature, top_p, top_k, min_p and do_sample into *how, the ids that
+// end a text (eos_token_id, a number or a list) into *eos. What is absent or null stays as it is.
+static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
+                                   Err *e) {
+    Json j = json_open(text, name, e);
+    Str key = { 0 };
+    int64_t n = how->top_k, id = 0;
+    bool do_sample = true;
+    for (json_object(&j); json_member(&j, &key);) {
+        Span k = str_span(&key);
+        if (json_null(&j)) continue;
+        if (span_is(k, "do_sample")) json_bool(&j, &do_sample);
+        else if (span_is(k, "top_k")) json_int(&j, 0, INT_MAX, &n);
+        else if (span_is(k, "temperature")) json_double(&j, &how->temperature);
+        else if (span_is(k, "top_p")) json_double(&j, &how->top_p);
+        else if (span_is(k, "min_p")) json_double(&j, &how->min_p);
+        else if (!span_is(k, "eos_token_id")) json_skip(&j);
+        else if (json_peek(&j) != '[') json_int(&j, 0, vocab - 1, &id) ? ids_add(eos, (int)id) : (void)0;
+        else for (json_array(&j); json_item(&j);)
+            if (json_int(&j, 0, vocab - 1, &id)) ids_add(eos, (int)id);
+    }
+    free(key.p);
+    how->top_k = (int)n;
+    if (!json_end(&j)) return false;
+    if (!(how->temperature >= 0)) return fail(e, "%s: temperature %g, expected >= 0", name, how->temperature);
+    if (!(how->top_p > 0 && how->top_p <= 1))
+        return fail(e, "%s: top_p %g, expected above 0, at most 1", name, how->top_p);
+    if (!(how->min_p >= 0 && how->min_p <= 1)) return fail(e, "%s: min_p %g, expected 0 to 1", name, how->min_p);
+    if (!do_sample) how->temperature = 0;
+    return true;
+}
 // ---------------------------------------------------------------------------
 // threads: one pool; a parallel region hands out ranges of items, large ones first
 
@@ -6201,13 +6341,16 @@ static int session_reuse(Session *s, const int *tokens, int n, const Snapshot *s
     return s->n;
 }
 
-static bool is_eos(const Sampler *s, const Model *m, int token) { (void)s; return token == m->c.eos; }
+static bool is_in(const Ids *ids, int token) {
+    for (size_t i = 0; i < ids->n; i++) if (ids->p[i] == token) return true;
+    return false;
+}
 
 // Makes the prompt's n tokens what the session has read, then generates until end-of-sentence, `most` tokens (< 0: no
 // limit), the end of the context, the sink's wish or Ctrl-C. The last token is not read back. With snap, a snapshot is
 // taken before the prompt's last token, which is where a chat's next prompt departs from this one.
-static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler, Snapshot **snap,
-                     TokenSink sink, void *arg, Timing *t) {
+static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler, const Ids *eos,
+                     Snapshot **snap, TokenSink sink, void *arg, Timing *t) {
     Model *m = s->m;
     Err e;
     LogitsOut out = { .vocab = m->c.vocab, .last = xalloc((size_t)m->c.vocab, sizeof(float)),
@@ -6229,10 +6372,10 @@ static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler
     Feed step = { .sink = logits_sink, .arg = &out };
     out.logits = out.mtp = NULL;
     while (read == n && (most < 0 || t->generated < most) && !interrupted) {
-        int token;
-        if (!sample(sampler, out.last, m->c.vocab, &token, &e)) die(1, "%s", e.text);
+        int token = sample(sampler, out.last, &e);
+        if (token < 0) die(1, "%s", e.text);
         if (!t->t_first) t->t_first = now() - start;
-        if (is_eos(sampler, m, token)) break;
+        if (is_in(eos, token)) break;
         t->generated++;
         if (!sink(arg, token) || s->n == m->ctx || t->generated == most) break;
         session_feed(s, &token, 1, &step);
@@ -6295,25 +6438,26 @@ static void parse_ids(const char *text, int vocab, Ids *ids) {
     if (!ids->n) die(2, "--ids: no ids");
 }
 
-// What the sampler does unless options say otherwise: the publisher's generation_config.json, else temperature 1.
-static Sampler open_sampler(void) {
+// What to sample and where to stop: options, else the publisher's generation_config.json, else temperature 1 and the
+// config's end-of-sentence token.
+static void open_sampler(const Model *m, Sampler *s, Ids *eos) {
     Err e;
     Span text;
-    Sampler s = sampler_default();
+    Sampling how = sampling_default;
     char *path = path_join(opt.model, "generation_config.json");
     if (!access(path, F_OK)) {
-        if (!map_file(path, &text, &e) || !generation_config(&s, text, path, &e)) die(1, "%s", e.text);
+        if (!map_file(path, &text, &e) || !read_generation_config(text, path, m->c.vocab, &how, eos, &e)) die(1, "%s", e.text);
         munmap((void *)(uintptr_t)text.p, text.n);
     }
     free(path);
-    if (opt.temp >= 0) s.temp = (float)opt.temp;
-    if (opt.top_k >= 0) s.top_k = (int)opt.top_k;
-    if (opt.top_p >= 0) s.top_p = (float)opt.top_p;
-    if (opt.min_p >= 0) s.min_p = (float)opt.min_p;
+    if (!eos->n && m->c.eos >= 0) ids_add(eos, m->c.eos);
+    if (opt.temp >= 0) how.temperature = opt.temp;
+    if (opt.top_k >= 0) how.top_k = (int)opt.top_k;
+    if (opt.top_p >= 0) how.top_p = opt.top_p;
+    if (opt.min_p >= 0) how.min_p = opt.min_p;
     if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
-    sampler_seed(&s, (uint64_t)opt.seed);
-    if (s.temp > 0) note("seed %lld", (long long)opt.seed);
-    return s;
+    sampler_init(s, m->c.vocab, how, (uint64_t)opt.seed);
+    if (how.temperature > 0) note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature, how.top_p);
 }
 
 // Answers one prompt.
@@ -6334,15 +6478,18 @@ static int run_prompt(void) {
     check_tokens(m, t, &ids);
     if (opt.mtp_logits && !m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
     Session *s = session_new(m);
-    Sampler sampler = open_sampler();
+    Sampler sampler;
+    Ids eos = { 0 };
+    open_sampler(m, &sampler, &eos);
     Printer p = { .t = t, .ids = opt.ids || opt.show_ids, .reasoning = opt.think && !opt.ids && !opt.raw };
     Timing timing;
     computing = true;
-    generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, NULL, print_token, &p, &timing);
+    generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, NULL, print_token, &p, &timing);
     print_end(&p);
     print_timing(&timing);
     session_free(s);
-    free(ids.p), free(text.p), free(p.answer.p);
+    sampler_free(&sampler);
+    free(ids.p), free(text.p), free(p.answer.p), free(eos.p);
     return interrupted ? 130 : 0;
 }
 
@@ -6369,9 +6516,10 @@ static int run_chat(void) {
     Tokenizer *t = open_tokenizer(true);
     Model *m = open_from_options(false);
     Session *s = session_new(m);
-    Sampler sampler = open_sampler();
+    Sampler sampler;
     Snapshot *snap = NULL;
-    Ids past = { 0 }, ids = { 0 };
+    Ids past = { 0 }, ids = { 0 }, eos = { 0 };
+    open_sampler(m, &sampler, &eos);
     Str line = { 0 };
     note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops an answer, Ctrl-D leaves");
     for (;;) {
@@ -6397,7 +6545,7 @@ static int run_chat(void) {
         Printer p = { .t = t, .ids = opt.show_ids, .reasoning = opt.think };
         Timing timing;
         computing = true;
-        generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &snap, print_token, &p, &timing);
+        generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, &snap, print_token, &p, &timing);
         computing = false;
         print_end(&p);
         print_timing(&timing);
@@ -6410,7 +6558,8 @@ static int run_chat(void) {
     }
     snapshot_free(snap);
     session_free(s);
-    free(past.p), free(ids.p), free(line.p);
+    sampler_free(&sampler);
+    free(past.p), free(ids.p), free(line.p), free(eos.p);
     return 0;
 }
 
