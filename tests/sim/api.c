@@ -518,13 +518,6 @@ EXPORT CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
     return leave(r);
 }
 
-/* Device limits (stack, printf heap, ...): the simulator has none to set. */
-EXPORT CUresult cuCtxSetLimit(CUlimit limit, size_t value) {
-    CUresult r = enter(__func__, CTX);
-    (void)limit, (void)value;
-    return leave(r ? r : E_NOT_SUPPORTED);
-}
-
 EXPORT CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned flags) {
     CUresult r = enter(__func__, CTX);
     if (!r && (!obj_ok(peer, T_CTX) || !peer->retained || peer == cur())) r = E_INVALID_CONTEXT;

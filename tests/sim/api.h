@@ -322,6 +322,7 @@ KernelStats *stats_of(const Func *func);
 /* Adds one launch and returns its computed time in us. */
 double stats_launch(KernelStats *stats, const Work *work, const SimCounters *counters);
 double stats_copy(int src_dev, int dst_dev, uint64_t bytes); /* computed us */
+double computed_set(uint64_t bytes);
 void stats_hop(void);                                        /* a wait across devices */
 int report_sms(void);
 int occupancy_blocks(int registers, int threads, uint64_t shared_bytes);

@@ -209,14 +209,6 @@ EXPORT CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config_) {
     return leave(r);
 }
 
-EXPORT CUresult cuFuncGetModule(CUmodule *module, CUfunction f) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && !module) r = E_INVALID_VALUE;
-    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
-    if (!r) *module = f->module;
-    return leave(r);
-}
-
 /* Blocks of a function that fit on one multiprocessor at a time. */
 int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
     return occupancy_blocks(f->kernel->registers, threads, f->kernel->shared_bytes + dynamic_shared);

@@ -76,15 +76,6 @@ EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
     return leave(r);
 }
 
-EXPORT CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address) {
-    CUresult r = enter(__func__, CTX);
-    SimRange range;
-    if (!r && (!sim_mem_find(address, &range) || range.freed)) r = E_NOT_FOUND;
-    if (!r && base) *base = range.base;
-    if (!r && size) *size = range.size;
-    return leave(r);
-}
-
 /* ------------------------------------------------------------------------------------------------
  * host memory */
 
@@ -169,14 +160,6 @@ EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *p, unsi
     CUresult r = enter(__func__, CTX);
     if (!r && (!address || flags || !host_find((uintptr_t)p, 1))) r = E_INVALID_VALUE;
     if (!r) *address = (uintptr_t)p;
-    return leave(r);
-}
-
-EXPORT CUresult cuMemHostGetFlags(unsigned *flags, void *p) {
-    CUresult r = enter(__func__, CTX);
-    HostRange *h = r ? NULL : host_find((uintptr_t)p, 1);
-    if (!r && (!flags || !h)) r = E_INVALID_VALUE;
-    if (!r) *flags = h->flags;
     return leave(r);
 }
 
@@ -330,26 +313,29 @@ EXPORT CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CU
 
 /* Works with and without peer access: the driver stages through the host if need be. */
 static CUresult peer_copy(CUdeviceptr dst, Ctx *to, CUdeviceptr src, Ctx *from, size_t bytes,
-                          CUstream s) {
+                          CUstream s, bool wait) {
     if (!obj_ok(to, T_CTX) || !obj_ok(from, T_CTX)) return E_INVALID_CONTEXT;
     if (to->sticky || from->sticky) return to->sticky ? to->sticky : from->sticky;
     if (bytes && (owner(dst) != to->device || owner(src) != from->device)) {
         misuse("a pointer does not belong to the context given with it");
         return E_INVALID_VALUE;
     }
-    return copy(dst, DEVICE, src, DEVICE, bytes, s, false);
+    if (wait) run_ctx(from);
+    if (wait) run_ctx(to);
+    return copy(dst, DEVICE, src, DEVICE, bytes, s, wait);
 }
 
 EXPORT CUresult cuMemcpyPeerAsync(CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
                                   size_t bytes, CUstream s) {
     CUresult r = enter(__func__, CTX);
-    return leave(r ? r : peer_copy(dst, to, src, from, bytes, s));
+    return leave(r ? r : peer_copy(dst, to, src, from, bytes, s, false));
 }
 
+/* In order with all work of both contexts, as documented. */
 EXPORT CUresult cuMemcpyPeer(CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
                              size_t bytes) {
     CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : peer_copy(dst, to, src, from, bytes, NULL));
+    return leave(r ? r : peer_copy(dst, to, src, from, bytes, NULL, true));
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -386,11 +372,6 @@ EXPORT CUresult cuMemsetD8_v2(CUdeviceptr dst, unsigned char value, size_t n) {
     return leave(r ? r : set(dst, value, 1, n, NULL));
 }
 
-EXPORT CUresult cuMemsetD16_v2(CUdeviceptr dst, unsigned short value, size_t n) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : set(dst, value, 2, n, NULL));
-}
-
 EXPORT CUresult cuMemsetD32_v2(CUdeviceptr dst, unsigned value, size_t n) {
     CUresult r = enter(__func__, UNSAFE);
     return leave(r ? r : set(dst, value, 4, n, NULL));
@@ -399,11 +380,6 @@ EXPORT CUresult cuMemsetD32_v2(CUdeviceptr dst, unsigned value, size_t n) {
 EXPORT CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, size_t n, CUstream s) {
     CUresult r = enter(__func__, CTX);
     return leave(r ? r : set(dst, value, 1, n, s));
-}
-
-EXPORT CUresult cuMemsetD16Async(CUdeviceptr dst, unsigned short value, size_t n, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : set(dst, value, 2, n, s));
 }
 
 EXPORT CUresult cuMemsetD32Async(CUdeviceptr dst, unsigned value, size_t n, CUstream s) {

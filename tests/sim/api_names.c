@@ -98,59 +98,52 @@ const char *error_text(int code) {
  * symbol carries behind the name. */
 static const struct { const char *base; int version; const char *suffix; } symbols[] = {
     { "cuCtxDisablePeerAccess", 4000, "" }, { "cuCtxEnablePeerAccess", 4000, "" },
-    { "cuCtxGetCurrent", 4000, "" }, { "cuCtxGetDevice", 2000, "" },
-    { "cuCtxGetDevice", 13000, "_v2" }, { "cuCtxGetStreamPriorityRange", 5050, "" },
+    { "cuCtxGetCurrent", 4000, "" }, { "cuCtxGetDevice", 13000, "_v2" },
+    { "cuCtxGetDevice", 2000, "" }, { "cuCtxGetStreamPriorityRange", 5050, "" },
     { "cuCtxPopCurrent", 4000, "_v2" }, { "cuCtxPushCurrent", 4000, "_v2" },
-    { "cuCtxSetCurrent", 4000, "" }, { "cuCtxSetLimit", 3010, "" },
-    { "cuCtxSynchronize", 2000, "" }, { "cuCtxSynchronize", 13000, "_v2" },
-    { "cuDeviceCanAccessPeer", 4000, "" }, { "cuDeviceGet", 2000, "" },
-    { "cuDeviceGetAttribute", 2000, "" }, { "cuDeviceGetCount", 2000, "" },
-    { "cuDeviceGetName", 2000, "" }, { "cuDeviceGetP2PAttribute", 8000, "" },
-    { "cuDeviceGetPCIBusId", 4010, "" }, { "cuDeviceGetUuid", 11040, "_v2" },
-    { "cuDevicePrimaryCtxGetState", 7000, "" }, { "cuDevicePrimaryCtxRelease", 11000, "_v2" },
-    { "cuDevicePrimaryCtxReset", 11000, "_v2" }, { "cuDevicePrimaryCtxRetain", 7000, "" },
-    { "cuDevicePrimaryCtxSetFlags", 11000, "_v2" }, { "cuDeviceTotalMem", 3020, "_v2" },
-    { "cuDriverGetVersion", 2020, "" }, { "cuEventCreate", 2000, "" },
-    { "cuEventDestroy", 4000, "_v2" }, { "cuEventElapsedTime", 2000, "" },
-    { "cuEventElapsedTime", 12080, "_v2" }, { "cuEventQuery", 2000, "" },
-    { "cuEventRecord", 2000, "" }, { "cuEventRecordWithFlags", 11010, "" },
-    { "cuEventSynchronize", 2000, "" }, { "cuFuncGetAttribute", 2020, "" },
-    { "cuFuncGetModule", 11000, "" }, { "cuFuncSetAttribute", 9000, "" },
+    { "cuCtxSetCurrent", 4000, "" }, { "cuCtxSynchronize", 13000, "_v2" },
+    { "cuCtxSynchronize", 2000, "" }, { "cuDeviceCanAccessPeer", 4000, "" },
+    { "cuDeviceGet", 2000, "" }, { "cuDeviceGetAttribute", 2000, "" },
+    { "cuDeviceGetCount", 2000, "" }, { "cuDeviceGetName", 2000, "" },
+    { "cuDeviceGetP2PAttribute", 8000, "" }, { "cuDeviceGetPCIBusId", 4010, "" },
+    { "cuDeviceGetUuid", 11040, "_v2" }, { "cuDevicePrimaryCtxGetState", 7000, "" },
+    { "cuDevicePrimaryCtxRelease", 11000, "_v2" }, { "cuDevicePrimaryCtxReset", 11000, "_v2" },
+    { "cuDevicePrimaryCtxRetain", 7000, "" }, { "cuDevicePrimaryCtxSetFlags", 11000, "_v2" },
+    { "cuDeviceTotalMem", 3020, "_v2" }, { "cuDriverGetVersion", 2020, "" },
+    { "cuEventCreate", 2000, "" }, { "cuEventDestroy", 4000, "_v2" },
+    { "cuEventElapsedTime", 12080, "_v2" }, { "cuEventElapsedTime", 2000, "" },
+    { "cuEventQuery", 2000, "" }, { "cuEventRecord", 2000, "" }, { "cuEventSynchronize", 2000, "" },
+    { "cuFuncGetAttribute", 2020, "" }, { "cuFuncSetAttribute", 9000, "" },
     { "cuFuncSetCacheConfig", 3000, "" }, { "cuGetErrorName", 6000, "" },
     { "cuGetErrorString", 6000, "" }, { "cuGetProcAddress", 11030, "" },
     { "cuGetProcAddress", 12000, "_v2" }, { "cuGraphAddKernelNode", 12000, "_v2" },
     { "cuGraphCreate", 10000, "" }, { "cuGraphDestroy", 10000, "" },
     { "cuGraphExecDestroy", 10000, "" }, { "cuGraphExecKernelNodeSetParams", 12000, "_v2" },
-    { "cuGraphExecUpdate", 10020, "" }, { "cuGraphExecUpdate", 12000, "_v2" },
-    { "cuGraphGetNodes", 10000, "" }, { "cuGraphInstantiateWithFlags", 11040, "" },
-    { "cuGraphInstantiate", 11000, "_v2" }, { "cuGraphLaunch", 10000, "" },
-    { "cuGraphNodeGetType", 10000, "" }, { "cuGraphUpload", 11010, "" }, { "cuInit", 2000, "" },
+    { "cuGraphExecUpdate", 12000, "_v2" }, { "cuGraphGetNodes", 10000, "" },
+    { "cuGraphInstantiate", 11000, "_v2" }, { "cuGraphInstantiate", 12000, "WithFlags" },
+    { "cuGraphInstantiateWithFlags", 11040, "" }, { "cuGraphLaunch", 10000, "" },
+    { "cuGraphUpload", 11010, "" }, { "cuInit", 2000, "" },
     { "cuLaunchCooperativeKernel", 9000, "" }, { "cuLaunchHostFunc", 10000, "" },
     { "cuLaunchKernel", 4000, "" }, { "cuLaunchKernelEx", 11060, "" },
-    { "cuMemAllocHost", 3020, "_v2" }, { "cuMemAlloc", 3020, "_v2" },
-    { "cuMemFreeHost", 2000, "" }, { "cuMemFree", 3020, "_v2" },
-    { "cuMemGetAddressRange", 3020, "_v2" }, { "cuMemGetInfo", 3020, "_v2" },
-    { "cuMemHostAlloc", 2020, "" }, { "cuMemHostGetDevicePointer", 3020, "_v2" },
-    { "cuMemHostGetFlags", 2030, "" }, { "cuMemHostRegister", 6050, "_v2" },
+    { "cuMemAlloc", 3020, "_v2" }, { "cuMemAllocHost", 3020, "_v2" }, { "cuMemFree", 3020, "_v2" },
+    { "cuMemFreeHost", 2000, "" }, { "cuMemGetInfo", 3020, "_v2" }, { "cuMemHostAlloc", 2020, "" },
+    { "cuMemHostGetDevicePointer", 3020, "_v2" }, { "cuMemHostRegister", 6050, "_v2" },
     { "cuMemHostUnregister", 4000, "" }, { "cuMemcpy", 4000, "" }, { "cuMemcpyAsync", 4000, "" },
-    { "cuMemcpyDtoDAsync", 3020, "_v2" }, { "cuMemcpyDtoD", 3020, "_v2" },
-    { "cuMemcpyDtoHAsync", 3020, "_v2" }, { "cuMemcpyDtoH", 3020, "_v2" },
-    { "cuMemcpyHtoDAsync", 3020, "_v2" }, { "cuMemcpyHtoD", 3020, "_v2" },
-    { "cuMemcpyPeer", 4000, "" }, { "cuMemcpyPeerAsync", 4000, "" },
-    { "cuMemsetD16Async", 3020, "" }, { "cuMemsetD16", 3020, "_v2" },
-    { "cuMemsetD32Async", 3020, "" }, { "cuMemsetD32", 3020, "_v2" },
-    { "cuMemsetD8Async", 3020, "" }, { "cuMemsetD8", 3020, "_v2" },
-    { "cuModuleGetFunction", 2000, "" }, { "cuModuleGetGlobal", 3020, "_v2" },
-    { "cuModuleLoadData", 2000, "" }, { "cuModuleLoadDataEx", 2010, "" },
-    { "cuModuleUnload", 2000, "" }, { "cuOccupancyMaxActiveBlocksPerMultiprocessor", 6050, "" },
+    { "cuMemcpyDtoD", 3020, "_v2" }, { "cuMemcpyDtoDAsync", 3020, "_v2" },
+    { "cuMemcpyDtoH", 3020, "_v2" }, { "cuMemcpyDtoHAsync", 3020, "_v2" },
+    { "cuMemcpyHtoD", 3020, "_v2" }, { "cuMemcpyHtoDAsync", 3020, "_v2" },
+    { "cuMemcpyPeer", 4000, "" }, { "cuMemcpyPeerAsync", 4000, "" }, { "cuMemsetD32", 3020, "_v2" },
+    { "cuMemsetD32Async", 3020, "" }, { "cuMemsetD8", 3020, "_v2" },
+    { "cuMemsetD8Async", 3020, "" }, { "cuModuleGetFunction", 2000, "" },
+    { "cuModuleGetGlobal", 3020, "_v2" }, { "cuModuleLoadData", 2000, "" },
+    { "cuModuleLoadDataEx", 2010, "" }, { "cuModuleUnload", 2000, "" },
+    { "cuOccupancyMaxActiveBlocksPerMultiprocessor", 6050, "" },
     { "cuPointerGetAttribute", 4000, "" }, { "cuProfilerStart", 4000, "" },
     { "cuProfilerStop", 4000, "" }, { "cuStreamBeginCapture", 10010, "_v2" },
     { "cuStreamCreate", 2000, "" }, { "cuStreamCreateWithPriority", 5050, "" },
     { "cuStreamDestroy", 4000, "_v2" }, { "cuStreamEndCapture", 10000, "" },
-    { "cuStreamGetCtx", 9020, "" }, { "cuStreamGetFlags", 5050, "" },
-    { "cuStreamGetPriority", 5050, "" }, { "cuStreamIsCapturing", 10000, "" },
-    { "cuStreamQuery", 2000, "" }, { "cuStreamSynchronize", 2000, "" },
-    { "cuStreamWaitEvent", 3020, "" }, { "cuGraphInstantiate", 12000, "WithFlags" },
+    { "cuStreamIsCapturing", 10000, "" }, { "cuStreamQuery", 2000, "" },
+    { "cuStreamSynchronize", 2000, "" }, { "cuStreamWaitEvent", 3020, "" },
 };
 
 /* Address of one of this library's own exports. */
@@ -166,14 +159,16 @@ static void *own_symbol(const char *name) {
 /* The newest form of `symbol` that both `version` and the driver know. *status: 0 found, 1 unknown,
  * 2 only newer forms. Names with a suffix are unknown, as on a real driver. */
 static CUresult get_proc(const char *symbol, void **fn, int version, uint64_t flags, int *status) {
-    char name[128] = "";
+    char name[128];
+    int best = -1;
     *status = 1;
     if (!symbol || !fn || flags > 2 || version > config.driver) return E_INVALID_VALUE;
     *fn = NULL;
     for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
         if (strcmp(symbols[i].base, symbol)) continue;
-        if (!*name) *status = 2;
-        if (symbols[i].version > version) continue;
+        if (best < 0) *status = 2;
+        if (symbols[i].version > version || symbols[i].version < best) continue;
+        best = symbols[i].version;
         snprintf(name, sizeof name, "%s%s", symbol, symbols[i].suffix);
         *status = 0;
     }

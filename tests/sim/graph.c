@@ -84,16 +84,6 @@ EXPORT CUresult cuGraphGetNodes(CUgraph graph, CUgraphNode *nodes, size_t *n) {
     return leave(r);
 }
 
-/* 0 kernel, 1 copy, 2 memset, 3 host, 5 empty */
-EXPORT CUresult cuGraphNodeGetType(CUgraphNode node, CUgraphNodeType *type) {
-    static const int types[] = { [W_EMPTY] = 5, [W_KERNEL] = 0, [W_COPY] = 1, [W_SET] = 2,
-                                 [W_HOST] = 3 };
-    CUresult r = enter(__func__, INIT);
-    if (!r && (!node || !type)) r = E_INVALID_VALUE;
-    if (!r) *type = types[node->work.kind];
-    return leave(r);
-}
-
 static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
     if (!p) return E_INVALID_VALUE;
     unsigned grid[3] = { p->gridDimX, p->gridDimY, p->gridDimZ };
@@ -238,20 +228,6 @@ EXPORT CUresult cuGraphExecUpdate_v2(CUgraphExec exec, CUgraph graph,
     if (!r) {
         r = update(exec, graph, &result, &where);
         *info = (CUgraphExecUpdateResultInfo){ .result = result, .errorNode = where };
-    }
-    return leave(r);
-}
-
-EXPORT CUresult cuGraphExecUpdate(CUgraphExec exec, CUgraph graph, CUgraphNode *where,
-                                  CUgraphExecUpdateResult *result) {
-    int got;
-    Node *node;
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!where || !result)) r = E_INVALID_VALUE;
-    if (!r) {
-        r = update(exec, graph, &got, &node);
-        *where = node;
-        *result = got;
     }
     return leave(r);
 }

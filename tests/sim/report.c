@@ -137,6 +137,10 @@ double stats_copy(int src_dev, int dst_dev, uint64_t bytes) {
     return (double)bytes / (gbs * 1e3);
 }
 
+double computed_set(uint64_t bytes) {
+    return (double)bytes / (cards[0].dram_gbs * dram_share * 1e3);
+}
+
 void stats_hop(void) {
     hops++;
 }

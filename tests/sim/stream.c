@@ -146,7 +146,10 @@ static void execute(Op *op) {
             c->sticky = work_copy(w);
             us = stats_copy(w->src_dev, w->dst_dev, w->bytes);
         }
-        if (w->kind == W_SET) c->sticky = work_set(w);
+        if (w->kind == W_SET) {
+            c->sticky = work_set(w);
+            us = computed_set(w->bytes);
+        }
         if (w->kind == W_HOST) call_host(w);
     }
     n_running--;
@@ -362,33 +365,6 @@ EXPORT CUresult cuStreamDestroy_v2(CUstream stream) {
     return leave(r);
 }
 
-EXPORT CUresult cuStreamGetFlags(CUstream stream, unsigned *flags) {
-    Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !flags) r = E_INVALID_VALUE;
-    if (!r) r = get_stream(stream, &s);
-    if (!r) *flags = s->flags;
-    return leave(r);
-}
-
-EXPORT CUresult cuStreamGetPriority(CUstream stream, int *priority) {
-    Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !priority) r = E_INVALID_VALUE;
-    if (!r) r = get_stream(stream, &s);
-    if (!r) *priority = s->priority;
-    return leave(r);
-}
-
-EXPORT CUresult cuStreamGetCtx(CUstream stream, CUcontext *ctx) {
-    Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !ctx) r = E_INVALID_VALUE;
-    if (!r) r = get_stream(stream, &s);
-    if (!r) *ctx = s->ctx;
-    return leave(r);
-}
-
 /* The operation that stands for all work of a stream so far. For the legacy stream that includes
  * the blocking streams. */
 static CUresult stream_now(CUstream handle, Stream **s, const char *name) {
@@ -456,13 +432,12 @@ EXPORT CUresult cuEventDestroy_v2(CUevent event) {
     return leave(r);
 }
 
-static CUresult record(CUevent event, CUstream stream, unsigned flags) {
+static CUresult record(CUevent event, CUstream stream) {
     Stream *s;
     if (!obj_ok(event, T_EVENT)) return E_INVALID_HANDLE;
     CUresult r = get_stream(stream, &s);
     if (r) return r;
     if (s->ctx != event->ctx) return E_INVALID_HANDLE;
-    if (flags) return flags > 1 ? E_INVALID_VALUE : E_NOT_SUPPORTED;
     if (s->capture) return capture_record(event, s);
     r = submit(s, &(Work){ .ctx = s->ctx });
     if (r) return r;
@@ -473,12 +448,7 @@ static CUresult record(CUevent event, CUstream stream, unsigned flags) {
 
 EXPORT CUresult cuEventRecord(CUevent event, CUstream stream) {
     CUresult r = enter(__func__, CTX);
-    return leave(r ? r : record(event, stream, 0));
-}
-
-EXPORT CUresult cuEventRecordWithFlags(CUevent event, CUstream stream, unsigned flags) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : record(event, stream, flags));
+    return leave(r ? r : record(event, stream));
 }
 
 /* The stream's later work waits for the record that the event stands for now. */
