@@ -41,7 +41,8 @@ def main():
     ok = True
     for preset in a.presets.split(","):
         with tempfile.TemporaryDirectory() as d:
-            cfg = M.make(d, "bf16", M.PRESETS[preset])
+            # many indexer heads: with few, scores of exactly 0 are common and both sides break such ties in their own way
+            cfg = M.make(d, "bf16", {**M.PRESETS[preset], "index_n_heads": 24})
             rng = np.random.default_rng(7)
             ids = [0] + rng.integers(3, cfg["vocab_size"], a.tokens - 1).tolist()
             theirs = transformers_logits(d, ids)
