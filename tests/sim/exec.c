@@ -1,0 +1,565 @@
+/* exec.c: warps, blocks and launches.
+ *
+ * A warp runs the group of lanes with the lowest PC; groups that meet at a PC join again, so code
+ * reconverges as early as it can. The warps of a block take turns until each stands at a barrier or
+ * is done; the blocks of a launch are spread over worker threads, each with its own registers and
+ * shared memory, so that results do not depend on their number. */
+#include "ptx.h"
+
+#include <pthread.h>
+#include <stdarg.h>
+#include <unistd.h>
+#include <xmmintrin.h>
+
+enum { TURN = 4096 }; /* taken branches before another warp of the block gets its turn */
+
+SimOptions sim_options = {
+    .strict = true, .check_init = true, .check_races = true, .count_unique = true,
+    .watchdog = 1u << 26, .sm = 86,
+};
+
+static pthread_mutex_t report_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* ------------------------------------------------------------------------------------------------
+ * findings */
+
+static void thread_index(const Launch *launch, u32 linear, unsigned out[3])
+{
+    const unsigned *b = launch->in->block;
+    out[0] = linear % b[0];
+    out[1] = linear / b[0] % b[1];
+    out[2] = linear / b[0] / b[1];
+}
+
+static int error_of(SimKind kind)
+{
+    switch (kind) {
+    case SIM_BOUNDS: case SIM_FREED: case SIM_FOREIGN: case SIM_READONLY:
+        return SIM_ERROR_ILLEGAL_ADDRESS;
+    case SIM_ALIGN: return SIM_ERROR_MISALIGNED_ADDRESS;
+    case SIM_TIMEOUT: return SIM_ERROR_LAUNCH_TIMEOUT;
+    case SIM_TRAP: case SIM_UNSUPPORTED: return SIM_ERROR_ILLEGAL_INSTRUCTION;
+    default: return SIM_ERROR_LAUNCH_FAILED;
+    }
+}
+
+void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...)
+{
+    Worker *k = w->worker;
+    Launch *launch = k->launch;
+    const Inst *i = &k->code->inst[w->pc];
+    const SimModule *m = launch->kernel->module;
+    int error = error_of(kind);
+    bool survivable = error == SIM_ERROR_LAUNCH_FAILED && kind != SIM_BARRIER;
+    bool stop = sim_options.strict || !survivable;
+    if (k->stop)
+        return; /* one finding per block is enough once it stops the launch */
+    if (lane < 0)
+        lane = w->mask ? __builtin_ctz(w->mask) : w->alive ? __builtin_ctz(w->alive) : 0;
+    SimFinding f = {.kind = kind, .kernel = launch->kernel->name, .device = launch->device,
+                    .ptx_line = i->line, .line = i->src_line, .address = address,
+                    .block = {k->ctaid[0], k->ctaid[1], k->ctaid[2]}, .file = ""};
+    if (i->src_file > 0 && i->src_file < m->n_files)
+        f.file = m->files[i->src_file];
+    thread_index(launch, (u32)(w->index * 32 + lane), f.thread);
+    va_list ap;
+    va_start(ap, format);
+    vsnprintf(f.text, sizeof f.text, format, ap);
+    va_end(ap);
+    pthread_mutex_lock(&report_lock);
+    sim_report(&f);
+    if (stop && (!launch->result || k->block_index < launch->result_block)) {
+        launch->result = error;
+        launch->result_block = k->block_index;
+    }
+    if (stop) {
+        k->stop = true;
+        __atomic_store_n(&launch->cancel, true, __ATOMIC_RELAXED);
+        w->next_pc = 0;
+    }
+    pthread_mutex_unlock(&report_lock);
+}
+
+u64 mix64(u64 x)
+{
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return x ^ x >> 31;
+}
+
+/* Moves x by up to perturb_ulp units in the last place, always the same way for the same place. */
+float perturb(const Warp *w, float x, u32 lane)
+{
+    u32 bits;
+    memcpy(&bits, &x, 4);
+    u32 range = (u32)sim_options.perturb_ulp, magnitude = bits & 0x7fffffff;
+    u64 h = mix64(sim_options.seed ^ mix64((u64)w->pc << 32 | (u64)w->index << 5 | lane) ^ bits);
+    if (magnitude < 0x00800000 + range || magnitude >= 0x7f000000)
+        return x;
+    bits += (u32)(h % (2 * range + 1)) - range;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+float approx_result(const Warp *w, float x, int lane)
+{
+    return sim_options.perturb_ulp ? perturb(w, x, (u32)lane) : x;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * control flow */
+
+/* Ends the running group's turn at its PC (if it still has lanes) and continues with the lowest. */
+void regroup(Warp *w)
+{
+    if (w->active) {
+        int k = 0;
+        while (k < w->n_waiting && w->waiting[k].pc != w->pc)
+            k++;
+        if (k == w->n_waiting)
+            w->waiting[w->n_waiting++] = (Group){w->pc, 0};
+        w->waiting[k].mask |= w->active;
+    }
+    int low = 0;
+    for (int k = 1; k < w->n_waiting; k++)
+        if (w->waiting[k].pc < w->waiting[low].pc)
+            low = k;
+    w->next_pc = ~0u;
+    w->active = 0;
+    if (!w->n_waiting)
+        return;
+    w->pc = w->waiting[low].pc;
+    w->active = w->waiting[low].mask;
+    w->waiting[low] = w->waiting[--w->n_waiting];
+    for (int k = 0; k < w->n_waiting; k++)
+        if (w->waiting[k].pc < w->next_pc)
+            w->next_pc = w->waiting[k].pc;
+}
+
+static void count_branch(Warp *w)
+{
+    if (++w->branches % TURN == 0) {
+        w->yield = true;
+        w->next_pc = 0;
+    }
+    if (w->branches > sim_options.watchdog)
+        finding(w, SIM_TIMEOUT, -1, 0, "endless loop: more than %llu taken branches",
+                (unsigned long long)sim_options.watchdog);
+}
+
+/* The handlers of control flow leave pc one before where to go on: the loop adds one. */
+void run_bra(Warp *w, const Inst *i, void *out)
+{
+    (void)out;
+    u32 rest = w->active & ~w->mask;
+    if (!w->mask)
+        return;
+    count_branch(w);
+    if (rest) {
+        w->worker->count.divergent++;
+        w->waiting[w->n_waiting++] = (Group){w->pc + 1, rest};
+        w->active = w->mask;
+        w->next_pc = 0;
+    }
+    w->pc = i->target - 1;
+}
+
+void run_exit(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    w->alive &= ~w->mask;
+    w->active &= ~w->mask;
+    if (!w->active)
+        w->next_pc = 0;
+}
+
+void run_trap(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    if (w->mask)
+        finding(w, SIM_TRAP, -1, 0, "trap");
+}
+
+void run_assert(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    if (!w->mask)
+        return;
+    finding(w, SIM_TRAP, -1, 0, "assertion failed");
+    w->worker->launch->result = SIM_ERROR_ASSERT;
+}
+
+void run_clock(Warp *w, const Inst *i, void *out)
+{
+    (void)out;
+    u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
+    EACH(l, w->mask) {
+        if (type_bytes((Type)i->type) == 8)
+            ((u64 *)slot(w, i->dst[0]))[l] = now;
+        else
+            ((u32 *)slot(w, i->dst[0]))[l] = (u32)now;
+    }
+}
+
+/* Rounding modes other than to nearest, and .sat of f32 and f64. */
+void run_wrapped(Warp *w, const Inst *i, void *out)
+{
+    static const unsigned modes[] = {[RND_RZ] = _MM_ROUND_TOWARD_ZERO, [RND_RM] = _MM_ROUND_DOWN,
+                                     [RND_RP] = _MM_ROUND_UP, [RND_RN] = 0, [RND_NONE] = 0};
+    unsigned saved = _mm_getcsr();
+    _mm_setcsr((saved & ~(unsigned)_MM_ROUND_MASK) | modes[i->round]);
+    i->inner(w, i, out);
+    _mm_setcsr(saved);
+    if (i->sat && i->type == T_F32)
+        for (int l = 0; l < 32; l++) {
+            float *d = (float *)out + l;
+            *d = *d > 0 ? *d < 1 ? *d : 1 : 0; /* NaN becomes 0 */
+        }
+    if (i->sat && i->type == T_F64)
+        for (int l = 0; l < 32; l++) {
+            double *d = (double *)out + l;
+            *d = *d > 0 ? *d < 1 ? *d : 1 : 0;
+        }
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * the loop of a warp */
+
+static inline void merge32(u32 *to, const u32 *from, u32 mask)
+{
+    LANES to[l] = mask >> l & 1 ? from[l] : to[l];
+}
+
+static inline void merge64(u64 *to, const u64 *from, u32 mask)
+{
+    LANES to[l] = mask >> l & 1 ? from[l] : to[l];
+}
+
+/* Reads of registers that the dataflow could not prove to be set. A plain copy is not a use: the
+ * copy is then as unset as its source (compilers copy undefined values). */
+static void check_init(Warp *w, const Inst *i)
+{
+    bool copy = i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1;
+    for (int k = 0; k < i->n_src && !copy; k++) {
+        u32 unset = w->mask & ~w->init[i->src[k] / 32];
+        if (unset)
+            finding(w, SIM_UNINIT, __builtin_ctz(unset), 0, "register operand %d was never written",
+                    i->n_dst + k);
+    }
+}
+
+static void note_init(Warp *w, const Inst *i)
+{
+    u32 set = w->mask;
+    if (i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1)
+        set &= w->init[i->src[0] / 32];
+    for (int k = 0; k < i->n_dst; k++)
+        w->init[i->dst[k] / 32] |= set;
+    w->init[i->dst_pred / 32] |= set;
+}
+
+static inline void execute(Warp *w, const Inst *i)
+{
+    _Alignas(64) u64 result[32];
+    u32 mask = w->mask;
+    if (i->out_bits == 0) {
+        i->run(w, i, result);
+    } else if (i->out_bits == 1) {
+        u32 *to = slot(w, i->dst[0]);
+        i->run(w, i, result);
+        *to = (*to & ~mask) | (*(u32 *)result & mask);
+    } else if (mask == FULL_WARP) {
+        i->run(w, i, slot(w, i->dst[0]));
+    } else if (mask) {
+        i->run(w, i, result);
+        if (i->out_bits == 32)
+            merge32(slot(w, i->dst[0]), (u32 *)result, mask);
+        else
+            merge64(slot(w, i->dst[0]), result, mask);
+    }
+}
+
+/* Runs a warp until it waits at a barrier, ends, or has had its turn. */
+static void run_warp(Warp *w)
+{
+    Worker *k = w->worker;
+    const Inst *code = k->code->inst;
+    bool tracking = k->code->track_init && sim_options.check_init;
+    w->yield = false;
+    regroup(w);
+    while (w->active && !w->yield && w->state == W_RUN && !k->stop) {
+        const Inst *i = &code[w->pc];
+        w->mask = w->active;
+        if (i->guard)
+            w->mask &= *(u32 *)slot(w, i->guard) ^ i->guard_flip;
+        k->warp_count[w->pc]++;
+        k->lane_count[w->pc] += (u32)__builtin_popcount(w->mask);
+        if (tracking && i->check_init)
+            check_init(w, i);
+        execute(w, i);
+        if (tracking && i->note_init)
+            note_init(w, i);
+        w->pc++;
+        if (w->pc >= w->next_pc)
+            regroup(w);
+    }
+    if (!w->active && w->state == W_RUN)
+        w->state = W_DONE;
+    if (w->active)
+        w->next_pc = 0;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * blocks */
+
+static void fill32(u8 *frame, u32 offset, u32 value)
+{
+    for (int l = 0; l < 32 && offset; l++)
+        ((u32 *)(frame + offset))[l] = value;
+}
+
+/* Constants and what is the same in all blocks: once per launch and worker. */
+static void init_frame(Worker *k, int index)
+{
+    const Launch *launch = k->launch;
+    const SimCode *c = k->code;
+    u8 *f = k->warps[index].frame;
+    for (u32 n = 0; n < c->n_consts; n++) {
+        u64 v = c->consts[n].value;
+        if (c->consts[n].dynamic)
+            v += (c->static_shared + 15) & ~15u;
+        if (c->consts[n].bits == 1)
+            *(u32 *)(f + c->consts[n].offset) = (u32)v;
+        for (int l = 0; l < 32 && c->consts[n].bits > 1; l++) {
+            if (c->consts[n].bits == 64)
+                ((u64 *)(f + c->consts[n].offset))[l] = v;
+            else
+                ((u32 *)(f + c->consts[n].offset))[l] = (u32)v;
+        }
+    }
+    for (int d = 0; d < 3; d++) {
+        fill32(f, c->special[SR_NTID_X + d], launch->in->block[d]);
+        fill32(f, c->special[SR_NCTAID_X + d], launch->in->grid[d]);
+    }
+    fill32(f, c->special[SR_WARPID], (u32)index);
+    fill32(f, c->special[SR_NWARPID], (u32)k->n_warps);
+    fill32(f, c->special[SR_SMID], 0);
+    fill32(f, c->special[SR_NSMID], 82);
+    fill32(f, c->special[SR_DYN_SMEM], launch->in->dynamic_shared);
+    fill32(f, c->special[SR_TOTAL_SMEM], launch->shared_bytes);
+    for (u32 l = 0; l < 32; l++) {
+        unsigned t[3];
+        const u32 masks[] = {1u << l, (1u << l) - 1, (2u << l) - 1, ~((2u << l) - 1),
+                             ~((1u << l) - 1)};
+        thread_index(launch, (u32)index * 32 + l, t);
+        for (int d = 0; d < 3; d++)
+            if (c->special[SR_TID_X + d])
+                ((u32 *)(f + c->special[SR_TID_X + d]))[l] = t[d];
+        if (c->special[SR_LANEID])
+            ((u32 *)(f + c->special[SR_LANEID]))[l] = l;
+        for (int m = 0; m < 5; m++)
+            if (c->special[SR_LANEMASK_EQ + m])
+                ((u32 *)(f + c->special[SR_LANEMASK_EQ + m]))[l] = masks[m];
+    }
+}
+
+static void init_warp(Worker *k, int index)
+{
+    Warp *w = &k->warps[index];
+    const SimCode *c = k->code;
+    u32 left = k->launch->n_threads - (u32)index * 32;
+    w->members = left >= 32 ? ~0u : (1u << left) - 1;
+    w->alive = w->members;
+    w->active = 0;
+    w->n_waiting = 1;
+    w->waiting[0] = (Group){0, w->members};
+    w->next_pc = 0;
+    w->state = W_RUN;
+    w->branches = 0;
+    w->n_async = 0;
+    w->carry = 0;
+    memset(w->committed, 0, sizeof w->committed);
+    for (int d = 0; d < 3; d++)
+        fill32(w->frame, c->special[SR_CTAID_X + d], k->ctaid[d]);
+    if (c->track_init) { /* only what the frame's fixed part holds is set */
+        memset(w->init, 0, c->frame_bytes / 32 * 4);
+        w->init[0] = ~0u;
+        for (u32 n = 0; n < c->n_consts; n++)
+            w->init[c->consts[n].offset / 32] = ~0u;
+        for (int s = 0; s < SR_COUNT; s++)
+            w->init[c->special[s] / 32] = ~0u;
+    }
+}
+
+/* All live warps stand still: say which barriers they wait at. */
+static void report_deadlock(Worker *k)
+{
+    for (int n = 0; n < k->n_warps; n++) {
+        Warp *w = &k->warps[n];
+        if (w->state != W_BARRIER)
+            continue;
+        finding(w, SIM_BARRIER, -1, 0, "dead lock: warp waits at barrier %u for %u threads, %u came",
+                w->bar_id, k->barriers[w->bar_id].expected, k->barriers[w->bar_id].arrived);
+        return;
+    }
+}
+
+static void run_block(Worker *k, u32 index)
+{
+    const unsigned *grid = k->launch->in->grid;
+    k->block_index = index;
+    k->ctaid[0] = index % grid[0];
+    k->ctaid[1] = index / grid[0] % grid[1];
+    k->ctaid[2] = index / grid[0] / grid[1];
+    k->serial++;
+    k->epoch = 0;
+    k->fenced = false;
+    memset(k->barriers, 0, sizeof k->barriers);
+    memset(k->shared_state, 0, k->launch->shared_bytes);
+    for (int n = 0; n < k->n_warps; n++)
+        init_warp(k, n);
+    u32 start = sim_options.seed ? (u32)mix64(sim_options.seed + index) : 0;
+    for (bool progress = true; progress && !k->stop;) {
+        progress = false;
+        for (int n = 0; n < k->n_warps && !k->stop; n++) {
+            Warp *w = &k->warps[((u32)n + start) % (u32)k->n_warps];
+            if (w->state != W_RUN)
+                continue;
+            progress = true;
+            run_warp(w);
+        }
+    }
+    if (!k->stop)
+        report_deadlock(k);
+    k->count.blocks++;
+    k->count.threads += k->launch->n_threads;
+}
+
+static void *aligned(size_t bytes)
+{
+    void *p = NULL;
+    if (posix_memalign(&p, 64, bytes ? bytes : 64))
+        abort();
+    memset(p, 0, bytes);
+    return p;
+}
+
+static void *worker_main(void *arg)
+{
+    Worker *k = arg;
+    Launch *launch = k->launch;
+    const SimCode *c = k->code;
+    u32 shared = (launch->shared_bytes + 63) & ~63u;
+    u32 local = ((c->local_bytes + 15) & ~15u) * 32;
+    k->n_warps = (int)((launch->n_threads + 31) / 32);
+    k->warps = aligned((size_t)k->n_warps * sizeof *k->warps);
+    k->frames = aligned((size_t)k->n_warps * c->frame_bytes + 64);
+    k->inits = aligned((size_t)k->n_warps * (c->frame_bytes / 32 + 8) * 4);
+    k->locals = aligned((size_t)k->n_warps * local);
+    k->shared = aligned(shared);
+    k->shared_state = aligned(shared);
+    k->shared_writes = aligned(shared * 2);
+    k->shared_reads = aligned(shared * 2);
+    k->warp_count = aligned(c->n_inst * 8);
+    k->lane_count = aligned(c->n_inst * 8);
+    k->cache = aligned(c->n_inst * sizeof *k->cache);
+    for (int n = 0; n < k->n_warps; n++) {
+        k->warps[n].worker = k;
+        k->warps[n].index = n;
+        k->warps[n].frame = k->frames + (size_t)n * c->frame_bytes;
+        k->warps[n].init = k->inits + (size_t)n * (c->frame_bytes / 32 + 8);
+        init_frame(k, n);
+    }
+    while (!__atomic_load_n(&launch->cancel, __ATOMIC_RELAXED)) {
+        u32 n = __atomic_fetch_add(&launch->next_block, 1, __ATOMIC_RELAXED);
+        if (n >= launch->n_blocks)
+            break;
+        run_block(k, launch->order ? launch->order[n] : n);
+    }
+    counters_finish(k);
+    for (int n = 0; n < k->n_warps; n++)
+        free(k->warps[n].async);
+    void *all[] = {k->warps, k->frames, k->inits, k->locals, k->shared, k->shared_state,
+                   k->shared_writes, k->shared_reads, k->warp_count, k->lane_count, k->cache};
+    for (size_t n = 0; n < sizeof all / sizeof *all; n++)
+        free(all[n]);
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * launches */
+
+static int n_workers(const Launch *launch)
+{
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    int n = sim_options.threads ? sim_options.threads : cpus > 4 ? 4 : (int)cpus;
+    u64 work = (u64)launch->n_blocks * launch->n_threads;
+    n = n > (int)launch->n_blocks ? (int)launch->n_blocks : n;
+    return n < 1 || work < 512 ? 1 : n > 16 ? 16 : n;
+}
+
+static u32 *shuffled(u32 n)
+{
+    u32 *order = aligned((size_t)n * sizeof *order);
+    for (u32 k = 0; k < n; k++) {
+        u32 j = (u32)(mix64(sim_options.seed * 31 + k) % (k + 1));
+        order[k] = order[j];
+        order[j] = k;
+    }
+    return order;
+}
+
+static int check_limits(const SimLaunch *in, Launch *launch)
+{
+    const SimKernel *kernel = in->kernel;
+    u64 blocks = 1, threads = 1;
+    for (int d = 0; d < 3; d++) {
+        blocks *= in->grid[d];
+        threads *= in->block[d];
+        if (!in->grid[d] || !in->block[d] || (kernel->required_block[d] &&
+                                              kernel->required_block[d] != in->block[d]))
+            return SIM_ERROR_INVALID_VALUE;
+        if (blocks > 1u << 31 || threads > 1024)
+            return SIM_ERROR_INVALID_VALUE;
+    }
+    if (threads > (u64)kernel->max_threads)
+        return SIM_ERROR_INVALID_VALUE;
+    u64 shared = ((kernel->shared_bytes + 15) & ~15u) + (u64)in->dynamic_shared;
+    if (shared > SIM_SHARED_MAX)
+        return SIM_ERROR_INVALID_VALUE;
+    launch->n_blocks = (u32)blocks;
+    launch->n_threads = (u32)threads;
+    launch->shared_bytes = (u32)shared;
+    return SIM_SUCCESS;
+}
+
+int sim_launch(const SimLaunch *in, SimCounters *counters)
+{
+    static u32 number;
+    Launch launch = {.in = in, .kernel = in->kernel, .code = in->kernel->code,
+                     .device = in->kernel->module->device};
+    Worker workers[16] = {0};
+    pthread_t threads[16];
+    int error = check_limits(in, &launch);
+    if (error)
+        return error;
+    if (in->kernel->param_bytes)
+        memcpy(launch.params, in->params, in->kernel->param_bytes);
+    launch.number = ++number;
+    mem_prepare_launch(launch.number);
+    launch.order = sim_options.seed ? shuffled(launch.n_blocks) : NULL;
+    int n = n_workers(&launch), started = 1;
+    for (int k = 0; k < n; k++)
+        workers[k] = (Worker){.launch = &launch, .code = launch.code};
+    while (started < n && !pthread_create(&threads[started], NULL, worker_main, &workers[started]))
+        started++;
+    worker_main(&workers[0]);
+    for (int k = 1; k < started; k++)
+        pthread_join(threads[k], NULL);
+    for (int k = 0; k < started; k++)
+        sim_counters_add(counters, &workers[k].count);
+    counters->launches++;
+    free(launch.order);
+    return launch.result;
+}

@@ -1,0 +1,721 @@
+/* exec_mem.c: loads, stores, atomics, asynchronous copies, ldmatrix.
+ *
+ * Data moves between memory and a buffer that holds the lanes one after the other, and between the
+ * buffer and registers; all checks and counters sit on the memory side. Full warps at consecutive
+ * addresses (a "row") are handled as one piece. */
+#include "ptx.h"
+
+typedef struct {
+    u64 at[32];  /* address of each lane, in its space */
+    u32 mask, bytes;
+    bool row;
+    _Alignas(64) u8 data[32 * 16];
+} Access;
+
+/* ------------------------------------------------------------------------------------------------
+ * addresses */
+
+static void lane_addresses(const Warp *w, const Inst *i, Access *x)
+{
+    u64 wrong = 0;
+    if (i->wide_addr) {
+        const u64 *base = src(w, i, 0);
+        LANES x->at[l] = base[l] + (u64)i->imm;
+    } else {
+        const u32 *base = src(w, i, 0);
+        LANES x->at[l] = (u64)(u32)(base[l] + (u32)i->imm);
+    }
+    x->mask = w->mask;
+    for (u64 l = 0; l < 32; l++)
+        wrong |= x->at[l] ^ (x->at[0] + l * x->bytes);
+    x->row = w->mask == FULL_WARP && !wrong;
+}
+
+static bool aligned_lanes(Warp *w, const Access *x)
+{
+    EACH(l, x->mask) {
+        if (x->at[l] % x->bytes == 0)
+            continue;
+        finding(w, SIM_ALIGN, (int)l, x->at[l], "address is not a multiple of the access size %u",
+                x->bytes);
+        return false;
+    }
+    return true;
+}
+
+static Space space_of(u64 address)
+{
+    u64 window = address & 0xffff00000000ull;
+    return address < SHARED_BASE ? SP_GLOBAL : window == SHARED_BASE ? SP_SHARED
+         : window == LOCAL_BASE ? SP_LOCAL : window == PARAM_BASE ? SP_PARAM : SP_GLOBAL;
+}
+
+/* The allocation that holds [address, address + bytes), or NULL after a finding. */
+static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store)
+{
+    Worker *k = w->worker;
+    Alloc *a = k->cache[w->pc];
+    if (!a || address - a->base >= a->size)
+        a = mem_lookup(address);
+    if (!a || a->freed || bytes > a->size - (address - a->base) ||
+        !mem_may_use(k->launch->device, a)) {
+        char text[300];
+        SimKind kind;
+        mem_explain(address, bytes, k->launch->device, &kind, text, sizeof text);
+        finding(w, kind, lane, address, "%s of %llu bytes %s", store ? "store" : "load",
+                (unsigned long long)bytes, text);
+        return NULL;
+    }
+    if (store && a->read_only) {
+        finding(w, SIM_READONLY, lane, address, "store to constant memory");
+        return NULL;
+    }
+    k->cache[w->pc] = a;
+    return a;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * global memory */
+
+static void check_global_init(Warp *w, const Alloc *a, u64 address, u64 bytes, int lane, u32 each)
+{
+    u64 at = address - a->base;
+    u64 n = bits_prefix(a->valid, at, bytes);
+    if (n < bytes)
+        finding(w, SIM_UNINIT, lane >= 0 ? lane : (int)(n / each), address + n,
+                "read of global memory that nothing wrote, %llu bytes into a block of %llu",
+                (unsigned long long)(at + n), (unsigned long long)a->size);
+}
+
+static int how_of(const Inst *i, bool store)
+{
+    return i->class == SIM_C_ATOMIC ? ACC_ATOMIC
+         : i->strong ? store ? ACC_STRONG_WRITE : ACC_STRONG_READ : store ? ACC_WRITE : ACC_READ;
+}
+
+static bool global_row(Warp *w, const Inst *i, Access *x, bool store)
+{
+    u64 bytes = 32 * (u64)x->bytes;
+    Alloc *a = w->worker->cache[w->pc];
+    if (!a || x->at[0] - a->base >= a->size)
+        a = mem_lookup(x->at[0]);
+    if (!a || a->freed || a->read_only || bytes > a->size - (x->at[0] - a->base) ||
+        !mem_may_use(w->worker->launch->device, a))
+        return false;
+    w->worker->cache[w->pc] = a;
+    u8 *host = a->host + (x->at[0] - a->base);
+    if (!store && a->valid && sim_options.check_init)
+        check_global_init(w, a, x->at[0], bytes, -1, x->bytes);
+    if (sim_options.check_races)
+        race_global_row(w, a, x->at[0], x->bytes, how_of(i, store), store ? x->data : NULL);
+    count_global(w, i, x->at, x->bytes, store, true, a);
+    if (store) {
+        memcpy(host, x->data, bytes);
+        if (a->valid)
+            bits_set(a->valid, x->at[0] - a->base, bytes, true);
+    } else {
+        memcpy(x->data, host, bytes);
+    }
+    return true;
+}
+
+static void move_global(Warp *w, const Inst *i, Access *x, bool store)
+{
+    if (!aligned_lanes(w, x) || (x->row && global_row(w, i, x, store)))
+        return;
+    Alloc *a = NULL;
+    u32 mask = w->mask;
+    bool constant = i->space == SP_CONST;
+    EACH(l, x->mask) {
+        a = locate(w, x->at[l], x->bytes, (int)l, store);
+        if (!a)
+            return;
+        u8 *host = a->host + (x->at[l] - a->base), *data = x->data + l * x->bytes;
+        if (!store && a->valid && sim_options.check_init)
+            check_global_init(w, a, x->at[l], x->bytes, (int)l, x->bytes);
+        if (sim_options.check_races && !a->read_only)
+            race_global(w, a, (int)l, x->at[l], x->bytes, how_of(i, store), store ? data : NULL);
+        if (store && a->valid)
+            bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
+        memcpy(store ? host : data, store ? data : host, x->bytes);
+    }
+    /* Sectors are counted by allocation; lanes rarely straddle two. */
+    while (x->mask && a && !constant && i->class != SIM_C_ATOMIC) {
+        w->mask = 0;
+        EACH(l, x->mask)
+            w->mask |= (u32)(x->at[l] - a->base < a->size) << l;
+        count_global(w, i, x->at, x->bytes, store, false, a);
+        x->mask &= ~w->mask;
+        a = x->mask ? mem_lookup(x->at[__builtin_ctz(x->mask)]) : NULL;
+    }
+    w->mask = mask;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * shared, local and parameter memory */
+
+static bool shared_in_bounds(Warp *w, int lane, u64 address, u64 bytes)
+{
+    u64 size = w->worker->launch->shared_bytes;
+    if (address <= size && bytes <= size - address)
+        return true;
+    finding(w, SIM_BOUNDS, lane, address, "shared memory of this block is %llu bytes",
+            (unsigned long long)size);
+    return false;
+}
+
+static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool store)
+{
+    const u8 *state = w->worker->shared_state + address;
+    for (u32 b = 0; b < bytes; b++) {
+        if (state[b] == 2) {
+            finding(w, SIM_CP_ASYNC, lane, address + b, "%s of shared memory that an asynchronous "
+                    "copy still fills: a wait (and a barrier) is missing", store ? "write" : "read");
+            return;
+        }
+        if (state[b] == 0 && !store && sim_options.check_init) {
+            finding(w, SIM_UNINIT, lane, address + b,
+                    "read of shared memory that nothing wrote in this block");
+            return;
+        }
+    }
+}
+
+/* The access is in bounds and aligned. */
+static void shared_piece(Warp *w, const Inst *i, u32 lane, u32 address, u32 bytes, u8 *data,
+                         bool store, bool row)
+{
+    Worker *k = w->worker;
+    u32 all = row ? bytes * 32 : bytes;
+    u8 *state = k->shared_state + address, *memory = k->shared + address;
+    u8 low = 255, high = 0;
+    for (u32 b = 0; b < all; b++) {
+        low = state[b] < low ? state[b] : low;
+        high = state[b] > high ? state[b] : high;
+    }
+    if (high > 1 || (low == 0 && !store)) {
+        for (u32 l = 0; l < (row ? 32 : 1); l++)
+            check_shared_state(w, (int)(lane + l), address + l * bytes, bytes, store);
+    }
+    if (sim_options.check_races && row)
+        race_shared_row(w, address, bytes, how_of(i, store), store ? data : NULL);
+    else if (sim_options.check_races)
+        race_shared(w, (int)lane, address, bytes, how_of(i, store), store ? data : NULL);
+    memcpy(store ? memory : data, store ? data : memory, all);
+    if (store)
+        memset(state, 1, all);
+}
+
+/* All lanes read the same bytes: one record stands for them. */
+static bool uniform(const Access *x)
+{
+    u64 wrong = 0;
+    for (int l = 0; l < 32; l++)
+        wrong |= x->at[l] ^ x->at[0];
+    return x->mask == FULL_WARP && !wrong;
+}
+
+static void move_shared(Warp *w, const Inst *i, Access *x, bool store)
+{
+    if (!aligned_lanes(w, x))
+        return;
+    EACH(l, x->mask)
+        if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes))
+            return;
+    if (i->class != SIM_C_ATOMIC)
+        count_shared(w, x->at, x->bytes, x->row);
+    if (x->row) {
+        shared_piece(w, i, 0, (u32)x->at[0], x->bytes, x->data, store, true);
+    } else if (!store && uniform(x)) {
+        shared_piece(w, i, 0, (u32)x->at[0], x->bytes, x->data, false, false);
+        shared_piece(w, i, 1, (u32)x->at[0], x->bytes, x->data, false, false);
+        for (u32 l = 1; l < 32; l++)
+            memcpy(x->data + l * x->bytes, x->data, x->bytes);
+    } else {
+        EACH(l, x->mask)
+            shared_piece(w, i, l, (u32)x->at[l], x->bytes, x->data + l * x->bytes, store, false);
+    }
+}
+
+static void move_local(Warp *w, Access *x, bool store)
+{
+    u32 each = (w->worker->code->local_bytes + 15) & ~15u;
+    if (!aligned_lanes(w, x))
+        return;
+    EACH(l, x->mask) {
+        u8 *memory = w->worker->locals + ((size_t)w->index * 32 + l) * each;
+        u8 *data = x->data + l * x->bytes;
+        if (x->at[l] > each || x->bytes > each - x->at[l]) {
+            finding(w, SIM_BOUNDS, (int)l, x->at[l], "local memory of a thread is %u bytes", each);
+            return;
+        }
+        memory += x->at[l];
+        memcpy(store ? memory : data, store ? data : memory, x->bytes);
+    }
+}
+
+static void move_param(Warp *w, Access *x, bool store)
+{
+    const Launch *launch = w->worker->launch;
+    u32 size = launch->kernel->param_bytes;
+    if (store) {
+        finding(w, SIM_READONLY, -1, x->at[0], "store to kernel parameters");
+        return;
+    }
+    if (!aligned_lanes(w, x))
+        return;
+    EACH(l, x->mask) {
+        if (x->at[l] > size || x->bytes > size - x->at[l]) {
+            finding(w, SIM_BOUNDS, (int)l, x->at[l], "the kernel's parameters are %u bytes", size);
+            return;
+        }
+        memcpy(x->data + l * x->bytes, launch->params + x->at[l], x->bytes);
+    }
+}
+
+static void move_space(Warp *w, const Inst *i, Access *x, Space space, bool store)
+{
+    switch (space) {
+    case SP_SHARED: move_shared(w, i, x, store); break;
+    case SP_LOCAL: move_local(w, x, store); break;
+    case SP_PARAM: move_param(w, x, store); break;
+    default: move_global(w, i, x, store);
+    }
+}
+
+static u8 class_of(Space space)
+{
+    return space == SP_SHARED ? SIM_C_SHARED : space == SP_LOCAL ? SIM_C_LOCAL
+         : space == SP_PARAM ? SIM_C_CONST : SIM_C_GLOBAL;
+}
+
+/* Generic addresses: each window in turn; counted as what they turn out to be. */
+static void move_generic(Warp *w, const Inst *i, Access *x, bool store)
+{
+    u32 mask = w->mask, left = mask;
+    bool row = x->row, first = true;
+    while (left && !w->worker->stop) {
+        Space s = space_of(x->at[__builtin_ctz(left)]);
+        u32 same = 0;
+        EACH(l, left)
+            same |= (u32)(space_of(x->at[l]) == s) << l;
+        EACH(l, same)
+            x->at[l] &= s == SP_GLOBAL ? ~0ull : 0xffffffffull;
+        x->mask = w->mask = same;
+        x->row = row && same == FULL_WARP;
+        move_space(w, i, x, s, store);
+        if (first && i->class == SIM_C_GLOBAL) {
+            SimCounters *c = &w->worker->count;
+            u64 lanes = (u64)__builtin_popcount(mask);
+            c->warp[SIM_C_GLOBAL]--, c->warp[class_of(s)]++;
+            c->lane[SIM_C_GLOBAL] -= lanes, c->lane[class_of(s)] += lanes;
+        }
+        first = false;
+        left &= ~same;
+    }
+    w->mask = mask;
+}
+
+static void move(Warp *w, const Inst *i, Access *x, bool store)
+{
+    if (i->space == SP_GENERIC)
+        move_generic(w, i, x, store);
+    else
+        move_space(w, i, x, (Space)i->space, store);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * ld and st */
+
+static u64 extend(Type t, const u8 *p)
+{
+    u64 v = 0;
+    memcpy(&v, p, (size_t)type_bytes(t));
+    switch (t) {
+    case T_S8: return (u64)(int64_t)(int8_t)v;
+    case T_S16: return (u64)(int64_t)(int16_t)v;
+    case T_S32: return (u64)(int64_t)(int32_t)v;
+    default: return v;
+    }
+}
+
+/* Buffer -> registers: element k of each lane to register k. */
+static void unpack(const Warp *w, const Inst *i, const Access *x)
+{
+    u32 size = (u32)type_bytes((Type)i->type);
+    for (u32 k = 0; k < i->n_dst; k++) {
+        const u8 *from = x->data + k * size;
+        u32 *to = slot(w, i->dst[k]);
+        if (size == 4 && !i->wide_dst && w->mask == FULL_WARP) {
+            const u32 *words = (const u32 *)(const void *)from;
+            u32 stride = i->n_dst;
+            if (stride == 1)
+                memcpy(to, words, 128);
+            else if (stride == 2)
+                LANES to[l] = words[2 * l];
+            else
+                LANES to[l] = words[4 * l];
+        } else {
+            EACH(l, w->mask) {
+                u64 v = extend((Type)i->type, from + l * x->bytes);
+                if (i->wide_dst)
+                    ((u64 *)(void *)to)[l] = v;
+                else
+                    to[l] = (u32)v;
+            }
+        }
+    }
+}
+
+static void pack(const Warp *w, const Inst *i, Access *x)
+{
+    u32 size = (u32)type_bytes((Type)i->type);
+    for (int k = 1; k < i->n_src; k++) {
+        const u32 *from = src(w, i, k);
+        u8 *to = x->data + (u32)(k - 1) * size;
+        if (size == 4 && !i->wide_src && i->n_src == 2)
+            memcpy(to, from, 128);
+        else
+            for (u32 l = 0; l < 32; l++)
+                memcpy(to + l * x->bytes, i->wide_src ? (const void *)((const u64 *)from + l)
+                                                      : (const void *)(from + l), size);
+    }
+}
+
+static void fence_block(Warp *w, const Inst *i)
+{
+    if (i->fence)
+        w->worker->fenced = true;
+}
+
+static void load(Warp *w, const Inst *i, void *out)
+{
+    Access x;
+    (void)out;
+    if (!w->mask)
+        return;
+    x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
+    lane_addresses(w, i, &x);
+    fence_block(w, i);
+    move(w, i, &x, false);
+    if (!w->worker->stop)
+        unpack(w, i, &x);
+}
+
+static void store(Warp *w, const Inst *i, void *out)
+{
+    Access x;
+    (void)out;
+    if (!w->mask)
+        return;
+    x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
+    lane_addresses(w, i, &x);
+    fence_block(w, i);
+    pack(w, i, &x);
+    move(w, i, &x, true);
+}
+
+/* prefetch, prefetchu: no effect; hardware ignores bad addresses too. */
+static void nothing(Warp *w, const Inst *i, void *out)
+{
+    (void)w, (void)i, (void)out;
+}
+
+static void membar(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    w->worker->fenced = true;
+}
+
+/* createpolicy: a cache policy is only a hint, its bits mean nothing here. */
+static void createpolicy(Warp *w, const Inst *i, void *out)
+{
+    (void)w, (void)i;
+    memset(out, 0, 256);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * atomics */
+
+static float as_float(u64 v)
+{
+    u32 u = (u32)v;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static u64 add_values(Type t, u64 a, u64 b)
+{
+    u32 bits;
+    if (t == T_F32) {
+        float f = as_float(a) + as_float(b);
+        memcpy(&bits, &f, 4);
+        return f == f ? bits : CANON_NAN;
+    }
+    if (t == T_F64) {
+        double x, y;
+        memcpy(&x, &a, 8);
+        memcpy(&y, &b, 8);
+        x += y;
+        memcpy(&a, &x, 8);
+        return a;
+    }
+    if (t == T_F16X2) {
+        u16 lo = float_to_half(half_to_float((u16)a) + half_to_float((u16)b), RND_RN);
+        u16 hi = float_to_half(half_to_float((u16)(a >> 16)) + half_to_float((u16)(b >> 16)),
+                               RND_RN);
+        return (u64)hi << 16 | lo;
+    }
+    return a + b;
+}
+
+static bool below(Type t, u64 a, u64 b)
+{
+    switch (t) {
+    case T_S32: return (int32_t)a < (int32_t)b;
+    case T_S64: return (int64_t)a < (int64_t)b;
+    default: return a < b;
+    }
+}
+
+static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c)
+{
+    Type t = (Type)i->type;
+    switch (i->op) {
+    case OP_ADD: return add_values(t, old, b);
+    case OP_MIN: return below(t, b, old) ? b : old;
+    case OP_MAX: return below(t, old, b) ? b : old;
+    case OP_AND: return old & b;
+    case OP_OR: return old | b;
+    case OP_XOR: return old ^ b;
+    case OP_EXCH: return b;
+    case OP_CAS: return old == b ? c : old;
+    case OP_INC: return old >= b ? 0 : old + 1;
+    default: return old == 0 || old > b ? b : old - 1; /* OP_DEC */
+    }
+}
+
+/* Lanes in ascending order; launches with global atomics use one worker, so this is exact. */
+static void atomic(Warp *w, const Inst *i, void *out)
+{
+    Access x;
+    u32 all = w->mask;
+    (void)out;
+    if (!w->mask)
+        return;
+    x.bytes = (u32)type_bytes((Type)i->type);
+    fence_block(w, i);
+    for (u32 left = all; left && !w->worker->stop; left &= left - 1) {
+        u32 l = (u32)__builtin_ctz(left);
+        u64 old = 0, value, b[2] = {0, 0};
+        w->mask = 1u << l;
+        lane_addresses(w, i, &x);
+        for (int k = 1; k < i->n_src && k < 3; k++)
+            b[k - 1] = x.bytes == 8 ? ((u64 *)src(w, i, k))[l] : ((u32 *)src(w, i, k))[l];
+        u8 *data = x.data + l * x.bytes;
+        Access y = {.mask = x.mask, .bytes = x.bytes};
+        memcpy(y.at, x.at, sizeof y.at);
+        move(w, i, &x, false);
+        if (w->worker->stop)
+            break;
+        memcpy(&old, data, x.bytes);
+        value = combine_atomic(i, old, b[0], b[1]);
+        memcpy(y.data + l * x.bytes, &value, x.bytes);
+        move(w, i, &y, true);
+        if (i->n_dst && x.bytes == 8)
+            ((u64 *)slot(w, i->dst[0]))[l] = old;
+        else if (i->n_dst)
+            ((u32 *)slot(w, i->dst[0]))[l] = (u32)old;
+    }
+    w->mask = all;
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * cp.async */
+
+static void queue_copy(Warp *w, u32 lane, u32 shared, u32 bytes, const u8 *data)
+{
+    w->async = xgrow(w->async, w->n_async, &w->cap_async, sizeof *w->async);
+    AsyncCopy *c = &w->async[w->n_async++];
+    *c = (AsyncCopy){.lane = lane, .shared = shared, .bytes = (u8)bytes,
+                     .group = w->committed[lane]};
+    memcpy(c->data, data, bytes);
+}
+
+/* Reads the source at once, marks the destination as under way; the bytes arrive at the wait. */
+static void cp_async(Warp *w, const Inst *i, void *out)
+{
+    Access to, from;
+    const u64 *global = src(w, i, 1);
+    u32 all = w->mask, whole = 0, part = 0;
+    (void)out;
+    if (!all)
+        return;
+    to.bytes = from.bytes = i->vec;
+    lane_addresses(w, i, &to);
+    for (u32 l = 0; l < 32; l++) {
+        u32 n = i->n_src > 2 ? ((u32 *)src(w, i, 2))[l] : i->vec;
+        if (i->wide_addr && space_of(to.at[l]) == SP_SHARED)
+            to.at[l] &= 0xffffffff;
+        from.at[l] = global[l] + (u64)(int64_t)(int32_t)i->target;
+        whole |= (u32)(n == i->vec) << l;
+        part |= (u32)(n > 0 && n < i->vec) << l;
+        if (n > i->vec && all >> l & 1)
+            finding(w, SIM_CP_ASYNC, (int)l, to.at[l], "source size %u above the copy's %u", n,
+                    i->vec);
+    }
+    if (!aligned_lanes(w, &to))
+        return;
+    memset(from.data, 0, sizeof from.data);
+    w->mask = from.mask = all & whole;
+    from.row = w->mask == FULL_WARP;
+    for (u64 l = 0; l < 32 && from.row; l++)
+        from.row = from.at[l] == from.at[0] + l * from.bytes;
+    if (w->mask)
+        move_global(w, i, &from, false);
+    for (u32 left = all & part; left && !w->worker->stop; left &= left - 1) {
+        u32 l = (u32)__builtin_ctz(left), n = ((u32 *)src(w, i, 2))[l];
+        Alloc *a = locate(w, from.at[l], n, (int)l, false);
+        if (a)
+            memcpy(from.data + l * from.bytes, a->host + (from.at[l] - a->base), n);
+    }
+    w->mask = all;
+    count_shared(w, to.at, to.bytes, to.row);
+    EACH(l, all) {
+        if (w->worker->stop || !shared_in_bounds(w, (int)l, to.at[l], to.bytes))
+            return;
+        check_shared_state(w, (int)l, to.at[l], to.bytes, true);
+        memset(w->worker->shared_state + to.at[l], 2, to.bytes);
+        queue_copy(w, l, (u32)to.at[l], to.bytes, from.data + l * from.bytes);
+    }
+}
+
+static void cp_commit(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    EACH(l, w->mask)
+        w->committed[l]++;
+}
+
+/* Delivers what the lanes' `keep` newest committed groups do not hold. ~0u: also the uncommitted. */
+void async_deliver(Warp *w, u32 lanes, u32 keep)
+{
+    Worker *k = w->worker;
+    u32 kept = 0;
+    for (u32 n = 0; n < w->n_async; n++) {
+        AsyncCopy *c = &w->async[n];
+        bool ready = keep == ~0u || c->group + keep < w->committed[c->lane];
+        if (!(lanes >> c->lane & 1) || !ready) {
+            w->async[kept++] = *c;
+            continue;
+        }
+        if (sim_options.check_races)
+            race_shared(w, (int)c->lane, c->shared, c->bytes, ACC_WRITE, c->data);
+        memcpy(k->shared + c->shared, c->data, c->bytes);
+        memset(k->shared_state + c->shared, 1, c->bytes);
+    }
+    w->n_async = kept;
+}
+
+static void cp_wait_group(Warp *w, const Inst *i, void *out)
+{
+    (void)out;
+    async_deliver(w, w->mask, (u32)i->imm);
+}
+
+static void cp_wait_all(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    async_deliver(w, w->mask, ~0u);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4), 2(l%4)+1
+ * of row l/4, or with .trans of column l/4 */
+
+static void ldmatrix(Warp *w, const Inst *i, void *out)
+{
+    Access x;
+    u32 n = i->vec;
+    u16 value[4][8][8]; /* matrix, row, column */
+    (void)out;
+    if (w->mask != FULL_WARP) {
+        if (w->mask)
+            finding(w, SIM_WARP_MASK, -1, 0, "ldmatrix needs all 32 lanes");
+        return;
+    }
+    x.bytes = 16;
+    lane_addresses(w, i, &x);
+    if (i->space == SP_GENERIC)
+        for (u32 l = 0; l < n * 8; l++) {
+            if (space_of(x.at[l]) != SP_SHARED)
+                finding(w, SIM_BOUNDS, (int)l, x.at[l], "ldmatrix address is not shared memory");
+            x.at[l] &= 0xffffffff;
+        }
+    x.mask = w->mask = n == 4 ? FULL_WARP : (1u << n * 8) - 1;
+    x.row = x.row && n == 4;
+    move_shared(w, i, &x, false);
+    w->mask = FULL_WARP;
+    if (w->worker->stop)
+        return;
+    memcpy(value, x.data, n * 128);
+    for (u32 m = 0; m < n; m++) {
+        u32 *to = slot(w, i->dst[m]);
+        for (u32 l = 0; l < 32; l++) {
+            u32 r = l / 4, c = l % 4 * 2;
+            to[l] = i->trans ? value[m][c][r] | (u32)value[m][c + 1][r] << 16
+                             : value[m][r][c] | (u32)value[m][r][c + 1] << 16;
+        }
+    }
+}
+
+#define CACHE "[.ca|.cg|.cs|.lu|.cv|.wb|.wt]"
+#define EVICT "[.L1::evict_normal|.L1::evict_unchanged|.L1::evict_first|.L1::evict_last|" \
+              ".L1::no_allocate]"
+#define PREFETCH "[.L2::64B|.L2::128B|.L2::256B]"
+#define ORDER "[.weak|.volatile|.relaxed|.acquire|.release]"
+#define SCOPE "[.cta|.gpu|.sys]"
+#define TYPES ".b8|.u8|.s8|.b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64"
+#define OPS ".and|.or|.xor|.add|.inc|.dec|.min|.max|.exch"
+
+const Form mem_forms[] = {
+    {"ld .param [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_CONST, 0, 0},
+    {"ld .const [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_CONST, 0, 0},
+    {"ld " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_SHARED, 0, 0},
+    {"ld " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_LOCAL, 0, 0},
+    {"ld " ORDER " " SCOPE " [.global] " CACHE " [.nc] " EVICT " [.L2::cache_hint] " PREFETCH
+     " [.v2|.v4] " TYPES, "Dm?l", load, 0, SIM_C_GLOBAL, 0, 0},
+    {"ldu .global [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_GLOBAL, 0, 0},
+    {"st .param [.v2|.v4] " TYPES, "mA", store, 0, SIM_C_LOCAL, 0, 0},
+    {"st " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "mA", store, 0, SIM_C_SHARED, 0, 0},
+    {"st " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "mA", store, 0, SIM_C_LOCAL, 0, 0},
+    {"st " ORDER " " SCOPE " [.global] " CACHE " " EVICT " [.L2::cache_hint] [.v2|.v4] " TYPES,
+     "mA", store, 0, SIM_C_GLOBAL, 0, 0},
+    {"prefetch [.global|.local] .L1|.L2|.L2::evict_last|.L2::evict_normal", "m", nothing, 0,
+     SIM_C_GLOBAL, 0, 0},
+    {"prefetchu .L1", "m", nothing, 0, SIM_C_GLOBAL, 0, 0},
+    {"membar .cta|.gl|.sys", "", membar, 0, SIM_C_GLOBAL, 0, 0},
+    {"fence [.sc|.acq_rel] .cta|.gpu|.sys", "", membar, 0, SIM_C_GLOBAL, 0, 0},
+    {"createpolicy .fractional .L2::evict_last|.L2::evict_first|.L2::evict_normal|"
+     ".L2::evict_unchanged [.L2::evict_unchanged|.L2::evict_first] .b64", "d?w", createpolicy, 0,
+     SIM_C_INT, 64, 0},
+    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] " OPS
+     " .b32|.u32|.s32|.b64|.u64|.s64", "dma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] .add "
+     "[.noftz] .f32|.f64|.f16x2", "dma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] .cas "
+     ".b16|.b32|.u32|.b64|.u64", "dmaa", atomic, 0, SIM_C_ATOMIC, 0, 0},
+    {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] " OPS
+     " .b32|.u32|.s32|.b64|.u64|.s64", "ma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+    {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] .add [.noftz] "
+     ".f32|.f64|.f16x2", "ma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+    {"cp .async .ca|.cg .shared|.shared::cta .global [.L2::cache_hint] " PREFETCH, "mMn?w", cp_async,
+     0, SIM_C_ASYNC, 0, 0},
+    {"cp .async .commit_group", "", cp_commit, 0, SIM_C_ASYNC, 0, 0},
+    {"cp .async .wait_group", "i", cp_wait_group, 0, SIM_C_ASYNC, 0, 0},
+    {"cp .async .wait_all", "", cp_wait_all, 0, SIM_C_ASYNC, 0, 0},
+    {"ldmatrix .sync .aligned .m8n8 .x1|.x2|.x4 [.trans] [.shared|.shared::cta] .b16", "Vm",
+     ldmatrix, 0, SIM_C_SHARED, 0, 0},
+    {0},
+};

@@ -1,0 +1,413 @@
+/* exec_warp.c: what lanes do together: shuffles, votes, barriers, matrix products; and control. */
+#include "ptx.h"
+
+#include <immintrin.h>
+
+/* ------------------------------------------------------------------------------------------------
+ * the lanes that take part */
+
+/* Checks the member mask of every executing lane: it must name the lane, and no lane that is alive
+ * and elsewhere. */
+static bool members_ok(Warp *w, const Inst *i, int k, const char *what)
+{
+    const u32 *members = src(w, i, k);
+    w->sync_epoch++;
+    EACH(l, w->mask) {
+        u32 absent = members[l] & w->alive & ~w->mask;
+        if (!(members[l] >> l & 1))
+            finding(w, SIM_WARP_MASK, (int)l, 0, "%s: mask %08x does not name lane %u, which "
+                    "executes it", what, members[l], l);
+        else if (absent)
+            finding(w, SIM_WARP_MASK, (int)l, 0, "%s: mask %08x names lanes %08x, which are not "
+                    "here (executing: %08x)", what, members[l], absent, w->mask);
+        else
+            continue;
+        return false;
+    }
+    return w->mask != 0;
+}
+
+static bool whole_warp(Warp *w, const char *what)
+{
+    if (w->mask && w->mask != FULL_WARP)
+        finding(w, SIM_WARP_MASK, -1, 0, "%s needs all 32 lanes, has %08x", what, w->mask);
+    return w->mask == FULL_WARP;
+}
+
+static void shfl(Warp *w, const Inst *i, void *out)
+{
+    const u32 *a = src(w, i, 0), *b = src(w, i, 1), *c = src(w, i, 2);
+    u32 result[32], inside = 0, all = w->mask;
+    (void)out;
+    if (!members_ok(w, i, 3, "shfl"))
+        return;
+    EACH(l, all) {
+        int segment = (int)(c[l] >> 8 & 31), clamp = (int)(c[l] & 31), lane = (int)l;
+        int high = (lane & segment) | (clamp & ~segment), n = (int)(b[l] & 31), j = lane;
+        bool ok = true;
+        switch (i->op) {
+        case OP_UP: j = lane - n, ok = j >= high; break;
+        case OP_DOWN: j = lane + n, ok = j <= high; break;
+        case OP_BFLY: j = lane ^ n, ok = j <= high; break;
+        default: j = (lane & segment) | (n & ~segment), ok = j <= high;
+        }
+        j = ok ? j : lane;
+        inside |= (u32)ok << l;
+        if (!(all >> j & 1))
+            finding(w, SIM_WARP_MASK, lane, 0, "shfl reads lane %d, which does not take part", j);
+        result[l] = a[j];
+    }
+    EACH(l, all)
+        ((u32 *)slot(w, i->dst[0]))[l] = result[l];
+    if (i->dst_pred) {
+        u32 *p = slot(w, i->dst_pred);
+        *p = (*p & ~all) | inside;
+    }
+}
+
+static void vote(Warp *w, const Inst *i, void *out)
+{
+    u32 p = src_mask(w, i, 0);
+    const u32 *members = src(w, i, 1);
+    u32 *to = slot(w, i->dst[0]);
+    (void)out;
+    if (!members_ok(w, i, 1, "vote"))
+        return;
+    EACH(l, w->mask) {
+        u32 of = members[l] & w->mask, yes = p & of;
+        bool r = i->op == OP_ALL ? yes == of : i->op == OP_ANY ? yes != 0 : yes == 0 || yes == of;
+        if (i->op == OP_BALLOT)
+            to[l] = yes;
+        else
+            *to = (*to & ~(1u << l)) | (u32)r << l;
+    }
+}
+
+static void match(Warp *w, const Inst *i, void *out)
+{
+    bool wide = type_bytes((Type)i->type) == 8;
+    const u32 *members = src(w, i, 1);
+    u64 v[32];
+    (void)out;
+    if (!members_ok(w, i, 1, "match"))
+        return;
+    for (int l = 0; l < 32; l++)
+        v[l] = wide ? ((u64 *)src(w, i, 0))[l] : ((u32 *)src(w, i, 0))[l];
+    EACH(l, w->mask) {
+        u32 of = members[l] & w->mask, same = 0;
+        EACH(m, of)
+            same |= (u32)(v[m] == v[l]) << m;
+        bool all = same == of;
+        ((u32 *)slot(w, i->dst[0]))[l] = i->op == OP_ANY ? same : all ? of : 0;
+        if (i->dst_pred) {
+            u32 *p = slot(w, i->dst_pred);
+            *p = (*p & ~(1u << l)) | (u32)all << l;
+        }
+    }
+}
+
+static u32 reduce(const Inst *i, u32 x, u32 y)
+{
+    bool less = i->type == T_S32 ? (int32_t)x < (int32_t)y : x < y;
+    switch (i->op) {
+    case OP_ADD: return x + y;
+    case OP_MIN: return less ? x : y;
+    case OP_MAX: return less ? y : x;
+    case OP_AND: return x & y;
+    case OP_OR: return x | y;
+    default: return x ^ y;
+    }
+}
+
+static void redux(Warp *w, const Inst *i, void *out)
+{
+    const u32 *a = src(w, i, 0), *members = src(w, i, 1);
+    u32 result[32];
+    (void)out;
+    if (!members_ok(w, i, 1, "redux"))
+        return;
+    EACH(l, w->mask) {
+        u32 of = members[l] & w->mask;
+        result[l] = a[__builtin_ctz(of)];
+        EACH(m, of & (of - 1))
+            result[l] = reduce(i, result[l], a[m]);
+    }
+    EACH(l, w->mask)
+        ((u32 *)slot(w, i->dst[0]))[l] = result[l];
+}
+
+static void activemask(Warp *w, const Inst *i, void *out)
+{
+    (void)i;
+    for (int l = 0; l < 32; l++)
+        ((u32 *)out)[l] = w->mask;
+}
+
+static void warp_sync(Warp *w, const Inst *i, void *out)
+{
+    (void)out;
+    members_ok(w, i, 0, "bar.warp.sync");
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * barriers */
+
+/* The barrier is complete: everyone goes on; bar.red results are handed out. */
+static void release_barrier(Worker *k, Barrier *b, u32 id)
+{
+    for (int n = 0; n < k->n_warps; n++) {
+        Warp *w = &k->warps[n];
+        if (w->state != W_BARRIER || w->bar_id != id)
+            continue;
+        const Inst *i = &k->code->inst[w->pc];
+        w->state = W_RUN;
+        if (i->n_dst) {
+            u32 *to = slot(w, i->dst[0]);
+            bool yes = i->op == OP_AND ? !b->all : b->any;
+            if (i->op == OP_POPC)
+                EACH(l, w->active) to[l] = b->popc;
+            else
+                *to = (*to & ~w->active) | (yes ? w->active : 0);
+        }
+        w->pc++;
+    }
+    *b = (Barrier){0};
+    k->epoch++;
+}
+
+/* Operands: barrier, then optionally the number of threads (0: all of the block). */
+static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait)
+{
+    Worker *k = w->worker;
+    u32 lane = (u32)__builtin_ctz(w->mask | 1u << 31);
+    u32 id = ((u32 *)src(w, i, 0))[lane];
+    u32 count = i->n_src > count_at ? ((u32 *)src(w, i, (int)count_at))[lane] : 0;
+    if (!w->mask)
+        return;
+    if (w->mask != w->alive) {
+        finding(w, SIM_BARRIER, -1, 0, "barrier in divergent code: lanes %08x of %08x are here",
+                w->mask, w->alive);
+    } else if (!count && w->alive != w->members) {
+        finding(w, SIM_BARRIER, -1, 0, "barrier after some threads of the warp have ended (lanes "
+                "%08x of %08x remain)", w->alive, w->members);
+    } else if (id > 15 || count % 32 || count > (u32)k->n_warps * 32) {
+        finding(w, SIM_BARRIER, -1, 0, "bad barrier %u or number of threads %u", id, count);
+    } else {
+        Barrier *b = &k->barriers[id];
+        b->expected = count ? count : (u32)k->n_warps * 32;
+        b->arrived += 32;
+        w->bar_id = id;
+        if (wait) {
+            w->state = W_BARRIER;
+            w->pc--; /* the loop adds one; stays on this instruction until released */
+        }
+        if (b->arrived >= b->expected) {
+            if (wait)
+                w->pc++;
+            release_barrier(k, b, id);
+            if (wait)
+                w->pc--;
+        }
+    }
+}
+
+static void bar_sync(Warp *w, const Inst *i, void *out)
+{
+    (void)out;
+    arrive(w, i, 1, true);
+}
+
+static void bar_arrive(Warp *w, const Inst *i, void *out)
+{
+    (void)out;
+    arrive(w, i, 1, false);
+}
+
+static void bar_red(Warp *w, const Inst *i, void *out)
+{
+    Barrier *b = &w->worker->barriers[((u32 *)src(w, i, 0))[0] & 15];
+    u32 p = src_mask(w, i, 2);
+    (void)out;
+    b->any |= (p & w->mask) != 0;
+    b->all |= (~p & w->mask) != 0;
+    b->popc += (u32)__builtin_popcount(p & w->mask);
+    arrive(w, i, 1, true);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * mma: D = A B + C, A 16 x K, B K x 8
+ *
+ * With g = lane / 4 and t = lane % 4, register r of A holds row g + 8 (r & 1) and the 32-bit group
+ * of columns t + 4 (r / 2); register r of B the group of rows t + 4 r of column g; C and D: rows g
+ * and g + 8, columns 2 t and 2 t + 1. A group is 2 halves or 4 bytes, lowest first. */
+
+typedef struct {
+    u32 a[16][8]; /* row, group */
+    u32 b[8][8];  /* group, column */
+    u32 c[16][8]; /* row, column; becomes D */
+    int groups;   /* 4 or 8 */
+} Tile;
+
+static void load_tile(Warp *w, const Inst *i, Tile *t)
+{
+    int n_a = t->groups / 2, n_b = t->groups / 4;
+    for (int l = 0; l < 32; l++) {
+        int g = l / 4, q = l % 4;
+        for (int r = 0; r < n_a; r++)
+            t->a[g + 8 * (r & 1)][q + 4 * (r / 2)] = ((u32 *)src(w, i, r))[l];
+        for (int r = 0; r < n_b; r++)
+            t->b[q + 4 * r][g] = ((u32 *)src(w, i, n_a + r))[l];
+        for (int r = 0; r < 4; r++)
+            t->c[g + 8 * (r / 2)][2 * q + (r & 1)] = ((u32 *)src(w, i, n_a + n_b + r))[l];
+    }
+}
+
+static void store_tile(Warp *w, const Inst *i, const Tile *t)
+{
+    for (int l = 0; l < 32; l++)
+        for (int r = 0; r < 4; r++)
+            ((u32 *)slot(w, i->dst[r]))[l] = t->c[l / 4 + 8 * (r / 2)][2 * (l % 4) + (r & 1)];
+}
+
+static inline __m256 widen_half(__m256i halves, bool high, bool bf16)
+{
+    if (bf16)
+        return _mm256_castsi256_ps(high ? _mm256_and_si256(halves, _mm256_set1_epi32((int)0xffff0000))
+                                        : _mm256_slli_epi32(halves, 16));
+    __m256i v = high ? _mm256_srli_epi32(halves, 16)
+                     : _mm256_and_si256(halves, _mm256_set1_epi32(0xffff));
+    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+}
+
+/* Products are exact in f32; sums are rounded one by one, k ascending (hardware's order and width
+ * differ; perturbed: descending). */
+static void multiply_half(Tile *t, bool bf16)
+{
+    __m256 b[8][2];
+    float a[16][8][2];
+    for (int g = 0; g < t->groups; g++)
+        for (int h = 0; h < 2; h++)
+            b[g][h] = widen_half(_mm256_loadu_si256((void *)t->b[g]), h, bf16);
+    for (int r = 0; r < 16; r++)
+        for (int h = 0; h < 2; h++) {
+            float lane[8];
+            _mm256_storeu_ps(lane, widen_half(_mm256_loadu_si256((void *)t->a[r]), h, bf16));
+            for (int g = 0; g < t->groups; g++)
+                a[r][g][h] = lane[g];
+        }
+    int n = 2 * t->groups;
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(CANON_NAN));
+    for (int r = 0; r < 16; r++) {
+        __m256 sum = _mm256_loadu_ps((void *)t->c[r]);
+        for (int k = 0; k < n; k++) {
+            int at = sim_options.perturb_ulp ? n - 1 - k : k;
+            sum = _mm256_fmadd_ps(_mm256_set1_ps(a[r][at / 2][at & 1]), b[at / 2][at & 1], sum);
+        }
+        sum = _mm256_blendv_ps(sum, nan, _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q));
+        _mm256_storeu_ps((void *)t->c[r], sum);
+    }
+}
+
+static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed)
+{
+    v = odd ? v : _mm256_slli_epi16(v, 8);
+    return is_signed ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
+}
+
+static void multiply_int(Tile *t, bool a_signed, bool b_signed)
+{
+    __m256i b[8][2];
+    for (int g = 0; g < t->groups; g++)
+        for (int h = 0; h < 2; h++)
+            b[g][h] = widen_byte(_mm256_loadu_si256((void *)t->b[g]), h, b_signed);
+    for (int r = 0; r < 16; r++) {
+        __m256i sum = _mm256_loadu_si256((void *)t->c[r]);
+        for (int g = 0; g < t->groups; g++) {
+            __m256i a = _mm256_set1_epi32((int)t->a[r][g]);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen_byte(a, 0, a_signed), b[g][0]));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen_byte(a, 1, a_signed), b[g][1]));
+        }
+        _mm256_storeu_si256((void *)t->c[r], sum);
+    }
+}
+
+static void mma(Warp *w, const Inst *i, void *out)
+{
+    bool half = i->type == T_F32;
+    Tile t = {.groups = i->vec};
+    u64 mac = 16 * 8 * (u64)i->vec * (half ? 2 : 4);
+    (void)out;
+    if (!whole_warp(w, "mma"))
+        return;
+    load_tile(w, i, &t);
+    if (half) {
+        multiply_half(&t, i->type2 == T_BF16);
+        w->worker->count.mma_half++;
+        w->worker->count.mma_half_mac += mac;
+    } else {
+        multiply_int(&t, i->type2 == T_S8, i->type3 == T_S8);
+        w->worker->count.mma_int++;
+        w->worker->count.mma_int_mac += mac;
+    }
+    store_tile(w, i, &t);
+}
+
+/* vec becomes the number of 32-bit groups along k. */
+static Handler *mma_groups(Inst *i, int groups)
+{
+    i->vec = (u8)groups;
+    bool same = i->type != T_F32 || i->type2 == i->type3;
+    return same && i->n_dst == 4 && i->n_src == groups / 2 + groups / 4 + 4 ? mma : NULL;
+}
+
+static Handler *choose_mma_4(Inst *i)
+{
+    return mma_groups(i, 4);
+}
+
+static Handler *choose_mma_8(Inst *i)
+{
+    return mma_groups(i, 8);
+}
+
+static void sleep_lanes(Warp *w, const Inst *i, void *out)
+{
+    (void)i, (void)out;
+    w->yield = true;
+    w->next_pc = 0;
+}
+
+const Form warp_forms[] = {
+    {"shfl .sync .up|.down|.bfly|.idx .b32", "daaaa", shfl, 0, SIM_C_WARP, 0, 0},
+    {"vote .sync .all|.any|.uni .pred", "pqw", vote, 0, SIM_C_WARP, 0, 0},
+    {"vote .sync .ballot .b32", "dqw", vote, 0, SIM_C_WARP, 0, 0},
+    {"match .any|.all .sync .b32|.b64", "uaw", match, 0, SIM_C_WARP, 0, 0},
+    {"redux .sync .add|.min|.max .u32|.s32", "daw", redux, 0, SIM_C_WARP, 0, 0},
+    {"redux .sync .and|.or|.xor .b32", "daw", redux, 0, SIM_C_WARP, 0, 0},
+    {"activemask .b32", "d", activemask, 0, SIM_C_WARP, 32, 0},
+    {"bar .warp .sync", "w", warp_sync, 0, SIM_C_WARP, 0, 0},
+    {"bar [.cta] .sync", "w?w", bar_sync, 0, SIM_C_BARRIER, 0, 0},
+    {"bar [.cta] .arrive", "ww", bar_arrive, 0, SIM_C_BARRIER, 0, 0},
+    {"bar [.cta] .red .popc .u32", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
+    {"bar [.cta] .red .and|.or .pred", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
+    {"barrier [.cta] .sync [.aligned]", "w?w", bar_sync, 0, SIM_C_BARRIER, 0, 0},
+    {"barrier [.cta] .arrive [.aligned]", "ww", bar_arrive, 0, SIM_C_BARRIER, 0, 0},
+    {"barrier [.cta] .red .popc [.aligned] .u32", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
+    {"barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
+    {"mma .sync .aligned .m16n8k16 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", 0, 0,
+     SIM_C_MMA, 0, choose_mma_8},
+    {"mma .sync .aligned .m16n8k8 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", 0, 0,
+     SIM_C_MMA, 0, choose_mma_4},
+    {"mma .sync .aligned .m16n8k32 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", 0, 0, SIM_C_MMA, 0,
+     choose_mma_8},
+    {"mma .sync .aligned .m16n8k16 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", 0, 0, SIM_C_MMA, 0,
+     choose_mma_4},
+    {"bra [.uni]", "L", run_bra, 0, SIM_C_CONTROL, 0, 0},
+    {"ret [.uni]", "", run_exit, 0, SIM_C_CONTROL, 0, 0},
+    {"exit", "", run_exit, 0, SIM_C_CONTROL, 0, 0},
+    {"trap", "", run_trap, 0, SIM_C_CONTROL, 0, 0},
+    {"brkpt", "", run_trap, 0, SIM_C_CONTROL, 0, 0},
+    {"nanosleep .u32", "a", sleep_lanes, 0, SIM_C_CONTROL, 0, 0},
+    {0},
+};

@@ -1,0 +1,321 @@
+/* ptx.h: inside the lower half of the simulator: decoded PTX, warps, memory records.
+ *
+ * A kernel is an array of Inst. A warp has one frame: every virtual register is a slot of 32 lanes
+ * (128 bytes; 256 for 64-bit registers; predicates are one 32-bit lane mask), and constants and
+ * special registers are slots too, so that every operand is just an offset into the frame. */
+#ifndef PTX_H
+#define PTX_H
+
+#include "sim.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint64_t u64;
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef uint8_t u8;
+
+typedef struct Inst Inst;
+typedef struct Warp Warp;
+typedef struct Worker Worker;
+typedef struct Alloc Alloc;
+
+#define FULL_WARP 0xffffffffu
+
+/* Windows of the generic address space; device memory lies between DEVICE_BASE and these. */
+#define DEVICE_BASE 0x800000000000ull
+#define DEVICE_SPAN (1ull << 41)
+#define SHARED_BASE 0xf00000000000ull
+#define LOCAL_BASE 0xf10000000000ull
+#define PARAM_BASE 0xf20000000000ull
+
+/* ------------------------------------------------------------------------------------------------
+ * decoded instructions */
+
+typedef enum {
+    T_NONE, T_PRED,
+    T_B8, T_U8, T_S8,
+    T_B16, T_U16, T_S16, T_F16, T_BF16,
+    T_B32, T_U32, T_S32, T_F32, T_F16X2, T_BF16X2,
+    T_B64, T_U64, T_S64, T_F64
+} Type;
+
+static inline int type_bytes(Type t)
+{
+    return t <= T_PRED ? 0 : t <= T_S8 ? 1 : t <= T_BF16 ? 2 : t <= T_BF16X2 ? 4 : 8;
+}
+
+static inline bool type_is_float(Type t)
+{
+    return t == T_F16 || t == T_BF16 || t == T_F32 || t == T_F64 || t == T_F16X2 || t == T_BF16X2;
+}
+
+static inline bool type_is_signed(Type t)
+{
+    return t == T_S8 || t == T_S16 || t == T_S32 || t == T_S64;
+}
+
+typedef enum { SP_GENERIC, SP_GLOBAL, SP_SHARED, SP_LOCAL, SP_CONST, SP_PARAM } Space;
+typedef enum { RND_NONE, RND_RN, RND_RZ, RND_RM, RND_RP, RND_RNA,
+               RND_RNI, RND_RZI, RND_RMI, RND_RPI } Rounding;
+typedef enum { CMP_NONE, CMP_EQ, CMP_NE, CMP_LT, CMP_LE, CMP_GT, CMP_GE, CMP_LO, CMP_LS, CMP_HI,
+               CMP_HS, CMP_EQU, CMP_NEU, CMP_LTU, CMP_LEU, CMP_GTU, CMP_GEU, CMP_NUM,
+               CMP_NAN } Compare;
+/* The modifier that selects among variants of one instruction. */
+typedef enum { OP_NONE, OP_AND, OP_OR, OP_XOR, OP_ADD, OP_MIN, OP_MAX, OP_INC, OP_DEC, OP_EXCH,
+               OP_CAS, OP_UP, OP_DOWN, OP_BFLY, OP_IDX, OP_ALL, OP_ANY, OP_UNI, OP_BALLOT,
+               OP_POPC, OP_F4E, OP_B4E, OP_RC8, OP_ECL, OP_ECR, OP_RC16 } SubOp;
+
+typedef void Handler(Warp *w, const Inst *i, void *out);
+
+enum { MAX_DST = 4, MAX_SRC = 12 };
+
+struct Inst {
+    Handler *run;        /* what the warp calls */
+    Handler *inner;      /* called by `run` when that wraps rounding or saturation */
+    u32 guard;           /* predicate slot of @p, 0: none */
+    u32 guard_flip;      /* all ones for @!p */
+    u32 dst[MAX_DST], dst_pred; /* frame offsets, 0: none */
+    u32 src[MAX_SRC];
+    u32 src_flip;        /* bit k: predicate source k is negated */
+    u8 n_dst, n_src;
+    u8 out_bits;         /* 1, 32, 64: the loop merges the result under the mask; 0: the handler */
+    u8 class;            /* SimClass */
+    u8 type, type2, type3; /* in the order of the opcode */
+    u8 space, space2, round, cmp, op;
+    u8 vec;              /* 1, 2, 4 elements; number of matrices of ldmatrix */
+    bool ftz, sat, wide_dst, wide_src, wide_addr, nan, relu, to, trans, left, wrap, aligned, shiftamt;
+    bool strong;         /* volatile, relaxed, acquire, release: ordered against other threads */
+    bool fence;          /* acquire / release */
+    bool high;           /* .hi */
+    bool check_init, note_init; /* a source / destination needs run-time tracking */
+    int64_t imm;         /* address offset, barrier, cp.async size */
+    u32 target;          /* branch target */
+    int line, src_file, src_line;
+};
+
+/* One accepted form of an opcode. Pattern: name, then elements separated by blanks; [x|y] may be
+ * absent, x|y is one of. Operands: one letter each, see ptx_decode.c. */
+typedef struct {
+    const char *pattern, *operands;
+    Handler *run, *run_ftz;
+    u8 class;
+    u8 out_bits;
+    Handler *(*choose)(Inst *i); /* picks the handler from types and operands, NULL: refuse */
+} Form;
+
+extern const Form alu_forms[], cvt_forms[], half_forms[], mem_forms[], warp_forms[];
+/* Handlers that the decoder itself places. */
+Handler run_wrapped, run_clock, run_trap, run_assert, run_bra, run_exit;
+
+typedef struct {
+    u64 value;
+    u32 offset;
+    u8 bits;          /* 1, 32, 64 */
+    bool dynamic;     /* add the start of dynamic shared memory */
+} Const;
+
+typedef enum { SR_TID_X, SR_TID_Y, SR_TID_Z, SR_NTID_X, SR_NTID_Y, SR_NTID_Z, SR_CTAID_X,
+               SR_CTAID_Y, SR_CTAID_Z, SR_NCTAID_X, SR_NCTAID_Y, SR_NCTAID_Z, SR_LANEID,
+               SR_WARPID, SR_NWARPID, SR_LANEMASK_EQ, SR_LANEMASK_LT, SR_LANEMASK_LE,
+               SR_LANEMASK_GT, SR_LANEMASK_GE, SR_DYN_SMEM, SR_TOTAL_SMEM, SR_SMID, SR_NSMID,
+               SR_GRIDID, SR_CLOCK, SR_CLOCK_HI, SR_CLOCK64, SR_GLOBALTIMER, SR_COUNT } Special;
+
+typedef struct SimCode {
+    Inst *inst;
+    u32 n_inst, cap_inst;
+    Const *consts;
+    u32 n_consts, cap_consts;
+    u32 frame_bytes;
+    u32 special[SR_COUNT]; /* frame offsets, 0: unused */
+    u32 static_shared, local_bytes;
+    bool track_init;
+} SimCode;
+
+struct SimModule {
+    int device, version, target;
+    char **files; /* by .file number */
+    int n_files;
+    SimKernel **kernels;
+    int n_kernels;
+    struct Global {
+        char *name;
+        u64 address, bytes;
+    } *globals;
+    int n_globals;
+    u32 const_bytes;
+    struct Chunk *arena;
+};
+
+void *arena_get(SimModule *m, size_t bytes); /* zeroed; aborts when memory is out */
+void *xgrow(void *array, u32 count, u32 *cap, size_t item); /* room for one more item */
+
+/* ptx_decode.c: definite assignment and register pressure of finished code. */
+void analyse(SimModule *m, SimKernel *kernel);
+
+/* ------------------------------------------------------------------------------------------------
+ * memory records */
+
+struct Alloc {
+    u64 base, size;
+    u8 *host;          /* the bytes */
+    u8 *valid;         /* one bit per byte, NULL: all initialised */
+    u64 *writes, *reads; /* race records, one per 4 bytes, see check.c; NULL until needed */
+    u32 *seen_load, *seen_store; /* launch number per 32-byte sector */
+    int device;        /* -1: host */
+    bool freed, module_global, read_only;
+};
+
+Alloc *mem_lookup(u64 address);          /* the allocation around an address, or NULL */
+Alloc *mem_nearest(u64 address);         /* the closest one below or around, for messages */
+int mem_alloc(int device, u64 bytes, bool global, Alloc **out);
+void mem_prepare_launch(u32 number);      /* clears the records when launch numbers wrap */
+bool mem_may_use(int device, const Alloc *a);
+void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, size_t size);
+bool bits_all(const u8 *bits, u64 first, u64 count); /* are these bits all set? */
+void bits_set(u8 *bits, u64 first, u64 count, bool value);
+u64 bits_prefix(const u8 *bits, u64 first, u64 count); /* number of set bits at the start */
+
+/* ------------------------------------------------------------------------------------------------
+ * running */
+
+typedef struct {
+    u32 pc, mask;
+} Group;
+
+typedef struct {
+    u32 lane, shared, group;
+    u8 bytes, data[16];
+} AsyncCopy;
+
+typedef enum { W_RUN, W_BARRIER, W_DONE } WarpState;
+
+struct Warp {
+    u8 *frame;
+    u32 *init;         /* lane masks of tracked registers, indexed by offset / 32 */
+    Worker *worker;
+    u32 pc, mask;      /* mask: lanes that execute the current instruction */
+    u32 active;        /* lanes of the running group */
+    u32 alive, members; /* not exited; existing */
+    u32 next_pc;       /* first waiting group: stop there */
+    Group waiting[33];
+    int n_waiting;
+    WarpState state;
+    int index;         /* within the block */
+    u32 bar_id, bar_count, carry;
+    bool yield;
+    u64 branches;
+    u32 sync_epoch;    /* advanced by warp-level synchronisation */
+    u32 committed[32]; /* cp.async groups per lane */
+    AsyncCopy *async;
+    u32 n_async, cap_async;
+};
+
+typedef struct {
+    u32 arrived;       /* threads */
+    u32 expected;
+    u32 any, all, popc; /* bar.red: some true, some false, how many true */
+} Barrier;
+
+/* One CPU thread at work on blocks of a launch. */
+struct Worker {
+    struct Launch *launch;
+    const SimCode *code;
+    SimCounters count;
+    u64 *warp_count, *lane_count; /* per instruction */
+    Alloc **cache;     /* per instruction: the allocation last used */
+    Warp *warps;
+    int n_warps;
+    u8 *frames, *locals;
+    u32 *inits;
+    u8 *shared, *shared_state; /* bytes; state per byte: 0 unset, 1 set, 2 cp.async under way */
+    u64 *shared_writes, *shared_reads;
+    u32 serial;        /* of the block, names it in the shared race records */
+    u32 epoch;         /* barriers passed by this block */
+    bool fenced;       /* the block executed a device-wide fence */
+    u32 block_index, ctaid[3];
+    Barrier barriers[16];
+    bool stop;
+    u64 rng;
+};
+
+typedef struct Launch {
+    const SimLaunch *in;
+    const SimKernel *kernel;
+    const SimCode *code;
+    int device;
+    u32 shared_bytes, number; /* number: names the launch in records */
+    u32 n_blocks, n_threads;
+    u8 params[4352];
+    u32 *order;        /* blocks in the order they are run, or NULL */
+    u32 next_block;
+    int result;        /* first error, by lowest block */
+    u32 result_block;
+    bool cancel;
+} Launch;
+
+static inline void *slot(const Warp *w, u32 offset)
+{
+    return w->frame + offset;
+}
+
+static inline void *src(const Warp *w, const Inst *i, int k)
+{
+    return w->frame + i->src[k];
+}
+
+static inline u32 src_mask(const Warp *w, const Inst *i, int k) /* of a predicate source */
+{
+    return *(u32 *)(w->frame + i->src[k]) ^ (i->src_flip >> k & 1 ? ~0u : 0);
+}
+
+/* The loop over lanes; the operands of one lane never overlap those of another. */
+#if defined(__clang__)
+#pragma clang diagnostic ignored "-Wpass-failed" /* some bodies are calls */
+#define LANES _Pragma("clang loop vectorize(assume_safety)") for (int l = 0; l < 32; l++)
+#else
+#define LANES _Pragma("GCC ivdep") for (int l = 0; l < 32; l++)
+#endif
+
+/* Calls the body for every lane in mask, l is the lane. */
+#define EACH(l, mask) \
+    for (u32 l##_m = (mask), l = 0; l##_m && (l = (u32)__builtin_ctz(l##_m), 1); l##_m &= l##_m - 1)
+
+/* Reports a finding at the warp's current instruction. Hard ones, and all in strict mode, stop the
+ * launch. lane -1: the first active one. */
+void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
+
+void regroup(Warp *w); /* after a change of control flow: continue with the lowest PC */
+
+/* exec_mem.c: delivers the asynchronous copies that group `keep` newest ones do not cover. */
+void async_deliver(Warp *w, u32 lanes, u32 keep);
+
+/* check.c: race records. */
+enum { ACC_READ, ACC_WRITE, ACC_ATOMIC, ACC_STRONG_READ, ACC_STRONG_WRITE };
+void race_global(Warp *w, Alloc *a, int lane, u64 address, u32 bytes, int how, const u8 *fresh);
+void race_global_row(Warp *w, Alloc *a, u64 address, u32 lane_bytes, int how, const u8 *fresh);
+void race_shared(Warp *w, int lane, u32 address, u32 bytes, int how, const u8 *fresh);
+void race_shared_row(Warp *w, u32 address, u32 lane_bytes, int how, const u8 *fresh);
+
+/* counters.c */
+void count_global(Warp *w, const Inst *i, const u64 *address, u32 bytes, bool store, bool row,
+                  Alloc *a);
+void count_shared(Warp *w, const u64 *address, u32 bytes, bool row);
+void counters_finish(Worker *k);
+
+/* Numbers shared by handlers. */
+float half_to_float(u16 h);
+u16 float_to_half(float f, Rounding round);
+u16 double_to_half(double d);
+float bf16_to_float(u16 h);
+u16 float_to_bf16(float f, Rounding round);
+u64 mix64(u64 x); /* a seeded hash */
+float perturb(const Warp *w, float x, u32 lane);
+float approx_result(const Warp *w, float x, int lane);
+
+#define CANON_NAN 0x7fffffffu
+
+#endif

@@ -1,0 +1,83 @@
+/* ptx_parser.h: what ptx_parse.c (text, symbols, scopes) and ptx_decode.c (opcodes) share. */
+#ifndef PTX_PARSER_H
+#define PTX_PARSER_H
+
+#include "ptx.h"
+
+#include <setjmp.h>
+
+typedef enum { K_REG, K_LABEL, K_SHARED, K_LOCAL, K_GLOBAL, K_CONST, K_PARAM, K_FUNC } SymKind;
+
+/* A name. Registers: `slot` is a frame offset, count >= 0 makes it a family name0 .. name(count-1).
+ * Memory: `value` is the address in its window. Function: where its text begins. */
+typedef struct {
+    const char *name;
+    SymKind kind;
+    Type type;
+    u32 slot, stride;
+    int count;
+    u64 value, bytes, align;
+    bool dynamic;          /* extern shared: starts after the static part */
+    const SimCode *owner;  /* kernel for which a module-level shared variable has its address */
+    const char *text;      /* function: from its parameter lists on; NULL: extern */
+    int line;
+} Symbol;
+
+typedef enum { TOK_END, TOK_WORD, TOK_NUMBER, TOK_STRING, TOK_PUNCT } Token;
+
+typedef struct {
+    u32 inst;
+    const char *label;
+    int line;
+} Fixup;
+
+typedef struct {
+    SimModule *m;
+    const char *p, *end;   /* unread text */
+    int line;              /* of the token */
+    int read_line;         /* of p */
+    Token tok;
+    char word[512];        /* TOK_WORD and TOK_STRING text */
+    int punct;
+    u64 number;            /* bits */
+    bool is_float;         /* 32-bit pattern 0f or 64-bit pattern 0d, or a decimal fraction */
+    int float_bits;
+    Symbol *syms;
+    u32 n_syms, cap_syms;
+    u32 func_base;         /* names of the function being read begin here */
+    u32 n_module;          /* module-level names end here */
+    Fixup *fixups;
+    u32 n_fixups, cap_fixups;
+    SimKernel *kernel;
+    SimCode *code;
+    int loc_file, loc_line;
+    u32 special_cc;
+    int depth;             /* of inlined calls */
+    const char *return_label; /* inside an inlined call */
+    int n_inlined;
+    jmp_buf fail;
+    char *log;
+    size_t log_size;
+    int error;
+} Parser;
+
+void ptx_fail(Parser *p, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+void next(Parser *p);
+bool accept(Parser *p, int punct);
+void expect(Parser *p, int punct);
+bool accept_word(Parser *p, const char *word);
+char *keep(Parser *p, const char *text); /* a copy that lives as long as the module */
+Symbol *find_symbol(Parser *p, const char *name, u32 *slot);
+u64 symbol_address(Parser *p, Symbol *s); /* gives module-level shared variables their place */
+u32 new_slot(Parser *p, int bits);
+u32 const_slot(Parser *p, u64 value, int bits, bool dynamic);
+Type parse_type(const char *dotted);
+void add_fixup(Parser *p, u32 inst, const char *label);
+Inst *new_inst(Parser *p);
+
+/* ptx_decode.c: the current token is the opcode (after a guard, if any); reads up to ';'. */
+void decode_instruction(Parser *p, u32 guard, bool flip);
+/* ptx_parse.c: the current token follows "call[.uni]"; reads up to ';'. */
+void parse_call(Parser *p, u32 guard, bool flip);
+
+#endif
