@@ -19,6 +19,7 @@
 
 #define _GNU_SOURCE
 #include <assert.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -44,6 +45,7 @@
 #if defined __x86_64__
 #include <immintrin.h>
 #endif
+#include "apps/dsv4.h"
 
 // ---------------------------------------------------------------------------
 // small tools: errors, checked sizes, memory, strings, files, clock
@@ -301,12 +303,22 @@ static void utf8_put(Str *out, uint32_t c) {
     str_add(out, b, n);
 }
 
+static Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
+
+// Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
+static void *grow(void *list, size_t n, size_t size) {
+    if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
+    if (!list) die(1, "out of memory: %zu items of %zu bytes", n, size);
+    memset((char *)list + n * size, 0, size);
+    return list;
+}
+
 // A set of strings, each with a number: tensor names, token texts, the keys of one object. Keys are
 // copied. Release with map_free.
 typedef struct { size_t at, n; uint64_t hash; int64_t value; } MapEntry;
 typedef struct {
     Str text;               // all keys, one after the other
-    MapEntry *entries;      // [cap / 2] in the order they were added
+    MapEntry *entries;      // [n] in the order they were added
     uint32_t *slots;        // [cap] entry + 1, 0 = empty; cap is a power of two
     size_t n, cap;
 } Map;
@@ -315,6 +327,10 @@ static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
     uint64_t h = 0xcbf29ce484222325u;
     for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
     return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
+}
+
+static Span map_key(const Map *m, size_t i) {
+    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
 }
 
 // The slot that holds key, or the empty one where it belongs. cap > 0.
@@ -328,25 +344,12 @@ static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
     }
 }
 
-static void map_grow(Map *m) {
-    size_t cap = m->cap ? cmul(m->cap, 2) : 32;
-    if (cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
-    MapEntry *entries = xalloc(cap / 2, sizeof *entries);
-    if (m->n) memcpy(entries, m->entries, m->n * sizeof *entries);
-    free(m->entries);
+static void map_rehash(Map *m) {
+    m->cap = m->cap ? cmul(m->cap, 2) : 32;
+    if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
     free(m->slots);
-    m->entries = entries;
-    m->slots = xalloc(cap, sizeof *m->slots);
-    m->cap = cap;
-    for (size_t i = 0; i < m->n; i++) {
-        size_t k = entries[i].hash >> 20;
-        while (m->slots[k & (cap - 1)]) k++;
-        m->slots[k & (cap - 1)] = (uint32_t)i + 1;
-    }
-}
-
-static Span map_key(const Map *m, size_t i) {
-    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
+    m->slots = xalloc(m->cap, sizeof *m->slots);
+    for (size_t i = 0; i < m->n; i++) *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
 }
 
 // The entry of key, or NULL. The pointer is good until the next map_add.
@@ -357,10 +360,11 @@ static MapEntry *map_find(const Map *m, Span key) {
 
 // False, and nothing changed, if the key is there already.
 static bool map_add(Map *m, Span key, int64_t value) {
-    if (m->n == m->cap / 2) map_grow(m);
+    if (m->n == m->cap / 2) map_rehash(m);
     uint64_t hash = hash_bytes(key);
     uint32_t *slot = map_slot(m, key, hash);
     if (*slot) return false;
+    m->entries = grow(m->entries, m->n, sizeof *m->entries);
     m->entries[m->n] = (MapEntry){ m->text.n, key.n, hash, value };
     str_add(&m->text, key.p, key.n);
     *slot = (uint32_t)++m->n;
@@ -665,6 +669,17 @@ static void json_put_string(Str *out, Span s) {
         str_add(out, esc, strlen(esc));
     }
     str_add(out, "\"", 1);
+}
+
+// Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes.
+typedef struct { char text[400]; } Quoted;
+static Quoted quoted(Span s) {
+    Quoted q;
+    Str out = { 0 };
+    json_put_string(&out, (Span){ s.p, s.n > 60 ? 60 : s.n });
+    snprintf(q.text, sizeof q.text, "%s%s", out.p, s.n > 60 ? "..." : "");
+    free(out.p);
+    return q;
 }
 
 // Python's repr of a float: the fewest digits that read back the same, an exponent below 1e-4 and
@@ -1460,17 +1475,130 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
     return ok;
 }
 // ---------------------------------------------------------------------------
+// what the programs in apps/ may use (apps/dsv4.h): files, JSON, the store
+
+static Dsv4Error *to_app(Dsv4Error *to, const Err *from) {
+    memcpy(to->text, from->text, sizeof to->text);
+    return to;
+}
+
+void dsv4_die(int code, const char *fmt, ...) {
+    char text[1024];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    die(code, "%s", text);
+}
+
+void dsv4_note(const char *fmt, ...) {
+    char text[1024];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    note("%s", text);
+}
+
+bool dsv4_map(const char *path, Dsv4Text *out, Dsv4Error *e) {
+    Err err;
+    Span s = { 0 };
+    if (!map_file(path, &s, &err)) return to_app(e, &err), false;
+    *out = (Dsv4Text){ s.p, s.n };
+    return true;
+}
+
+bool dsv4_json_each(Dsv4Text text, const char *name, Dsv4Each *each, void *arg, Dsv4Error *e) {
+    Err err;
+    Str key = { 0 };
+    Span value;
+    bool ok = true;
+    Json j = json_open((Span){ text.p, text.n }, name, &err);
+    bool object = json_peek(&j) == '{';
+    if (object) json_object(&j);
+    else json_array(&j);
+    while (ok && (object ? json_member(&j, &key) : json_item(&j)) && json_raw(&j, &value))
+        ok = each(arg, (Dsv4Text){ key.p, key.n }, (Dsv4Text){ value.p, value.n }, e);
+    free(key.p);
+    if (ok && !json_end(&j)) return to_app(e, &err), false;
+    return ok;
+}
+
+bool dsv4_config(const char *dir, Dsv4Config *out, Dsv4Error *e) {
+    Err err;
+    Str path = { 0 };
+    Span text;
+    Config c;
+    str_puts(&path, dir);
+    str_puts(&path, "/config.json");
+    bool ok = map_file(path.p, &text, &err);
+    if (ok) {
+        ok = config_read(&c, text, path.p, &err);
+        if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    }
+    free(path.p);
+    if (!ok) return to_app(e, &err), false;
+    *out = (Dsv4Config){ c.n_layers, c.n_hash_layers, c.n_mtp, "" };
+    memcpy(out->quant, c.quant, sizeof out->quant);
+    config_free(&c);
+    return true;
+}
+
+int dsv4_dtype_order(const char *dtype) {
+    int i = 0;
+    while (i < N_DTYPES && strcmp(dtype, dtypes[i].name)) i++;
+    return i;
+}
+
+struct Dsv4Store { Store store; };
+
+Dsv4Store *dsv4_store_open(const char *dir, Dsv4Error *e) {
+    Err err;
+    Dsv4Store *s = xalloc(1, sizeof *s);
+    if (store_open(&s->store, dir, &err)) return s;
+    free(s);
+    to_app(e, &err);
+    return NULL;
+}
+
+size_t dsv4_store_tensors(const Dsv4Store *s) { return s->store.n; }
+
+Dsv4Tensor dsv4_store_tensor(const Dsv4Store *s, size_t i) {
+    const Tensor *t = &s->store.tensors[i];
+    Dsv4Tensor out = {
+        .name = { t->name.p, t->name.n }, .dtype = dtypes[t->dtype].name,
+        .rank = t->rank, .shard = t->shard, .bytes = t->bytes,
+        .at = (uint64_t)(t->data - (const uint8_t *)s->store.shards[t->shard].map.p),
+    };
+    memcpy(out.shape, t->shape, sizeof out.shape);
+    return out;
+}
+
+size_t dsv4_store_find(const Dsv4Store *s, Dsv4Text name) {
+    const Tensor *t = store_find_span(&s->store, (Span){ name.p, name.n });
+    return t ? (size_t)(t - s->store.tensors) : SIZE_MAX;
+}
+
+int dsv4_store_shards(const Dsv4Store *s) { return s->store.n_shards; }
+
+const char *dsv4_store_shard(const Dsv4Store *s, int i, Dsv4Text *metadata) {
+    const Shard *sh = &s->store.shards[i];
+    if (metadata) *metadata = (Dsv4Text){ sh->metadata.p, sh->metadata.n };
+    return sh->path;
+}
+
+void dsv4_store_close(Dsv4Store *s) {
+    store_close(&s->store);
+    free(s);
+}
+// ---------------------------------------------------------------------------
 // tokenizer: DeepSeek-V4's tokenizer.json, byte-level BPE behind a four-step pre-tokenizer.
 // Added tokens are found by their content; nothing here knows an id.
 
-typedef struct { int *p; size_t n, cap; } Ids;      // release with free(ids.p)
+typedef struct { int *p; size_t n; } Ids;           // release with free(ids.p)
 
 static void ids_add(Ids *ids, int id) {
-    if (ids->n == ids->cap) {
-        ids->cap = cadd(cmul(ids->cap, 2), 64);
-        ids->p = realloc(ids->p, cmul(ids->cap, sizeof *ids->p));
-        if (!ids->p) die(1, "out of memory: %zu token ids", ids->cap);
-    }
+    ids->p = grow(ids->p, ids->n, sizeof *ids->p);
     ids->p[ids->n++] = id;
 }
 
@@ -1510,7 +1638,7 @@ static const char unicode_runs[] =
     "(0Q/P$^$(^$$^$$U'H$T$C7a)U&T$Q(0E$<)X$9H6b^&0E%,U$,^10^.8Q$0%]$Q$0b)@I$8b'@Y&(Q$0)X*QM$P$Y$(U"
     "$,I$4b)<^$(M$8E$<M5$Q.J$YC'`_I(c&GJ3:W>*GS9Z$CI@_$WP%JW,WF%J`(KL66`N3cLaY%`@";
 
-enum { N_CLASSES = 0xe0200, TOKEN_BYTES = 4096, N_TOKENS = 1 << 24 };
+enum { N_CLASSES = 0xe0200, TOKEN_BYTES = 4096 };
 
 static void unpack_classes(uint8_t *cls) {      // [N_CLASSES]
     size_t at = 0;
@@ -1564,57 +1692,41 @@ static void tok_free(Tokenizer *t) {
     *t = (Tokenizer){ 0 };
 }
 
-// Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes.
-typedef struct { char text[400]; } Quoted;
-static Quoted quoted(Span s) {
-    Quoted q;
-    Str out = { 0 };
-    json_put_string(&out, (Span){ s.p, s.n > 60 ? 60 : s.n });
-    snprintf(q.text, sizeof q.text, "%s%s", out.p, s.n > 60 ? "..." : "");
-    free(out.p);
-    return q;
-}
-
 // ---- loading
 
 // Compares the next value with the one `want` begins with, key order aside; names the difference.
-static bool json_expect(Json *j, const char *path, Span want) {
+static void json_expect(Json *j, const char *path, Span want) {
     Json w = json_open(want, path, j->e);
-    char c = json_peek(&w), sub[200];
+    char open = json_peek(&w), sub[200];
     Str key = { 0 }, found = { 0 }, expected = { 0 };
-    if ((c == '{' || c == '[') && json_peek(j) != c)
-        return json_fail(j, "%s: expected %s", path, c == '{' ? "an object" : "an array");
-    if (c == '{' && json_object(j)) {
+    if (open == '{') {
         Map keys = { 0 };               // key -> where its value stands in `want`, -1 once seen
         size_t seen = 0;
         for (json_object(&w); json_member(&w, &key); json_skip(&w))
             map_add(&keys, str_span(&key), w.p - w.start);
-        for (; json_member(j, &key); seen++) {
+        for (json_object(j); json_member(j, &key); seen++) {
             MapEntry *e = map_find(&keys, str_span(&key));
             snprintf(sub, sizeof sub, "%s.%.60s", path, quoted(str_span(&key)).text);
             if (!e || e->value < 0) json_fail(j, "%s is not in DeepSeek-V4's tokenizer", sub);
-            else json_expect(j, sub, (Span){ want.p + e->value, want.n - (size_t)e->value });
+            else json_expect(j, sub, span_from(want, (size_t)e->value));
             if (e) e->value = -1;
         }
         if (seen < keys.n) json_fail(j, "%s: %zu keys, expected %zu", path, seen, keys.n);
         map_free(&keys);
-    } else if (c == '[' && json_array(j)) {
-        json_array(&w);
-        for (int i = 0; json_item(&w); i++) {
-            snprintf(sub, sizeof sub, "%s[%d]", path, i);
-            if (!json_item(j)) json_fail(j, "%s is missing", sub);
-            else json_expect(j, sub, (Span){ w.p, (size_t)(w.end - w.p) });
-            json_skip(&w);
+    } else if (open == '[') {
+        json_array(j);
+        for (json_array(&w); json_item(&w); json_skip(&w)) {
+            snprintf(sub, sizeof sub, "%s[]", path);
+            if (!json_item(j)) json_fail(j, "%s has fewer items than DeepSeek-V4's", path);
+            json_expect(j, sub, (Span){ w.p, (size_t)(w.end - w.p) });
         }
         if (json_item(j)) json_fail(j, "%s has more items than DeepSeek-V4's", path);
-    } else if (json_dump(j, &found) && json_dump(&w, &expected)) {
-        if (found.n != expected.n || memcmp(found.p, expected.p, found.n))
-            json_fail(j, "%s: expected %s, found %.100s", path, expected.p, found.p);
+    } else if (json_dump(j, &found) && json_dump(&w, &expected) && strcmp(found.p, expected.p)) {
+        json_fail(j, "%s: expected %s, found %.100s", path, expected.p, found.p);
     }
     free(key.p);
     free(found.p);
     free(expected.p);
-    return !j->bad;
 }
 
 // The letter that stands for a byte in tokenizer.json: printable Latin-1 for itself, the other 68
@@ -1625,24 +1737,25 @@ static uint32_t byte_letter(uint32_t b) {
     return b == 0xad ? 0x143 : b;
 }
 
+static bool json_token_text(Json *j, Span s) {
+    return (s.n > 0 && s.n <= TOKEN_BYTES) ||
+           json_fail(j, "token %s: %zu bytes, expected 1 to %d", quoted(s).text, s.n, TOKEN_BYTES);
+}
+
 // "vocab": text -> id
-static bool load_vocab(Json *j, Map *vocab) {
+static void load_vocab(Json *j, Map *vocab) {
     Str key = { 0 };
     int64_t id = 0;
     for (json_object(j); json_member(j, &key);) {
         Span text = str_span(&key);
-        if (!text.n || text.n > TOKEN_BYTES)
-            json_fail(j, "token %s: %zu bytes, expected 1 to %d", quoted(text).text, text.n,
-                      TOKEN_BYTES);
-        json_int(j, 0, N_TOKENS - 1, &id);
-        if (!j->bad && !map_add(vocab, text, id)) json_fail(j, "token %s twice", quoted(text).text);
+        if (json_token_text(j, text) && json_int(j, 0, INT_MAX, &id) && !map_add(vocab, text, id))
+            json_fail(j, "token %s twice", quoted(text).text);
     }
     free(key.p);
-    return !j->bad;
 }
 
 // One entry of "added_tokens": text -> id | flags << 32
-static bool load_added_token(Json *j, Map *added) {
+static void load_added_token(Json *j, Map *added) {
     static const char *const names[] = { "id", "content", "single_word", "lstrip", "rstrip",
                                          "special", "normalized" };
     enum { N = sizeof names / sizeof *names };
@@ -1655,71 +1768,74 @@ static bool load_added_token(Json *j, Map *added) {
         while (k < N && !span_is(str_span(&key), names[k])) k++;
         if (k == N || seen >> k & 1)
             json_fail(j, "added token: unknown or repeated key %s", quoted(str_span(&key)).text);
-        else if (k == 0) json_int(j, 0, N_TOKENS - 1, &id);
+        else if (k == 0) json_int(j, 0, INT_MAX, &id);
         else if (k == 1) json_string(j, &content);
         else json_bool(j, &flag[k]);
         seen |= 1u << k;
     }
     Span text = str_span(&content);
-    Quoted q = quoted(text);
-    const char *name = q.text;
-    if (!j->bad && seen != (1u << N) - 1) json_fail(j, "added token %s: a key is missing", name);
-    else if (!text.n || text.n > TOKEN_BYTES)
-        json_fail(j, "added token %s: %zu bytes, expected 1 to %d", name, text.n, TOKEN_BYTES);
+    int64_t flags = TOK_ADDED | (flag[5] ? TOK_SPECIAL : 0) | (flag[6] ? TOK_NORMALIZED : 0);
+    if (seen != (1u << N) - 1) json_fail(j, "added token %s: a key is missing", quoted(text).text);
     else if (flag[2] || flag[3] || flag[4])
-        json_fail(j, "added token %s: single_word, lstrip and rstrip must be false", name);
-    else {
-        int64_t flags = TOK_ADDED | (flag[5] ? TOK_SPECIAL : 0) | (flag[6] ? TOK_NORMALIZED : 0);
-        if (!map_add(added, text, id | flags << 32)) json_fail(j, "added token %s twice", name);
-    }
+        json_fail(j, "added token %s: single_word, lstrip, rstrip must be false", quoted(text).text);
+    else if (json_token_text(j, text) && !j->bad && !map_add(added, text, id | flags << 32))
+        json_fail(j, "added token %s twice", quoted(text).text);
     free(key.p);
     free(content.p);
-    return !j->bad;
 }
 
-// Gives every id its bytes. Ids must be 0 .. n-1 without a gap, each the id of one text.
-static bool load_ids(Tokenizer *t, const Map *vocab, const Map *added, const char *name, Err *e) {
-    uint32_t letter[0x144];
-    size_t n = vocab->n;
-    for (int i = 0; i < 0x144; i++) letter[i] = 256;
-    for (uint32_t b = 0; b < 256; b++) letter[byte_letter(b)] = b;
-    for (size_t i = 0; i < added->n; i++) n += !map_find(vocab, map_key(added, i));
-    t->n = (int)n;
-    t->start = xalloc(n + 1, sizeof *t->start);
-    t->flags = xalloc(n, 1);
-    Span *text = xalloc(n, sizeof *text);           // [n] as in the file, p = NULL: not seen
-    bool ok = true;
-    for (size_t i = 0; ok && i < vocab->n + added->n; i++) {
-        const Map *m = i < added->n ? added : vocab;
-        size_t k = i < added->n ? i : i - added->n;
-        Span key = map_key(m, k);
-        size_t id = m->entries[k].value & UINT32_MAX;
-        const MapEntry *twin = m == vocab ? map_find(added, key) : NULL;
-        if (id >= n) ok = fail(e, "%s: token %s has id %zu of %zu tokens: a gap in the ids", name,
-                               quoted(key).text, id, n);
-        else if (twin && (twin->value & UINT32_MAX) == (int64_t)id) continue;
-        else if (text[id].p) ok = fail(e, "%s: id %zu belongs to %s and to %s", name, id,
-                                       quoted(text[id]).text, quoted(key).text);
-        else {
-            text[id] = key;
-            t->flags[id] = (uint8_t)(m->entries[k].value >> 32);
-        }
+// Who has which id: text [n] as in the file. Ids must be 0 .. n-1 without a gap, each of one text.
+static bool claim_ids(Tokenizer *t, const Map *vocab, const Map *added, Span *text, const char *name,
+                      Err *e) {
+    for (size_t i = 0; i < vocab->n + added->n; i++) {
+        bool is_added = i >= vocab->n;
+        const Map *m = is_added ? added : vocab;
+        const MapEntry *own = &m->entries[is_added ? i - vocab->n : i];
+        Span key = { m->text.p + own->at, own->n };
+        size_t id = own->value & UINT32_MAX;
+        const MapEntry *twin = is_added ? map_find(vocab, key) : NULL;  // in both lists: one token
+        if (twin && twin->value != (int64_t)id)
+            return fail(e, "%s: added token %s has id %zu, the vocabulary says %lld", name,
+                        quoted(key).text, id, (long long)twin->value);
+        if (id >= (size_t)t->n)
+            return fail(e, "%s: token %s has id %zu of %d tokens: a gap in the ids", name,
+                        quoted(key).text, id, t->n);
+        if (!twin && text[id].p)
+            return fail(e, "%s: id %zu belongs to %s and to %s", name, id, quoted(text[id]).text,
+                        quoted(key).text);
+        text[id] = key;
+        t->flags[id] = (uint8_t)(own->value >> 32);
     }
-    for (size_t id = 0; ok && id < n; id++) {
-        t->start[id] = t->bytes.n;
-        if (t->flags[id]) str_add(&t->bytes, text[id].p, text[id].n);
-        else for (size_t i = 0; ok && i < text[id].n;) {
+    return true;
+}
+
+// Gives every id its bytes, and every byte its id.
+static bool load_bytes(Tokenizer *t, const Map *vocab, const Span *text, const char *name, Err *e) {
+    int letter[0x144];                      // -> byte, -1: none
+    memset(letter, -1, sizeof letter);
+    for (uint32_t b = 0; b < 256; b++) {
+        Str s = { 0 };
+        utf8_put(&s, byte_letter(b));
+        const MapEntry *found = map_find(vocab, str_span(&s));
+        free(s.p);
+        if (!found) return fail(e, "%s: no token for the single byte 0x%02x", name, b);
+        t->byte_id[b] = (int)found->value;
+        letter[byte_letter(b)] = (int)b;
+    }
+    for (int id = 0; id < t->n; id++) {
+        Span s = text[id];
+        if (t->flags[id]) str_add(&t->bytes, s.p, s.n);
+        else for (size_t i = 0; i < s.n;) {
             int32_t cp;
-            i += utf8_next(text[id].p + i, text[id].n - i, &cp);
-            ok = cp < 0x144 && letter[cp] < 256;
-            if (ok) str_add(&t->bytes, &(char){ (char)letter[cp] }, 1);
-            else fail(e, "%s: token %s holds U+%04X, which stands for no byte", name,
-                      quoted(text[id]).text, cp);
+            i += utf8_next(s.p + i, s.n - i, &cp);
+            if (cp >= 0x144 || letter[cp] < 0)
+                return fail(e, "%s: token %s holds U+%04X, which stands for no byte", name,
+                            quoted(s).text, cp);
+            str_add(&t->bytes, &(char){ (char)letter[cp] }, 1);
         }
+        t->start[id + 1] = t->bytes.n;
     }
-    t->start[n] = t->bytes.n;
-    free(text);
-    return ok;
+    return true;
 }
 
 // The slot of a pair, or the empty one where it belongs.
@@ -1749,32 +1865,23 @@ static bool read_merge(Json *j, Str *left, Str *right) {
 }
 
 // "merges", best rank first. A result is always longer than its parts: no list can loop.
-static bool load_merges(Tokenizer *t, Json *j, const Map *vocab) {
-    Str left = { 0 }, right = { 0 }, both = { 0 };
-    size_t cap = 0;
-    for (json_array(j); json_item(j) && read_merge(j, &left, &right);) {
-        both.n = 0;
-        str_add(&both, left.p, left.n);
-        str_add(&both, right.p, right.n);
-        const MapEntry *a = map_find(vocab, str_span(&left));
-        const MapEntry *b = map_find(vocab, str_span(&right));
-        const MapEntry *ab = map_find(vocab, str_span(&both));
-        if (!a || !b || !ab) {
-            json_fail(j, "merge %zu: %s is not in the vocabulary", t->n_merges,
-                      quoted(str_span(!a ? &left : !b ? &right : &both)).text);
-            break;
+static void load_merges(Tokenizer *t, Json *j, const Map *vocab) {
+    Str part[3] = { { 0 } };                // left, right, both
+    for (json_array(j); json_item(j) && read_merge(j, &part[0], &part[1]);) {
+        uint32_t id[3];
+        part[2].n = 0;
+        str_add(&part[2], part[0].p, part[0].n);
+        str_add(&part[2], part[1].p, part[1].n);
+        for (int i = 0; i < 3; i++) {
+            const MapEntry *e = map_find(vocab, str_span(&part[i]));
+            id[i] = e ? (uint32_t)e->value : 0;
+            if (!e) json_fail(j, "merge %zu: %s is not in the vocabulary", t->n_merges,
+                              quoted(str_span(&part[i])).text);
         }
-        if (t->n_merges == cap) {
-            cap = cap ? cap * 2 : 1024;
-            t->merges = realloc(t->merges, cmul(cap, sizeof *t->merges));
-            if (!t->merges) die(1, "out of memory: %zu merges", cap);
-        }
-        t->merges[t->n_merges++] = (Merge){ (uint32_t)a->value, (uint32_t)b->value,
-                                            (uint32_t)ab->value };
+        t->merges = grow(t->merges, t->n_merges, sizeof *t->merges);
+        t->merges[t->n_merges++] = (Merge){ id[0], id[1], id[2] };
     }
-    free(left.p);
-    free(right.p);
-    free(both.p);
+    for (int i = 0; i < 3; i++) free(part[i].p);
     for (t->pair_cap = 32; t->pair_cap < t->n_merges * 2;) t->pair_cap *= 2;
     t->pairs = xalloc(t->pair_cap, sizeof *t->pairs);
     for (size_t i = 0; i < t->n_merges && !j->bad; i++) {
@@ -1782,19 +1889,6 @@ static bool load_merges(Tokenizer *t, Json *j, const Map *vocab) {
         if (*slot) json_fail(j, "merge %zu repeats merge %u", i, *slot - 1);
         else *slot = (uint32_t)i + 1;
     }
-    return !j->bad;
-}
-
-static bool load_byte_ids(Tokenizer *t, const Map *vocab, const char *name, Err *e) {
-    for (uint32_t b = 0; b < 256; b++) {
-        Str s = { 0 };
-        utf8_put(&s, byte_letter(b));
-        const MapEntry *found = map_find(vocab, str_span(&s));
-        free(s.p);
-        if (!found) return fail(e, "%s: no token for the single byte 0x%02x", name, b);
-        t->byte_id[b] = (int)found->value;
-    }
-    return true;
 }
 
 static void trie_add(Tokenizer *t, int node, Span text, int id) {
@@ -1854,37 +1948,27 @@ static bool load_added(Tokenizer *t, const Map *added, const char *name, Err *e)
 }
 
 // "model": BPE without any of its options.
-static bool load_model(Json *j, Map *vocab, Span *merges) {
-    static const char *const off[] = { "dropout", "unk_token", "continuing_subword_prefix",
-                                       "end_of_word_suffix", "byte_fallback", "ignore_merges" };
+static void load_model(Json *j, Map *vocab, Span *merges) {
     Str key = { 0 }, text = { 0 };
     Map seen = { 0 };
     for (json_object(j); json_member(j, &key);) {
         Span k = str_span(&key);
-        bool known = span_is(k, "fuse_unk");        // means nothing without unk_token
         if (!map_add(&seen, k, 0)) json_fail(j, "model: key %s twice", quoted(k).text);
-        if (span_is(k, "type")) {
-            if (json_string(j, &text) && !span_is(str_span(&text), "BPE"))
-                json_fail(j, "model type %s, expected \"BPE\"", quoted(str_span(&text)).text);
-            continue;
-        }
-        if (span_is(k, "vocab")) load_vocab(j, vocab);
+        if (span_is(k, "type")) json_expect(j, "model.type", span_of("\"BPE\""));
+        else if (span_is(k, "vocab")) load_vocab(j, vocab);
         else if (span_is(k, "merges")) json_raw(j, merges);
-        else if (known) json_skip(j);
         else {
-            for (size_t i = 0; i < sizeof off / sizeof *off; i++) known |= span_is(k, off[i]);
             text.n = 0;
             Span v = json_dump(j, &text) ? str_span(&text) : span_of("");
-            if (!known || !(span_is(v, "null") || span_is(v, "false") || span_is(v, "\"\"")))
-                json_fail(j, "model.%s is not supported", quoted(k).text);
+            if (!span_is(v, "null") && !span_is(v, "false") && !span_is(v, "\"\""))
+                json_fail(j, "model.%s: %.60s is not supported", quoted(k).text, v.p);
         }
     }
-    if (!j->bad && (!vocab->n || !merges->p || !map_find(&seen, span_of("type"))))
+    if (!vocab->n || !merges->p || !map_find(&seen, span_of("type")))
         json_fail(j, "model: type, vocab or merges is missing");
     map_free(&seen);
     free(key.p);
     free(text.p);
-    return !j->bad;
 }
 
 static const char *const v4_pre_tokenizer =
@@ -1903,16 +1987,15 @@ static const char *const v4_pre_tokenizer =
 static const char *const v4_normalizer = "{\"type\": \"Sequence\", \"normalizers\": []}";
 
 // The decoder and the post-processor: ByteLevel, whose settings change neither ids nor bytes.
-static bool load_byte_level(Json *j, const char *path) {
-    Str key = { 0 }, text = { 0 };
-    for (json_object(j); json_member(j, &key);)
+static void load_byte_level(Json *j, const char *path) {
+    Str key = { 0 };
+    bool typed = false;
+    for (json_object(j); json_member(j, &key);) {
         if (!span_is(str_span(&key), "type")) json_skip(j);
-        else json_string(j, &text);
-    if (!j->bad && !span_is(str_span(&text), "ByteLevel"))
-        json_fail(j, "%s.type %s, expected \"ByteLevel\"", path, quoted(str_span(&text)).text);
+        else json_expect(j, path, span_of("\"ByteLevel\"")), typed = true;
+    }
+    if (!typed) json_fail(j, "%s: no type", path);
     free(key.p);
-    free(text.p);
-    return !j->bad;
 }
 
 // Reads tokenizer.json; `name` is its path, for errors. Whatever is not DeepSeek-V4's structure is
@@ -1938,17 +2021,25 @@ static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
             json_expect(&j, key.p, span_of("null"));
         else json_skip(&j);
     }
-    bool ok = json_end(&j);
     const char *const needed[] = { "model", "pre_tokenizer", "decoder", "added_tokens" };
-    for (int i = 0; ok && i < 4; i++)
-        if (!map_find(&seen, span_of(needed[i])))
-            ok = fail(e, "%s: %s is missing", name, needed[i]);
-    Json m = j;
-    m.p = merges.p;
-    ok = ok && load_ids(t, &vocab, &added, name, e) && load_byte_ids(t, &vocab, name, e) &&
-         load_merges(t, &m, &vocab) && load_added(t, &added, name, e);
-    t->cls = xalloc(N_CLASSES, 1);
-    unpack_classes(t->cls);
+    for (int i = 0; i < 4 && json_end(&j); i++)
+        if (!map_find(&seen, span_of(needed[i]))) json_fail(&j, "%s is missing", needed[i]);
+    bool ok = !j.bad;
+    if (ok) {
+        Json in = json_inside(&j, merges);
+        t->n = (int)vocab.n;
+        for (size_t i = 0; i < added.n; i++) t->n += !map_find(&vocab, map_key(&added, i));
+        t->start = xalloc((size_t)t->n + 1, sizeof *t->start);
+        t->flags = xalloc((size_t)t->n, 1);
+        t->cls = xalloc(N_CLASSES, 1);
+        unpack_classes(t->cls);
+        Span *text = xalloc((size_t)t->n, sizeof *text);
+        ok = claim_ids(t, &vocab, &added, text, name, e) && load_bytes(t, &vocab, text, name, e) &&
+             load_added(t, &added, name, e);
+        if (ok) load_merges(t, &in, &vocab);
+        ok = ok && !in.bad;
+        free(text);
+    }
     map_free(&seen);
     map_free(&vocab);
     map_free(&added);
@@ -2223,26 +2314,18 @@ static void chat_free(Chat *c) {
     *c = (Chat){ 0 };
 }
 
-static void *grow_by_one(void *p, size_t n, size_t size) {      // room for item n, zeroed; doubles
-    if (n & (n - 1)) return memset((char *)p + n * size, 0, size), p;
-    p = realloc(p, cmul(n ? 2 * n : 1, size));
-    if (!p) die(1, "out of memory: %zu items", n);
-    memset((char *)p + n * size, 0, size);
-    return p;
-}
-
 // Appends a message whose text is known: the terminal's chat. Users in a row become one turn.
 static Turn *chat_say(Chat *c, Role role, Span content, Span reasoning, bool context) {
     Turn *last = c->n ? &c->turns[c->n - 1] : NULL;
     Role turn_role = role == ROLE_TOOL ? ROLE_USER : role;
     bool open = last && last->role == ROLE_USER && turn_role == ROLE_USER && last->context == context;
     if (!open || (role == ROLE_USER && last->task[0])) {
-        c->turns = grow_by_one(c->turns, c->n, sizeof *c->turns);
+        c->turns = grow(c->turns, c->n, sizeof *c->turns);
         last = &c->turns[c->n++];
         last->role = turn_role;
         last->context = context;
     }
-    last->blocks = grow_by_one(last->blocks, last->n_blocks, sizeof *last->blocks);
+    last->blocks = grow(last->blocks, last->n_blocks, sizeof *last->blocks);
     Block *b = &last->blocks[last->n_blocks++];
     b->is_result = role == ROLE_TOOL;
     str_add(&b->text, content.p, content.n);
@@ -2552,23 +2635,28 @@ static const char *effort_prefix(bool release_0731, Effort effort) {
     return effort == EFFORT_NONE || release_0731 ? "" : NULL;
 }
 
-// Puts the tool results of a turn into the order of the calls they answer; texts stay where they are.
+typedef struct { int64_t place; size_t from; } Slot;
+static int by_place(const void *a, const void *b) {
+    const Slot *x = a, *y = b;
+    return x->place != y->place ? (x->place > y->place) - (x->place < y->place) :
+           (x->from > y->from) - (x->from < y->from);
+}
+
+// Puts the tool results of a turn into the order of the calls they answer; texts stay in place.
 static void order_results(Turn *t, const Map *calls) {
-    for (size_t i = 0; i < t->n_blocks; i++) {          // a stable insertion sort over the results
-        if (!t->blocks[i].is_result) continue;
-        size_t at = i;
-        Block moved = t->blocks[i];
-        const MapEntry *e = map_find(calls, str_span(&moved.id));
-        int64_t place = e ? e->value : 0;
-        for (size_t k = i; k-- > 0;) {
-            if (!t->blocks[k].is_result) continue;
-            e = map_find(calls, str_span(&t->blocks[k].id));
-            if ((e ? e->value : 0) <= place) break;
-            t->blocks[at] = t->blocks[k];
-            at = k;
-        }
-        t->blocks[at] = moved;
+    Slot *slots = xalloc(t->n_blocks, sizeof *slots);
+    Block *old = xalloc(t->n_blocks, sizeof *old);
+    size_t n = 0;
+    memcpy(old, t->blocks, t->n_blocks * sizeof *old);
+    for (size_t i = 0; i < t->n_blocks; i++) {
+        const MapEntry *e = map_find(calls, str_span(&old[i].id));
+        if (old[i].is_result) slots[n++] = (Slot){ e ? e->value : 0, i };
     }
+    qsort(slots, n, sizeof *slots, by_place);
+    for (size_t i = 0, k = 0; i < t->n_blocks; i++)
+        if (old[i].is_result) t->blocks[i] = old[slots[k++].from];
+    free(slots);
+    free(old);
 }
 
 static void render_turn(const Turn *t, bool with_reasoning, Str *out) {
@@ -2660,8 +2748,6 @@ static size_t find(Span s, const char *z) {             // SIZE_MAX: not there
     return at ? (size_t)(at - s.p) : SIZE_MAX;
 }
 
-static Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
-
 // Cuts *s at whichever of two stops comes first: what stood before it, and which one; -1 and all of *s
 // if there is none. *s then begins behind the stop.
 static int cut_at(Span *s, const char *a, const char *b, Span *before) {
@@ -2708,7 +2794,7 @@ static bool parse_calls(Span *s, Reply *r, Err *e) {
         bool ok = which >= 0 && starts_with(part, " name=\"") && part.n >= 9 + tail && tail &&
                   !memcmp(part.p + part.n - tail - 2, "\">", 2);
         if (!ok) return fail(e, "bad tool call %s", quoted(part).text);
-        r->calls = grow_by_one(r->calls, r->n_calls, sizeof *r->calls);
+        r->calls = grow(r->calls, r->n_calls, sizeof *r->calls);
         Call *call = &r->calls[r->n_calls++];
         str_add(&call->name, part.p + 7, part.n - 9 - tail);
         str_puts(&call->arguments, "{");
@@ -5444,10 +5530,10 @@ typedef enum { RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32
 
 static struct {
     const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
-    const char *devices, *layers, *effort, *encoding, *isa, *kernels;
+    const char *devices, *layers, *effort, *encoding, *isa, *kernels, *scale_dtype, *layer_remap;
     int64_t tokens, ctx, threads, seed, top_k, chunk;
     double temp, top_p, min_p;
-    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, help, version;
+    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, verify, help, version;
 } opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
 
 typedef enum { FLAG, WORD, INT, REAL } OptType;
@@ -5493,6 +5579,9 @@ static const Option options[] = {
     { "plain", 0, FLAG, &opt.plain, 0, 0, 0, TOKENIZE, NULL, "special tokens in the text are text" },
     { "decode", 0, FLAG, &opt.decode, 0, 0, 0, TOKENIZE, NULL, "ids -> bytes" },
     { "chat", 0, WORD, &opt.chat, 0, 0, 0, TOKENIZE, "FILE", "a messages file -> its ids" },
+    { "scale-dtype", 0, WORD, &opt.scale_dtype, 0, 0, 0, CONVERT, "bf16|f16", "dtype of the scales that are written (default: bf16)" },
+    { "layer-remap", 0, WORD, &opt.layer_remap, 0, 0, 0, CONVERT, "LIST", "the layers to keep, in their new order: 0,2,40-42" },
+    { "verify", 0, FLAG, &opt.verify, 0, 0, 0, CONVERT, NULL, "read the result again and compare it with the source" },
     { "kernels", 0, WORD, &opt.kernels, 0, 0, 0, COMPUTES | DEVICES, "FILE", "another kernels.cu" },
     { "help", 'h', FLAG, &opt.help, 0, 0, 0, -1, NULL, "this text" },
     { "version", 0, FLAG, &opt.version, 0, 0, 0, -1, NULL, "the version" },
@@ -5506,6 +5595,8 @@ static const struct { const char *name; Command command; const char *args, *help
     { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
     { "bench", BENCH, "-m DIR", "tokens per second at several depths, GB/s per kernel", 0 },
     { "ppl", PPL, "-m DIR FILE", "perplexity of a text", 1 },
+    { "verify", VERIFY, "DIR", "read every byte of a checkpoint and check it", 1 },
+    { "convert", CONVERT, "SRC DST", "original release -> dsv4_int", 2 },
 };
 
 static void print_help(void) {
@@ -6146,6 +6237,222 @@ static Model *model_open(const Opening *o) {
     return m;
 }
 // ---------------------------------------------------------------------------
+// dsv4 verify: reads every byte of a checkpoint and says what is damaged
+
+#include <dirent.h>
+
+enum { VERIFY_PIECE = 4 << 20, VERIFY_LINES = 20 };
+
+typedef struct { const Tensor *t; size_t from, n; } VerifyPiece;    // elements
+
+typedef struct {
+    const VerifyPiece *pieces;
+    int n_experts;
+    pthread_mutex_t lock;
+    const Tensor *tensors;
+    int64_t *first, *count;     // per tensor: first bad element, how many; under lock
+} Verify;
+
+// How many of n elements of `size` bytes have all bits of mask set (the exponent: not finite), and
+// which is the first.
+static size_t bad_values(const uint8_t *p, size_t n, size_t size, uint64_t mask, size_t *first) {
+    size_t bad = 0;
+    uint32_t m4 = (uint32_t)mask, x4;
+    uint16_t m2 = (uint16_t)mask, x2;
+    uint8_t m1 = (uint8_t)mask;
+    for (size_t i = 0; size == 1 && i < n; i++) bad += (p[i] & m1) == m1;
+    for (size_t i = 0; size == 2 && i < n; i++) bad += (memcpy(&x2, p + 2 * i, 2), (x2 & m2) == m2);
+    for (size_t i = 0; size == 4 && i < n; i++) bad += (memcpy(&x4, p + 4 * i, 4), (x4 & m4) == m4);
+    for (size_t i = n; (bad || size == 8) && i-- > 0;) {
+        uint64_t x = 0;
+        memcpy(&x, p + i * size, size);
+        if ((x & mask) != mask) continue;
+        *first = i;
+        bad += size == 8;
+    }
+    return bad;
+}
+
+// Bytes without a rule are read all the same, one of every page: a disk error must show here.
+static size_t bad_none(const uint8_t *p, size_t n, size_t *first) {
+    volatile uint8_t sink = 0;
+    for (size_t i = 0; i < n; i += 4096) sink = p[i];
+    (void)sink;
+    *first = 0;
+    return 0;
+}
+
+// Expert numbers of a hash table that do not exist.
+static size_t bad_expert(const uint8_t *p, size_t n, size_t *first, int n_experts) {
+    size_t bad = 0;
+    for (size_t i = n; i-- > 0;) {
+        int64_t x;
+        memcpy(&x, p + 8 * i, 8);
+        if (x >= 0 && x < n_experts) continue;
+        *first = i;
+        bad++;
+    }
+    return bad;
+}
+
+static bool is_table(const Tensor *t) {
+    static const char end[] = ".gate.tid2eid";
+    size_t n = sizeof end - 1;
+    return t->dtype == DT_I64 && t->name.n > n && !memcmp(t->name.p + t->name.n - n, end, n);
+}
+
+static size_t element_bytes(const Tensor *t) {
+    if (t->dtype == DT_C64) return 4;
+    return dtypes[t->dtype].bits < 8 ? 1 : (size_t)dtypes[t->dtype].bits / 8;
+}
+
+static void verify_pieces(void *arg, int begin, int end) {
+    static const uint64_t infinite[N_DTYPES] = {        // the bits that only NaN and Inf have
+        [DT_F64] = 0x7ff0000000000000, [DT_F32] = 0x7f800000, [DT_C64] = 0x7f800000,
+        [DT_BF16] = 0x7f80, [DT_F16] = 0x7c00, [DT_F8_E5M2] = 0x7c, [DT_F8_E4M3] = 0x7f,
+        [DT_F8_E8M0] = 0xff,
+    };
+    Verify *v = arg;
+    for (int i = begin; i < end; i++) {
+        const VerifyPiece *p = &v->pieces[i];
+        size_t size = element_bytes(p->t), first = 0, bad;
+        const uint8_t *data = p->t->data + p->from * size;
+        uint64_t mask = infinite[p->t->dtype];
+        if (is_table(p->t)) bad = bad_expert(data, p->n, &first, v->n_experts);
+        else if (mask) bad = bad_values(data, p->n, size, mask, &first);
+        else bad = bad_none(data, p->n * size, &first);
+        if (!bad) continue;
+        size_t k = (size_t)(p->t - v->tensors);
+        int64_t at = (int64_t)(p->from + first);
+        pthread_mutex_lock(&v->lock);
+        if (!v->count[k] || at < v->first[k]) v->first[k] = at;
+        v->count[k] += (int64_t)bad;
+        pthread_mutex_unlock(&v->lock);
+    }
+}
+
+// Reads the tensors of one shard; *done counts bytes for the progress line.
+static void verify_shard(Verify *v, Pool *pool, const Store *s, int shard, size_t *done,
+                         size_t total) {
+    enum { BATCH = 64 };
+    VerifyPiece batch[BATCH];
+    int n = 0;
+    v->pieces = batch;
+    for (size_t i = 0; i < s->n; i++) {
+        const Tensor *t = &s->tensors[i];
+        size_t size = element_bytes(t), count = t->bytes / size, step = VERIFY_PIECE / size;
+        for (size_t from = 0; t->shard == shard && from < count; from += step) {
+            batch[n++] = (VerifyPiece){ t, from, count - from < step ? count - from : step };
+            *done += batch[n - 1].n * size;
+            if (n < BATCH) continue;
+            parallel(pool, n, 1, verify_pieces, v);
+            progress("checking", (int64_t)*done, (int64_t)total);
+            n = 0;
+        }
+    }
+    parallel(pool, n, 1, verify_pieces, v);
+    progress("checking", (int64_t)*done, (int64_t)total);
+    // the pages need not stay: a checkpoint is larger than memory
+    Span map = s->shards[shard].map;
+    madvise((void *)(uintptr_t)map.p, map.n, MADV_DONTNEED);
+}
+
+// "[3, 17]": where element i of a tensor is.
+static const char *element_place(const Tensor *t, int64_t i, char out[static 256]) {
+    int64_t at[TENSOR_RANK];
+    int n = snprintf(out, 256, "[");
+    for (int d = t->rank - 1; d >= 0; d--) {
+        at[d] = i % t->shape[d];
+        i /= t->shape[d];
+    }
+    for (int d = 0; d < t->rank; d++)
+        n += snprintf(out + n, 256 - (size_t)n, "%s%lld", d ? ", " : "", (long long)at[d]);
+    snprintf(out + n, 256 - (size_t)n, "]");
+    return out;
+}
+
+// One line for each damaged tensor; how many there are.
+static size_t verify_report(const Verify *v, const Store *s) {
+    size_t damaged = 0;
+    for (size_t i = 0; i < s->n; i++) {
+        const Tensor *t = &s->tensors[i];
+        char place[256];
+        if (!v->count[i] || ++damaged > VERIFY_LINES) continue;
+        note("%s: tensor %.*s %s: %s (%lld such values)", s->shards[t->shard].path, SHOWN(t->name),
+             element_place(t, v->first[i], place),
+             is_table(t) ? "no such expert" : "not finite", (long long)v->count[i]);
+    }
+    if (damaged > VERIFY_LINES) note("and %zu more tensors", damaged - VERIFY_LINES);
+    return damaged;
+}
+
+// Weight files that lie there and are not part of the checkpoint.
+static void verify_strays(const Store *s, const char *path) {
+    DIR *dir = opendir(path);
+    for (struct dirent *d; dir && (d = readdir(dir));) {
+        size_t n = strlen(d->d_name);
+        bool known = n < 12 || strcmp(d->d_name + n - 12, ".safetensors") != 0;
+        for (int i = 0; i < s->n_shards && !known; i++)
+            known = !strcmp(strrchr(s->shards[i].path, '/') + 1, d->d_name);
+        if (!known) note("%s/%s: is not in the index, ignored", path, d->d_name);
+    }
+    if (dir) closedir(dir);
+}
+
+// Are all tensors there that the model needs, in the right shapes? What it builds stays: the
+// program ends after this.
+static bool verify_bind(const Store *s, const Config *c, Err *e) {
+    static Weights w;
+    Binder b = { .store = s, .c = c, .e = e };
+    if (!weights_bind(&w, &b)) return false;
+    if (c->dspark) note("this release's mtp.* tensors (DSpark) are not used");
+    else if ((size_t)b.bound < s->n) note("%zu tensors are not used", s->n - (size_t)b.bound);
+    return true;
+}
+
+// Checks the checkpoint in a directory: config, headers and sizes, every value, every tensor that
+// the model needs. False: *e says it in one line, `# ` lines before it name what was found.
+static bool verify(const char *path, int threads, Err *e) {
+    static Store s;                 // static: the SIGBUS handler may look into it
+    Config c;
+    Span text = { 0 };
+    Str config = { 0 };
+    double start = now();
+    str_puts(&config, path);
+    str_puts(&config, "/config.json");
+    bool ok = map_file(config.p, &text, e) && config_read(&c, text, config.p, e);
+    free(config.p);
+    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    if (!ok) return false;
+    open_store = &s;
+    if (!store_open(&s, path, e)) {
+        config_free(&c);
+        return false;
+    }
+    verify_strays(&s, path);
+    Verify v = { .n_experts = c.n_experts, .lock = PTHREAD_MUTEX_INITIALIZER };
+    v.tensors = s.tensors;
+    v.first = xalloc(s.n, sizeof *v.first);
+    v.count = xalloc(s.n, sizeof *v.count);
+    size_t total = 0, done = 0;
+    for (size_t i = 0; i < s.n; i++) total += s.tensors[i].bytes;
+    Pool *pool = pool_new(threads);
+    for (int i = 0; i < s.n_shards; i++) verify_shard(&v, pool, &s, i, &done, total);
+    pool_free(pool);
+    double t = now() - start;
+    note("%zu tensors, %.2f GB in %d files read in %.1f s (%.2f GB/s)", s.n, (double)total / 1e9,
+         s.n_shards, t, (double)total / t / 1e9);
+    size_t damaged = verify_report(&v, &s);
+    free(v.first);
+    free(v.count);
+    if (damaged)
+        ok = fail(e, "%s: %zu of %zu tensors are damaged: download again", path, damaged, s.n);
+    ok = ok && verify_bind(&s, &c, e);
+    store_close(&s);
+    config_free(&c);
+    return ok;
+}
+// ---------------------------------------------------------------------------
 // programs: what the subcommands do
 
 static Model *open_from_options(bool info) {
@@ -6766,6 +7073,22 @@ static int run_bench(void) {
     }
     return interrupted ? 130 : 0;
 }
+
+// --- dsv4 verify, dsv4 convert
+
+static int run_verify(const char *dir) {
+    Err e;
+    if (!verify(dir, (int)opt.threads, &e)) die(1, "%s", e.text);
+    return 0;
+}
+
+static int run_convert(const char *src, const char *dst) {
+    Dsv4Error e;
+    Dsv4Convert o = { .src = src, .dst = dst, .scale_dtype = opt.scale_dtype, .layer_remap = opt.layer_remap,
+                      .threads = (int)opt.threads, .verify = opt.verify };
+    if (!dsv4_convert(&o, &e)) die(1, "%s", e.text);
+    return 0;
+}
 // ---------------------------------------------------------------------------
 // main
 
@@ -6828,6 +7151,8 @@ int main(int argc, char **argv) {
     case INFO: return run_info();
     case BENCH: return run_bench();
     case PPL: return run_ppl(args[0]);
+    case VERIFY: return run_verify(args[0]);
+    case CONVERT: return run_convert(args[0], args[1]);
     default: return opt.prompt || opt.file || opt.ids ? run_prompt() : run_chat();
     }
 }
