@@ -360,7 +360,8 @@ static void predicate_source(Parser *p, Inst *i)
 {
     if (accept(p, '!'))
         i->src_flip |= 1u << i->n_src;
-    if (p->tok == TOK_NUMBER) { /* 0 or 1 */
+    accept(p, '-');
+    if (p->tok == TOK_NUMBER) { /* 0, 1 or -1 */
         add_src(p, i, const_slot(p, p->number ? ~0u : 0, 1, false));
         next(p);
     } else {
