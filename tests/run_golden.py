@@ -134,7 +134,7 @@ def same_bits(eng, tally, name, path, ids, vocab, base_args, variants, mtp=True)
 
 def identity(eng, tally, quick):
     """Chunk sizes and thread counts, bit for bit."""
-    chunks = [("--chunk", c) for c in ((3, 128) if quick else (1, 2, 3, 7, 8, 9, 64, 128, 100000))]
+    chunks = [("--chunk", c) for c in ((3, 128) if quick else (1, 2, 3, 7, 8, 9, 64, 128, 60000))]
     threads = [("-t", t) for t in ((1, 4) if quick else (1, 2, 3, 8))]
     both = [("--chunk", 5, "-t", 3)]
     for model in ("edge/int",) if quick else ("edge/int", "aligned/int", "edge/native", "aligned/native"):
