@@ -41,6 +41,12 @@ void misuse(const char *format, ...) {
     sim_report(&f);
 }
 
+__attribute__((noreturn)) static void bad_setting(const char *name, const char *value) {
+    fprintf(stderr, "sim: %s=%s is not understood (tests/sim/README.md lists the values)\n", name,
+            value);
+    exit(2);
+}
+
 /* ------------------------------------------------------------------------------------------------
  * SIM_FAULT: comma-separated list, README.md has the forms */
 
@@ -71,8 +77,13 @@ static void parse_fault(char *item) {
         num = strchr(num, ':');
         if (num) f.nth = atoll(num + 1);
     } else if (num) {
-        f.nth = atoll(num);
+        char *unit;
+        f.nth = strtoll(num, &unit, 0);
+        f.nth <<= *unit == 'K' ? 10 : *unit == 'M' ? 20 : *unit == 'G' ? 30 : 0;
     }
+    bool special = !strcmp(item, "launch") || !strcmp(item, "oom") || !strcmp(item, "lost") ||
+                   !strcmp(item, "missing") || !strcmp(item, "corrupt");
+    if (f.nth < 1 || !(special || known_symbol(item))) bad_setting("SIM_FAULT", item);
     if (n_faults < 32) faults[n_faults++] = f;
 }
 
@@ -124,12 +135,6 @@ bool fault_corrupt(void) {
 
 /* ------------------------------------------------------------------------------------------------
  * configuration */
-
-__attribute__((noreturn)) static void bad_setting(const char *name, const char *value) {
-    fprintf(stderr, "sim: %s=%s is not understood (tests/sim/README.md lists the values)\n", name,
-            value);
-    exit(2);
-}
 
 /* A number from the environment, with K, M or G behind it (powers of 1024). */
 static uint64_t env_number(const char *name, uint64_t usual, uint64_t max) {

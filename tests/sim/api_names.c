@@ -146,6 +146,14 @@ static const struct { const char *base; int version; const char *suffix; } symbo
     { "cuStreamSynchronize", 2000, "" }, { "cuStreamWaitEvent", 3020, "" },
 };
 
+bool known_symbol(const char *name) {
+    for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
+        size_t n = strlen(symbols[i].base);
+        if (!strncmp(name, symbols[i].base, n) && !strcmp(name + n, symbols[i].suffix)) return true;
+    }
+    return false;
+}
+
 /* Address of one of this library's own exports. */
 static void *own_symbol(const char *name) {
     Dl_info info;

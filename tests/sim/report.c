@@ -36,9 +36,8 @@ static const char *bound_name[] = { "dram", "issue", "tensor", "floor" };
 struct KernelStats {
     char *name;
     const Module *module;
-    int registers, max_threads;
+    int registers, threads;              /* threads of the largest block launched */
     uint32_t shared, local, max_dynamic; /* bytes; the largest dynamic part of any launch */
-    int occupancy;                       /* warps per multiprocessor, the least of any launch */
     SimCounters sum;
     uint64_t ps[N_CARDS], bound[N_CARDS][N_BOUNDS];
     KernelStats *next;                   /* sorted by name */
@@ -77,10 +76,8 @@ KernelStats *stats_of(const Func *func) {
     k->name = strdup(func->kernel->name);
     k->module = func->module;
     k->registers = func->kernel->registers;
-    k->max_threads = func->kernel->max_threads;
     k->shared = func->kernel->shared_bytes;
     k->local = func->kernel->local_bytes;
-    k->occupancy = WARPS_PER_SM;
     k->next = *at;
     return *at = k;
 }
@@ -110,10 +107,9 @@ static double model(const Card *card, const SimCounters *c, Bound *bound) {
 
 double stats_launch(KernelStats *k, const Work *w, const SimCounters *c) {
     int threads = (int)(w->block[0] * w->block[1] * w->block[2]);
-    int warps = resident_blocks(w->func, threads, w->shared) * ((threads + 31) / 32);
     double mine = 0;
     sim_counters_add(&k->sum, c);
-    if (warps < k->occupancy) k->occupancy = warps;
+    if (threads > k->threads) k->threads = threads;
     if (w->shared > k->max_dynamic) k->max_dynamic = w->shared;
     devices[w->ctx->device].launches++;
     for (int i = 0; i < N_CARDS; i++) {
@@ -198,6 +194,12 @@ static void ask_ptxas(const char *ptxas) {
 /* ------------------------------------------------------------------------------------------------
  * writing */
 
+/* Warps per multiprocessor, of 48, with the largest block and shared memory of any launch. */
+static int occupancy(const KernelStats *k) {
+    return occupancy_blocks(k->registers, k->threads, k->shared + k->max_dynamic) *
+           ((k->threads + 31) / 32);
+}
+
 static void put_access(FILE *f, const char *name, const SimAccess *a) {
     fprintf(f, "      \"%s\": {", name);
     for (int w = 0; w < SIM_N_WIDTHS; w++)
@@ -219,7 +221,7 @@ static void put_computed(FILE *f, const KernelStats *k) {
     fprintf(f, "}\n");
 }
 
-static void put_kernel(FILE *f, const KernelStats *k, bool ptxas) {
+static void put_kernel(FILE *f, const KernelStats *k, bool ptxas, bool first) {
     const SimCounters *c = &k->sum;
     const struct { const char *name; uint64_t n; } list[] = {
         { "launches", c->launches }, { "blocks", c->blocks }, { "threads", c->threads },
@@ -234,9 +236,9 @@ static void put_kernel(FILE *f, const KernelStats *k, bool ptxas) {
         { "mma_half_mac", c->mma_half_mac }, { "mma_int_mac", c->mma_int_mac },
         { "registers", (uint64_t)k->registers }, { "shared_static_bytes", k->shared },
         { "shared_dynamic_bytes", k->max_dynamic }, { "local_bytes", k->local },
-        { "occupancy_warps", (uint64_t)k->occupancy },
+        { "occupancy_warps", (uint64_t)occupancy(k) },
     };
-    fprintf(f, "    \"%s\": {\n", k->name);
+    fprintf(f, "%s    \"%s\": {\n", first ? "" : ",\n", k->name);
     for (size_t i = 0; i < sizeof list / sizeof *list; i++)
         fprintf(f, "      \"%s\": %llu,\n", list[i].name, (unsigned long long)list[i].n);
     fprintf(f, "      \"registers_from\": \"%s\",\n", ptxas ? "ptxas" : "estimate");
@@ -248,7 +250,7 @@ static void put_kernel(FILE *f, const KernelStats *k, bool ptxas) {
     put_access(f, "load", c->load);
     put_access(f, "store", c->store);
     put_computed(f, k);
-    fprintf(f, "    }%s\n", k->next ? "," : "");
+    fprintf(f, "    }");
 }
 
 static void put_totals(FILE *f) {
@@ -288,8 +290,13 @@ static void put_json(FILE *f, bool ptxas) {
             config.name, dram_share, floor_us, gap_us, hop_us);
     put_totals(f);
     fprintf(f, "  \"kernels\": {\n");
-    for (KernelStats *k = kernels; k; k = k->next) put_kernel(f, k, ptxas);
-    fprintf(f, "  }\n}\n");
+    bool first = true;
+    for (KernelStats *k = kernels; k; k = k->next) {
+        if (!k->sum.launches) continue;
+        put_kernel(f, k, ptxas, first);
+        first = false;
+    }
+    fprintf(f, "\n  }\n}\n");
 }
 
 static double ratio(uint64_t a, uint64_t b) {
@@ -307,6 +314,7 @@ static void put_table(FILE *f, bool ptxas) {
     for (KernelStats *k = kernels; k; k = k->next) {
         const SimCounters *c = &k->sum;
         uint64_t bytes = 0, sectors = 0;
+        if (!c->launches) continue;
         for (int w = 0; w < SIM_N_WIDTHS; w++) {
             bytes += c->load[w].bytes + c->store[w].bytes;
             sectors += c->load[w].sectors + c->store[w].sectors;
@@ -316,7 +324,7 @@ static void put_table(FILE *f, bool ptxas) {
                 (unsigned long long)sim_warp_instructions(c),
                 (unsigned long long)sim_lane_instructions(c), c->unique_load_sectors * 32e-6,
                 c->unique_store_sectors * 32e-6, ratio(32 * sectors, bytes),
-                ratio(c->shared_passes, c->shared_ideal), k->registers, k->occupancy,
+                ratio(c->shared_passes, c->shared_ideal), k->registers, occupancy(k),
                 (double)k->ps[0] * 1e-6, (double)k->ps[1] * 1e-6);
         launches += c->launches;
         for (int i = 0; i < N_CARDS; i++) us[i] += k->ps[i];
@@ -350,7 +358,6 @@ EXPORT void sim_reset_counters(void) {
         memset(&k->sum, 0, sizeof k->sum);
         memset(k->ps, 0, sizeof k->ps);
         memset(k->bound, 0, sizeof k->bound);
-        k->occupancy = WARPS_PER_SM;
     }
     memset(devices, 0, sizeof devices);
     memset(copies, 0, sizeof copies);

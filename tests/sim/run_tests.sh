@@ -58,6 +58,14 @@ same_report() {
     done
 }
 
+# A misspelt setting is refused, not ignored.
+refused() {
+    for bad in SIM_FAULT=cuMemAloc:1 SIM_FAULT=launch:0 SIM_DEVICES=99 SIM_MEM=2X SIM_CC=8; do
+        env "$bad" "$out/test_api" errors
+        [ $? = 2 ] || return 1
+    done
+}
+
 # Two host threads and the whole API under ThreadSanitizer.
 tsan() {
     mk SIM_OUT=build/sim-tsan SIM_SAN=-fsanitize=thread build/sim-tsan/test_api &&
@@ -67,6 +75,7 @@ tsan() {
 mk sim "$out/test_api" > "$log" 2>&1 || { tail -n 20 "$log"; echo "0 passed, 1 failed"; exit 1; }
 suite "Driver API" timeout 900 "$out/test_api"
 one "the same report with every seed and number of threads" same_report
+one "settings that make no sense are refused" refused
 for cuda in "$CUDA_HOME" /usr/local/cuda; do
     [ -f "$cuda/include/cuda.h" ] && one "binary interface as in $cuda" abi "$cuda" && break
 done

@@ -503,6 +503,89 @@ static void case_hand_off(void) { hand_off(0); }
 static void case_no_wait(void) { hand_off(1); }
 static void case_no_back_wait(void) { hand_off(2); }
 
+/* Random work on six streams of two devices, ordered by events, against the same work done at once
+ * on the host. Every eighth operation of the loose form does not wait. */
+typedef struct { CUdeviceptr p; unsigned host[64]; int op[6]; } Buffer; /* last use by each stream */
+static bool loose;
+
+static void use(Buffer *b, CUstream s, int stream_, CUevent *done, int op, bool writes) {
+    for (int t = 0; t < 6; t++) {
+        bool wait = b->op[t] >= 0 && t != stream_ && !(loose && op % 8 == 0);
+        if (wait) GOOD(cuStreamWaitEvent(s, done[b->op[t]], 0));
+        if (writes) b->op[t] = -1;
+    }
+    b->op[stream_] = op;
+}
+
+static void case_random(void) {
+    enum { OPS = 150 };
+    static Buffer buf[2][4];
+    CUstream s[6];
+    CUevent done[OPS];
+    unsigned x = 12345, v[64];
+    setup(2);
+    for (int d = 0; d < 2; d++) {
+        GOOD(cuCtxSetCurrent(ctx[d]));
+        for (int i = 0; i < 3; i++) s[3 * d + i] = stream();
+        for (int i = 0; i < 4; i++) {
+            buf[d][i].p = alloc(256);
+            GOOD(cuMemsetD32_v2(buf[d][i].p, 0, 64));
+            memset(buf[d][i].op, -1, sizeof buf[d][i].op);
+        }
+        GOOD(cuCtxSynchronize());
+    }
+    for (int op = 0; op < OPS; op++) {
+        x = x * 1664525 + 1013904223;
+        unsigned k = x >> 8;
+        int t = (int)(k % 6), d = t / 3;
+        Buffer *dst = &buf[d][k / 6 % 4], *src = &buf[k / 96 % 3 ? d : !d][k / 24 % 4];
+        GOOD(cuCtxSetCurrent(ctx[d]));
+        done[op] = event();
+        use(dst, s[t], t, done, op, true);
+        if (k / 288 % 3 == 0) {
+            GOOD(do_fill(d, dst->p, (unsigned)op, 64, s[t]));
+            for (unsigned i = 0; i < 64; i++) dst->host[i] = (unsigned)op + i;
+        } else {
+            if (src != dst) use(src, s[t], t, done, op, false);
+            if (src >= buf[!d] && src < buf[!d] + 4)
+                GOOD(cuMemcpyPeerAsync(dst->p, ctx[d], src->p, ctx[!d], 256, s[t]));
+            else
+                GOOD(do_add1(d, dst->p, src->p, 64, s[t]));
+            for (int i = 0; i < 64; i++) dst->host[i] = src->host[i] + (src >= buf[d] &&
+                                                                        src < buf[d] + 4);
+        }
+        GOOD(cuEventRecord(done[op], s[t]));
+        if (k / 864 % 16 == 0) GOOD(cuStreamSynchronize(s[k / 13824 % 6]));
+        if (k / 864 % 16 == 1) cuEventQuery(done[k / 13824 % (unsigned)(op + 1)]);
+    }
+    for (int d = 0; d < 2; d++) {
+        GOOD(cuCtxSetCurrent(ctx[d]));
+        GOOD(cuCtxSynchronize());
+        for (int i = 0; i < 4; i++) {
+            GOOD(cuMemcpyDtoH_v2(v, buf[d][i].p, 256));
+            IS(memcmp(v, buf[d][i].host, 256), 0);
+        }
+    }
+}
+
+static void case_loose(void) {
+    loose = true;
+    case_random();
+}
+
+/* A program that waits for its callback without calling the driver gets there too. */
+static void set_flag(void *flag) {
+    __atomic_store_n((int *)flag, 1, __ATOMIC_SEQ_CST);
+}
+
+static void case_idle(void) {
+    int flag = 0;
+    setup(1);
+    GOOD(cuLaunchHostFunc(stream(), set_flag, &flag));
+    for (int i = 0; i < 200 && !__atomic_load_n(&flag, __ATOMIC_SEQ_CST); i++) usleep(50000);
+    IS(__atomic_load_n(&flag, __ATOMIC_SEQ_CST), 1);
+}
+
 /* ------------------------------------------------------------------------------------------------
  * graphs */
 
@@ -777,6 +860,9 @@ static const struct {
     { "no_wait", "SIM_DEVICES=2", case_no_wait, -4 },
     { "no_wait, values only", "SIM_DEVICES=2 SIM_CHECK_INIT=0", case_no_wait, -4 },
     { "no_back_wait", "SIM_DEVICES=2", case_no_back_wait, -4 },
+    { "random", "SIM_DEVICES=2", case_random, 16 },
+    { "random, loose", "SIM_DEVICES=2 SIM_CHECK_INIT=0", case_loose, -4 },
+    { "idle", "SIM_IDLE_MS=50", case_idle, 0 },
     { "graph", "", case_graph, 8 },
     { "capture", "", case_capture, 0 },
     { "fault_call", "SIM_FAULT=cuMemAlloc_v2:3=2", case_fault_call, 0 },
