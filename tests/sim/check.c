@@ -111,7 +111,9 @@ static void touch(Warp *w, u64 *writes, u64 *reads, u64 tag, int how, bool share
     bool is_read = how == ACC_READ || how == ACC_STRONG_READ;
     const char *what = how == ACC_ATOMIC ? "atomic" : is_read ? "read" : "write";
     u32 multi = multi_of(*writes);
-    bool known = multi == 0 || (multi == 3 && !strong); /* else it is unknown who wrote our byte */
+    bool other_warp = (*writes ^ tag) >> (S_TID + 5) & 31;
+    /* else it is unknown who wrote our byte */
+    bool known = multi == 0 || (multi == 1 && other_warp) || (multi == 3 && !strong);
     if (known && *writes & tag & 15 && !silent && !ordered(w, *writes & ~FIELD_MULTI, tag, shared,
                                                            false))
         report(w, *writes, tag, address, what, multi == 3 ? "strong write" : "write", shared);

@@ -335,11 +335,11 @@ void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, 
         snprintf(text, size, "%llu bytes at %llu cross the end of a block of %llu",
                  (unsigned long long)bytes, (unsigned long long)(address - a->base),
                  (unsigned long long)a->size);
+    } else if (address < DEVICE_BASE && (near->device >= 0 || address - near->base > 1u << 20)) {
+        snprintf(text, size, "outside every block: not a device address, nor registered memory");
     } else if (address < near->base) {
         snprintf(text, size, "outside every block: %llu bytes before the first one",
                  (unsigned long long)(near->base - address));
-    } else if (address < DEVICE_BASE) {
-        snprintf(text, size, "outside every block: not a device address, nor registered memory");
     } else {
         snprintf(text, size, "outside every block: %llu bytes past the end of one of %llu",
                  (unsigned long long)(address - near->base - near->size),
