@@ -84,7 +84,8 @@ typedef struct {
     char text[400]; /* what happened, in words, without the fields above */
 } SimFinding;
 
-/* The sink may be called from any thread, one call at a time. NULL: print to stderr (default). */
+/* The sink may be called from any thread, one call at a time; the strings inside the finding live
+ * as long as the call. NULL: print to stderr (default). */
 void sim_set_sink(void (*sink)(void *user, const SimFinding *finding), void *user);
 void sim_report(const SimFinding *finding);
 const char *sim_kind_name(SimKind kind);
