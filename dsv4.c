@@ -7074,19 +7074,11 @@ static int run_bench(void) {
     return interrupted ? 130 : 0;
 }
 
-// --- dsv4 verify, dsv4 convert
+// --- dsv4 verify
 
 static int run_verify(const char *dir) {
     Err e;
     if (!verify(dir, (int)opt.threads, &e)) die(1, "%s", e.text);
-    return 0;
-}
-
-static int run_convert(const char *src, const char *dst) {
-    Dsv4Error e;
-    Dsv4Convert o = { .src = src, .dst = dst, .scale_dtype = opt.scale_dtype, .layer_remap = opt.layer_remap,
-                      .threads = (int)opt.threads, .verify = opt.verify };
-    if (!dsv4_convert(&o, &e)) die(1, "%s", e.text);
     return 0;
 }
 // ---------------------------------------------------------------------------
@@ -7135,6 +7127,14 @@ static void choose_isa(void) {
 }
 
 #ifndef DSV4_NO_MAIN
+static int run_convert(const char *src, const char *dst) {
+    Dsv4Error e;
+    Dsv4Convert o = { .src = src, .dst = dst, .scale_dtype = opt.scale_dtype, .layer_remap = opt.layer_remap,
+                      .threads = (int)opt.threads, .verify = opt.verify };
+    if (!dsv4_convert(&o, &e)) die(1, "%s", e.text);
+    return 0;
+}
+
 int main(int argc, char **argv) {
     char *args[2] = { NULL };
     Command command = parse_options(argc, argv, args);
