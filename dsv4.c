@@ -305,6 +305,8 @@ static void utf8_put(Str *out, uint32_t c) {
 
 static Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
 
+static bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
+
 // Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
 static void *grow(void *list, size_t n, size_t size) {
     if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
@@ -349,7 +351,8 @@ static void map_rehash(Map *m) {
     if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
     free(m->slots);
     m->slots = xalloc(m->cap, sizeof *m->slots);
-    for (size_t i = 0; i < m->n; i++) *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
+    for (size_t i = 0; i < m->n; i++)
+        *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
 }
 
 // The entry of key, or NULL. The pointer is good until the next map_add.
@@ -1765,7 +1768,7 @@ static void load_added_token(Json *j, Map *added) {
     int64_t id = 0;
     for (json_object(j); json_member(j, &key);) {
         int k = 0;
-        while (k < N && !span_is(str_span(&key), names[k])) k++;
+        while (k < N && !str_is(&key, names[k])) k++;
         if (k == N || seen >> k & 1)
             json_fail(j, "added token: unknown or repeated key %s", quoted(str_span(&key)).text);
         else if (k == 0) json_int(j, 0, INT_MAX, &id);
@@ -1777,7 +1780,8 @@ static void load_added_token(Json *j, Map *added) {
     int64_t flags = TOK_ADDED | (flag[5] ? TOK_SPECIAL : 0) | (flag[6] ? TOK_NORMALIZED : 0);
     if (seen != (1u << N) - 1) json_fail(j, "added token %s: a key is missing", quoted(text).text);
     else if (flag[2] || flag[3] || flag[4])
-        json_fail(j, "added token %s: single_word, lstrip, rstrip must be false", quoted(text).text);
+        json_fail(j, "added token %s: single_word, lstrip, rstrip must be false",
+                  quoted(text).text);
     else if (json_token_text(j, text) && !j->bad && !map_add(added, text, id | flags << 32))
         json_fail(j, "added token %s twice", quoted(text).text);
     free(key.p);
@@ -1785,8 +1789,8 @@ static void load_added_token(Json *j, Map *added) {
 }
 
 // Who has which id: text [n] as in the file. Ids must be 0 .. n-1 without a gap, each of one text.
-static bool claim_ids(Tokenizer *t, const Map *vocab, const Map *added, Span *text, const char *name,
-                      Err *e) {
+static bool claim_ids(Tokenizer *t, const Map *vocab, const Map *added, Span *text,
+                      const char *name, Err *e) {
     for (size_t i = 0; i < vocab->n + added->n; i++) {
         bool is_added = i >= vocab->n;
         const Map *m = is_added ? added : vocab;
@@ -1991,7 +1995,7 @@ static void load_byte_level(Json *j, const char *path) {
     Str key = { 0 };
     bool typed = false;
     for (json_object(j); json_member(j, &key);) {
-        if (!span_is(str_span(&key), "type")) json_skip(j);
+        if (!str_is(&key, "type")) json_skip(j);
         else json_expect(j, path, span_of("\"ByteLevel\"")), typed = true;
     }
     if (!typed) json_fail(j, "%s: no type", path);
@@ -2254,8 +2258,8 @@ static void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, S
     if (!(skip_special && t->flags[id] & TOK_SPECIAL)) utf8_feed(u, tok_bytes(t, id), out);
 }
 // ---------------------------------------------------------------------------
-// chat format: messages -> prompt text, and what the model writes -> reasoning, content, tool calls.
-// Two generations, "v4" and "0731", differ in the effort prefix only. Tags are text until tokenized.
+// chat format: messages -> prompt text; what the model writes -> reasoning, content, tool calls.
+// Its two generations, "v4" and "0731", differ in the effort prefix. Tags are text until tokenized.
 
 #define BOS_TEXT "<｜begin▁of▁sentence｜>"
 #define EOS_TEXT "<｜end▁of▁sentence｜>"
@@ -2273,14 +2277,14 @@ static const char *const effort_names[] = { "none", "low", "high", "max" };
 typedef struct {
     bool release_0731;          // the generation
     bool thinking;
-    bool keep_thinking;         // old reasoning stays in the prompt (it always does once there are tools)
+    bool keep_thinking;         // old reasoning stays in the prompt; with tools it always does
     bool no_bos;
     Effort effort;              // thinking mode only
 } ChatOptions;
 
 typedef struct { bool is_result; Str text, id; } Block;
 
-// One turn. Tool results and consecutive users are blocks of one user turn; other roles have one block.
+// One turn. Users and tool results in a row are blocks of one user turn; other roles have one.
 typedef struct {
     Role role;
     Block *blocks;
@@ -2317,12 +2321,12 @@ static void chat_free(Chat *c) {
 // Appends a message whose text is known: the terminal's chat. Users in a row become one turn.
 static Turn *chat_say(Chat *c, Role role, Span content, Span reasoning, bool context) {
     Turn *last = c->n ? &c->turns[c->n - 1] : NULL;
-    Role turn_role = role == ROLE_TOOL ? ROLE_USER : role;
-    bool open = last && last->role == ROLE_USER && turn_role == ROLE_USER && last->context == context;
+    bool user = role == ROLE_USER || role == ROLE_TOOL;
+    bool open = user && last && last->role == ROLE_USER && last->context == context;
     if (!open || (role == ROLE_USER && last->task[0])) {
         c->turns = grow(c->turns, c->n, sizeof *c->turns);
         last = &c->turns[c->n++];
-        last->role = turn_role;
+        last->role = user ? ROLE_USER : role;
         last->context = context;
     }
     last->blocks = grow(last->blocks, last->n_blocks, sizeof *last->blocks);
@@ -2335,22 +2339,24 @@ static Turn *chat_say(Chat *c, Role role, Span content, Span reasoning, bool con
 
 // ---- reading messages
 
-// The text of a content: a string, null, or a list of parts joined by empty lines. Of other parts than
-// text a tool result keeps the type; elsewhere they are refused.
-static bool read_content(Json *j, bool tool_result, Str *out) {
-    if (json_null(j)) return true;
-    if (json_peek(j) != '[') return json_string(j, out);
+// The text of a content: a string, null, or a list of parts joined by empty lines. Of parts other
+// than text a tool result keeps the type; elsewhere they are refused.
+static void read_content(Json *j, bool tool_result, Str *out) {
+    if (json_peek(j) != '[') {
+        json_string(j, out);
+        return;
+    }
     Str key = { 0 }, type = { 0 }, text = { 0 };
     json_array(j);
     for (int i = 0; json_item(j); i++) {
         type.n = text.n = 0;
         for (json_object(j); json_member(j, &key);) {
-            if (span_is(str_span(&key), "type")) json_string(j, &type);
-            else if (span_is(str_span(&key), "text") && json_peek(j) == '"') json_string(j, &text);
+            if (str_is(&key, "type")) json_string(j, &type);
+            else if (str_is(&key, "text") && json_peek(j) == '"') json_string(j, &text);
             else json_skip(j);
         }
         if (i) str_puts(out, "\n\n");
-        bool is_text = span_is(str_span(&type), "text");
+        bool is_text = str_is(&type, "text");
         if (!is_text && !tool_result)
             json_fail(j, "content part of type %s: only text", quoted(str_span(&type)).text);
         if (!is_text) str_puts(out, "[Unsupported ");
@@ -2360,19 +2366,22 @@ static bool read_content(Json *j, bool tool_result, Str *out) {
     free(key.p);
     free(type.p);
     free(text.p);
-    return !j->bad;
 }
 
 static const char tools_head[] =
-    "## Tools\n\nYou have access to a set of tools to help answer the user's question. You can invoke "
-    "tools by writing a \"<" DSML "tool_calls>\" block like the following:\n\n"
-    "<" DSML "tool_calls>\n<" DSML "invoke name=\"$TOOL_NAME\">\n<" DSML "parameter "
-    "name=\"$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE</" DSML "parameter>\n...\n"
-    "</" DSML "invoke>\n<" DSML "invoke name=\"$TOOL_NAME2\">\n...\n</" DSML "invoke>\n" CALLS_END "\n\n"
+    "## Tools\n\n"
+    "You have access to a set of tools to help answer the user's question. You can invoke tools by "
+    "writing a \"<" DSML "tool_calls>\" block like the following:\n\n"
+    "<" DSML "tool_calls>\n"
+    "<" DSML "invoke name=\"$TOOL_NAME\">\n"
+    "<" DSML "parameter name=\"$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE"
+    "</" DSML "parameter>\n...\n</" DSML "invoke>\n"
+    "<" DSML "invoke name=\"$TOOL_NAME2\">\n...\n</" DSML "invoke>\n" CALLS_END "\n\n"
     "String parameters should be specified as is and set `string=\"true\"`. For all other types "
-    "(numbers, booleans, arrays, objects), pass the value in JSON format and set `string=\"false\"`.\n\n"
-    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside "
-    "<think>...</think> BEFORE any tool calls or final response.\n\n"
+    "(numbers, booleans, arrays, objects), pass the value in JSON format and set "
+    "`string=\"false\"`.\n\n"
+    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning "
+    "inside <think>...</think> BEFORE any tool calls or final response.\n\n"
     "Otherwise, output directly after </think> with tool calls or final response.\n\n"
     "### Available Tool Schemas\n\n";
 static const char tools_tail[] =
@@ -2381,17 +2390,16 @@ static const char tools_tail[] =
 static const char format_head[] =
     "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
 
-// Appends the tools block for a list of OpenAI tools; nothing for null or an empty list.
+// Appends the tools block for a list of OpenAI tools. An empty list gives nothing, and false.
 static bool read_tools(Json *j, Str *out) {
     Str key = { 0 };
     size_t n = 0;
-    if (json_null(j)) return true;
     for (json_array(j); json_item(j); n++) {
         bool found = false;
         str_puts(out, n ? "\n" : "\n\n");
         if (n == 0) str_puts(out, tools_head);
         for (json_object(j); json_member(j, &key);) {
-            bool is_function = span_is(str_span(&key), "function") && !found;
+            bool is_function = str_is(&key, "function") && !found;
             if (is_function && json_peek(j) != '{') json_expected(j, "a function object");
             if (is_function) found = json_dump(j, out);
             else json_skip(j);
@@ -2400,7 +2408,7 @@ static bool read_tools(Json *j, Str *out) {
     }
     if (n) str_puts(out, tools_tail);
     free(key.p);
-    return !j->bad;
+    return n > 0;
 }
 
 static void add_param(Str *out, Span key, const char *is_string, Span value) {
@@ -2413,8 +2421,8 @@ static void add_param(Str *out, Span key, const char *is_string, Span value) {
     str_puts(out, "</" DSML "parameter>");
 }
 
-// The arguments of a call as DSML parameters: strings as they are, other values as JSON. Text that is
-// not JSON becomes one parameter, as in the publisher's encoder; JSON other than an object is refused.
+// The arguments of a call as DSML parameters: strings as they are, other values as JSON. Text that
+// is not JSON becomes one parameter, as the publisher's encoder does; a JSON non-object is refused.
 static bool add_arguments(Span arguments, Str *out, Err *e) {
     Str clean = { 0 }, key = { 0 }, value = { 0 };      // clean: without duplicate keys
     Json j = json_open(arguments, "arguments", e);
@@ -2440,19 +2448,18 @@ static bool add_arguments(Span arguments, Str *out, Err *e) {
 }
 
 // Appends the calls block for a list of OpenAI tool calls and notes their ids.
-static bool read_calls(Json *j, Turn *t) {
+static void read_calls(Json *j, Turn *t) {
     Str key = { 0 }, name = { 0 }, id = { 0 }, args = { 0 };
     int64_t n = 0;
-    if (json_null(j)) return true;
     for (json_array(j); json_item(j); n++) {
         bool named = false, argued = false, has_id = false;
         args.n = 0;
         for (json_object(j); json_member(j, &key);) {
-            if (span_is(str_span(&key), "id") && json_peek(j) == '"') has_id = json_string(j, &id);
-            else if (!span_is(str_span(&key), "function")) json_skip(j);
+            if (str_is(&key, "id") && json_peek(j) == '"') has_id = json_string(j, &id);
+            else if (!str_is(&key, "function")) json_skip(j);
             else for (json_object(j); json_member(j, &key);) {
-                if (span_is(str_span(&key), "name")) named = json_string(j, &name);
-                else if (!span_is(str_span(&key), "arguments")) json_skip(j);
+                if (str_is(&key, "name")) named = json_string(j, &name);
+                else if (!str_is(&key, "arguments")) json_skip(j);
                 else if (json_peek(j) == '"') argued = json_string(j, &args);
                 else args.n = 0, argued = json_dump(j, &args);
             }
@@ -2474,7 +2481,6 @@ static bool read_calls(Json *j, Turn *t) {
     free(name.p);
     free(id.p);
     free(args.p);
-    return !j->bad;
 }
 
 // ROLE_..., or EFFORT_... by name; -1 and an error if there is none.
@@ -2482,23 +2488,22 @@ static int read_name(Json *j, const char *what, const char *const *names, int n)
     Str s = { 0 };
     int i = 0;
     if (!json_string(j, &s)) i = n;
-    while (i < n && !span_is(str_span(&s), names[i])) i++;
+    while (i < n && !str_is(&s, names[i])) i++;
     if (i == n) json_fail(j, "unknown %s %s", what, quoted(str_span(&s)).text);
     free(s.p);
     return i < n ? i : -1;
 }
 
-// Opens a value kept by json_raw; false if it is absent or null.
+// Turns to a value kept by json_raw; false if it is absent or null, or after an error.
 static bool open_value(Json *in, const Json *j, Span raw) {
-    if (!raw.p) return false;
+    if (in->bad || !raw.p) return false;
     *in = json_inside(j, raw);
     return !json_null(in);
 }
 
 static void add_response_format(Json *j, Str *out) {
     Str text = { 0 };
-    json_dump(j, &text);
-    if (!span_is(str_span(&text), "{}") && text.n) {
+    if (json_dump(j, &text) && !str_is(&text, "{}")) {
         str_puts(out, "\n\n");
         str_puts(out, format_head);
         str_add(out, text.p, text.n);
@@ -2508,54 +2513,52 @@ static void add_response_format(Json *j, Str *out) {
 
 // One message object. On an error j->bad is set.
 static void read_message(Chat *c, Json *j, bool context) {
-    static const char *const tasks[] = { "action", "query", "authority", "domain", "title", "read_url" };
-    enum { K_ROLE, K_CONTENT, K_REASONING, K_TOOLS, K_FORMAT, K_CALLS, K_ID, K_TASK, K_NO_EOS, N_KEYS };
-    static const char *const keys[] = { "role", "content", "reasoning_content", "tools", "response_format",
-                                        "tool_calls", "tool_call_id", "task", "wo_eos" };
+    static const char *const tasks[] = { "action", "query", "authority", "domain", "title",
+                                         "read_url" };
+    static const char *const keys[] = { "role", "content", "reasoning_content", "tools",
+                                        "response_format", "tool_calls", "tool_call_id", "task",
+                                        "wo_eos" };
+    enum { K_ROLE, K_CONTENT, K_REASONING, K_TOOLS, K_FORMAT, K_CALLS, K_ID, K_TASK, K_NO_EOS,
+           N_KEYS };
     Span raw[N_KEYS] = { { 0 } };
-    Str key = { 0 }, content = { 0 }, reasoning = { 0 };
+    Str key = { 0 }, content = { 0 }, reasoning = { 0 }, unused = { 0 };
     for (json_object(j); json_member(j, &key);) {
         int k = 0;
-        while (k < N_KEYS && !span_is(str_span(&key), keys[k])) k++;
+        while (k < N_KEYS && !str_is(&key, keys[k])) k++;
         if (k < N_KEYS) json_raw(j, &raw[k]);
         else json_skip(j);
     }
     free(key.p);
-    if (!j->bad && !raw[K_ROLE].p) json_fail(j, "message without a role");
+    if (!raw[K_ROLE].p) json_fail(j, "message without a role");
     if (j->bad) return;
     Json in = json_inside(j, raw[K_ROLE]);
     int role = read_name(&in, "role", role_names, N_ROLES);
-    bool ok = !in.bad;
-    if (ok && open_value(&in, j, raw[K_CONTENT])) ok = read_content(&in, role == ROLE_TOOL, &content);
-    if (ok && role == ROLE_ASSISTANT && open_value(&in, j, raw[K_REASONING]))
-        ok = json_string(&in, &reasoning);
-    if (ok && role == ROLE_DEVELOPER && !content.n) ok = json_fail(j, "developer message without content");
-    if (ok) {
+    bool assistant = role == ROLE_ASSISTANT, tool = role == ROLE_TOOL;
+    bool has_extra = role == ROLE_SYSTEM || role == ROLE_DEVELOPER;
+    if (open_value(&in, j, raw[K_CONTENT])) read_content(&in, tool, &content);
+    if (assistant && open_value(&in, j, raw[K_REASONING])) json_string(&in, &reasoning);
+    if (role == ROLE_DEVELOPER && !content.n) json_fail(&in, "developer message without content");
+    if (!in.bad) {
         Turn *t = chat_say(c, (Role)role, str_span(&content), str_span(&reasoning), context);
-        bool has_extra = role == ROLE_SYSTEM || role == ROLE_DEVELOPER;
-        Str unused = { 0 }, *extra = has_extra ? &t->extra : &unused;
-        if (role == ROLE_TOOL && open_value(&in, j, raw[K_ID]))
-            ok = json_string(&in, &t->blocks[t->n_blocks - 1].id);
-        if (ok && open_value(&in, j, raw[K_TOOLS])) {
-            size_t before = extra->n;
-            ok = read_tools(&in, extra);
-            t->has_tools = t->has_tools || extra->n > before;
-        }
-        if (ok && has_extra && open_value(&in, j, raw[K_FORMAT])) add_response_format(&in, extra);
-        if (ok && role == ROLE_ASSISTANT && open_value(&in, j, raw[K_CALLS])) ok = read_calls(&in, t);
-        if (ok && t->n_blocks == 1 && open_value(&in, j, raw[K_TASK])) {
+        Str *extra = has_extra ? &t->extra : &unused;
+        Block *block = &t->blocks[t->n_blocks - 1];
+        if (open_value(&in, j, raw[K_TOOLS])) t->has_tools |= read_tools(&in, extra);
+        if (has_extra && open_value(&in, j, raw[K_FORMAT])) add_response_format(&in, extra);
+        if (assistant && open_value(&in, j, raw[K_CALLS])) read_calls(&in, t);
+        if (tool && open_value(&in, j, raw[K_ID])) json_string(&in, &block->id);
+        if (open_value(&in, j, raw[K_NO_EOS])) json_bool(&in, &t->no_eos);
+        if (t->n_blocks == 1 && open_value(&in, j, raw[K_TASK])) {
             int task = read_name(&in, "task", tasks, sizeof tasks / sizeof *tasks);
             if (task >= 0) snprintf(t->task, sizeof t->task, "<｜%s｜>", tasks[task]);
         }
-        if (ok && !in.bad && open_value(&in, j, raw[K_NO_EOS])) json_bool(&in, &t->no_eos);
-        free(unused.p);
     }
-    j->bad = j->bad || !ok || in.bad;
+    j->bad = in.bad;
     free(content.p);
     free(reasoning.p);
+    free(unused.p);
 }
 
-// The first system message, which tools and formats given apart from the messages go to; a new one in
+// The first system message, where tools and formats given apart from the messages go; a new one in
 // front if there is none.
 static Turn *system_turn(Chat *c) {
     for (size_t i = 0; i < c->n; i++)
@@ -2567,12 +2570,12 @@ static Turn *system_turn(Chat *c) {
     return c->turns;
 }
 
-// Reads a list of messages, or an object with `messages` and perhaps `context` (messages already in the
-// prompt), `tools`, `response_format`, `thinking`, `reasoning_effort`, `drop_thinking`, `add_bos` and
-// `release` ("v4", "0731"). Appends to *c and sets in *o what is given. `name` is for errors.
+// Reads a list of messages, or an object with `messages` and perhaps `context` (messages already in
+// the prompt), `tools`, `response_format`, `thinking`, `reasoning_effort`, `drop_thinking`,
+// `add_bos`, `release` ("v4", "0731"). Appends to *c, sets what is given in *o. `name`: for errors.
 static bool chat_read(Chat *c, ChatOptions *o, Span text, const char *name, Err *e) {
     static const char *const releases[] = { "v4", "0731" };
-    Json j = json_open(text, name, e), in;
+    Json j = json_open(text, name, e), in = j;
     Span context = { 0 }, messages = { 0 }, tools = { 0 }, format = { 0 };
     Str key = { 0 };
     bool flag = false;
@@ -2595,38 +2598,35 @@ static bool chat_read(Chat *c, ChatOptions *o, Span text, const char *name, Err 
     free(key.p);
     if (json_end(&j) && !messages.p) json_fail(&j, "no messages");
     Span lists[] = { context, messages };
-    for (int i = 0; i < 2 && !j.bad; i++) {
-        if (!open_value(&in, &j, lists[i])) continue;
-        for (json_array(&in); json_item(&in);) read_message(c, &in, i == 0);
-        j.bad = in.bad;
-    }
-    if (!j.bad && open_value(&in, &j, tools)) {
+    in.bad = j.bad;
+    for (int i = 0; i < 2; i++)
+        if (open_value(&in, &j, lists[i]))
+            for (json_array(&in); json_item(&in);) read_message(c, &in, i == 0);
+    if (open_value(&in, &j, tools)) {
         Turn *t = system_turn(c);
-        size_t before = t->extra.n;
-        j.bad = !read_tools(&in, &t->extra);
-        t->has_tools = t->has_tools || t->extra.n > before;
+        t->has_tools |= read_tools(&in, &t->extra);
     }
-    if (!j.bad && open_value(&in, &j, format)) add_response_format(&in, &system_turn(c)->extra);
-    return !j.bad;
+    if (open_value(&in, &j, format)) add_response_format(&in, &system_turn(c)->extra);
+    return !in.bad;
 }
 
 // ---- messages -> prompt
 
 static const char effort_x[] =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the "
-    "root cause, rigorously stress-testing your logic against all potential paths, edge cases, and "
-    "adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
-    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
-    "unchecked.\n\n";
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve"
+    " the root cause, rigorously stress-testing your logic against all potential paths, edge cases,"
+    " and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step,"
+    " considered alternative, and rejected hypothesis to ensure absolutely no assumption is left"
+    " unchecked.\n\n";
 static const char effort_y[] =
     "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
     "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
-    "exhaustively decompose the problem into its most fundamental components, trace every causal chain "
-    "to its root, and resolve the underlying cause rather than any surface symptom.\n"
-    "Do not stop reasoning until you have independently verified the solution from multiple angles and "
-    "are certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
+    "exhaustively decompose the problem into its most fundamental components, trace every causal "
+    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles "
+    "and are certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
 
 // The prefix of a generation and effort; NULL: the publisher's encoder refuses it.
 static const char *effort_prefix(bool release_0731, Effort effort) {
@@ -2678,47 +2678,43 @@ static void render_turn(const Turn *t, bool with_reasoning, Str *out) {
     if (t->role == ROLE_ASSISTANT && !t->no_eos) str_puts(out, EOS_TEXT);
 }
 
-// Appends the prompt for a chat. Turns marked `context` are not written, but count for all decisions.
+// Appends the prompt for a chat. Turns marked `context` are not written, but count for the others.
 static bool chat_render(Chat *c, const ChatOptions *o, Str *out, Err *e) {
     const char *prefix = effort_prefix(o->release_0731, o->effort);
+    bool drop = !o->keep_thinking, context = c->n && c->turns[0].context;
+    const Map *calls = NULL;
+    size_t users = 0, n = 0;                            // users: past the last user's turn
     if (o->thinking && !prefix)
         return fail(e, "reasoning effort %s: the v4 encoding has none, high and max",
                     effort_names[o->effort]);
-    bool drop = !o->keep_thinking, context = c->n && c->turns[0].context;
-    const Map *calls = NULL;
-    size_t user = 0;                                    // past the last user or developer turn
     for (size_t i = 0; i < c->n; i++) {
         Turn *t = &c->turns[i];
         if (t->has_tools) drop = false;
-        if (t->role == ROLE_USER || t->role == ROLE_DEVELOPER) user = i + 1;
+        if (t->role == ROLE_USER || t->role == ROLE_DEVELOPER) users = i + 1;
         if (t->has_calls) calls = &t->calls;
         if (t->role == ROLE_USER && calls && calls->n) order_results(t, calls);
     }
+    size_t *kept = xalloc(c->n, sizeof *kept);          // old developer turns go with old reasoning
+    for (size_t i = 0; i < c->n; i++)
+        if (!(o->thinking && drop && i + 1 < users && c->turns[i].role == ROLE_DEVELOPER))
+            kept[n++] = i;
     if (!o->no_bos && !context) str_puts(out, BOS_TEXT);
-    if (o->thinking && c->n && !context) str_puts(out, prefix);
-    const Turn *before = NULL;
-    for (size_t i = 0, next; i < c->n; i = next) {
-        const Turn *t = &c->turns[i];
-        for (next = i + 1; next < c->n; next++)         // old developer turns go with the old reasoning
-            if (!(o->thinking && drop && next + 1 < user && c->turns[next].role == ROLE_DEVELOPER)) break;
-        bool gone = o->thinking && drop && i + 1 < user && t->role == ROLE_DEVELOPER;
-        if (gone || t->context) {
-            if (!gone) before = t;
-            continue;
-        }
-        bool reason = o->thinking && t->role == ROLE_ASSISTANT && (!drop || i + 1 > user);
-        render_turn(t, reason && !(before && before->task[0]), out);
-        before = t;
-        if (next < c->n && c->turns[next].role != ROLE_ASSISTANT && c->turns[next].role != ROLE_REMINDER)
-            continue;
+    if (o->thinking && n && !context) str_puts(out, prefix);
+    for (size_t k = 0; k < n; k++) {
+        const Turn *t = &c->turns[kept[k]], *before = k ? &c->turns[kept[k - 1]] : NULL;
+        const Turn *next = k + 1 < n ? &c->turns[kept[k + 1]] : NULL;
+        bool reasoning = o->thinking && t->role == ROLE_ASSISTANT && (!drop || kept[k] >= users);
+        if (t->context) continue;
+        render_turn(t, reasoning && !(before && before->task[0]), out);
+        if (next && next->role != ROLE_ASSISTANT && next->role != ROLE_REMINDER) continue;
         bool action = !strcmp(t->task, "<｜action｜>");
-        bool reply = t->role == ROLE_USER || t->role == ROLE_DEVELOPER;
-        if (action || (!t->task[0] && reply)) {
-            bool think = o->thinking && (action || !drop || i + 1 >= user);
+        if (action || (!t->task[0] && (t->role == ROLE_USER || t->role == ROLE_DEVELOPER))) {
+            bool think = o->thinking && (action || !drop || kept[k] + 1 >= users);
             str_puts(out, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
         }
         str_puts(out, t->task);
     }
+    free(kept);
     return true;
 }
 
@@ -2748,86 +2744,78 @@ static size_t find(Span s, const char *z) {             // SIZE_MAX: not there
     return at ? (size_t)(at - s.p) : SIZE_MAX;
 }
 
-// Cuts *s at whichever of two stops comes first: what stood before it, and which one; -1 and all of *s
-// if there is none. *s then begins behind the stop.
-static int cut_at(Span *s, const char *a, const char *b, Span *before) {
-    for (size_t i = 0; i < s->n; i++) {
-        Span rest = span_from(*s, i);
-        int which = starts_with(rest, a) ? 0 : starts_with(rest, b) ? 1 : -1;
-        if (which < 0) continue;
-        *before = (Span){ s->p, i };
-        *s = span_from(rest, strlen(which ? b : a));
-        return which;
-    }
-    *before = *s;
-    *s = span_from(*s, s->n);
-    return -1;
+static bool eat(Span *s, const char *z) {
+    bool there = starts_with(*s, z);
+    if (there) *s = span_from(*s, strlen(z));
+    return there;
 }
 
-// ` name="KEY" string="true|false">VALUE<` -> one more member of the arguments.
-static bool parse_param(Span p, Map *keys, Str *arguments, Err *e) {
-    Span key, all = p;
-    int is_json;
-    bool ok = starts_with(p, " name=\"") && p.n && p.p[p.n - 1] == '<';
-    if (ok) p = (Span){ p.p + 7, p.n - 8 };
-    is_json = ok ? cut_at(&p, "\" string=\"true\">", "\" string=\"false\">", &key) : -1;
-    if (is_json < 0) return fail(e, "bad parameter %s", quoted(all).text);
+// What stands before the next `stop`; *s then begins behind it.
+static bool take_until(Span *s, const char *stop, Span *before) {
+    size_t at = find(*s, stop);
+    if (at == SIZE_MAX) return false;
+    *before = (Span){ s->p, at };
+    *s = span_from(*s, at + strlen(stop));
+    return true;
+}
+
+// `KEY" string="true|false">VALUE</...parameter>` and a newline: one more member of the arguments.
+static bool parse_param(Span *s, Map *keys, Str *arguments, Err *e) {
+    Span key, value, at = *s;
+    bool is_string = false;
+    bool ok = take_until(s, "\" string=\"", &key) &&
+              ((is_string = eat(s, "true\">")) || eat(s, "false\">")) &&
+              take_until(s, "</" DSML "parameter", &value) && eat(s, ">\n");
+    if (!ok) return fail(e, "bad parameter %s", quoted(at).text);
     if (!map_add(keys, key, 0)) return fail(e, "parameter %s twice", quoted(key).text);
     if (keys->n > 1) str_puts(arguments, ", ");
     json_put_string(arguments, key);
     str_puts(arguments, ": ");
-    if (is_json) str_add(arguments, p.p, p.n);
-    else json_put_string(arguments, p);
+    if (is_string) json_put_string(arguments, value);
+    else str_add(arguments, value.p, value.n);
     return true;
 }
 
 // The calls behind CALLS_START, up to and with CALLS_END.
 static bool parse_calls(Span *s, Reply *r, Err *e) {
-    for (;;) {
-        Span part;
-        int which = cut_at(s, "<" DSML "invoke", CALLS_END, &part);
-        if (which < 0 || !span_is(part, ">\n")) return fail(e, "bad tool calls: %s", quoted(part).text);
-        if (which == 1) return true;
-        which = cut_at(s, "<" DSML "parameter", "</" DSML "invoke", &part);
-        size_t tail = part.n && part.p[part.n - 1] == '\n' ? 1 : 0;     // one more newline may follow
-        if (part.n > 2 && part.p[part.n - 2] == '\n') tail = 2;
-        bool ok = which >= 0 && starts_with(part, " name=\"") && part.n >= 9 + tail && tail &&
-                  !memcmp(part.p + part.n - tail - 2, "\">", 2);
-        if (!ok) return fail(e, "bad tool call %s", quoted(part).text);
+    bool ok = eat(s, ">\n");
+    while (ok && !eat(s, CALLS_END)) {
+        Span at = *s, name;
+        ok = eat(s, "<" DSML "invoke name=\"") && take_until(s, "\">\n", &name);
+        if (!ok) return fail(e, "bad tool call %s", quoted(at).text);
+        eat(s, "\n");                       // without parameters there is an empty line
         r->calls = grow(r->calls, r->n_calls, sizeof *r->calls);
         Call *call = &r->calls[r->n_calls++];
-        str_add(&call->name, part.p + 7, part.n - 9 - tail);
-        str_puts(&call->arguments, "{");
         Map keys = { 0 };
-        while (ok && which == 0) {
-            ok = cut_at(s, "/" DSML "parameter", "/" DSML "parameter", &part) == 0 ||
-                 fail(e, "parameter without an end: %s", quoted(part).text);
-            ok = ok && parse_param(part, &keys, &call->arguments, e);
-            if (!ok) break;
-            which = cut_at(s, "<" DSML "parameter", "</" DSML "invoke", &part);
-            if (which < 0 || !span_is(part, ">\n"))
-                ok = fail(e, "bad end of a parameter: %s", quoted(part).text);
-        }
-        map_free(&keys);
+        str_add(&call->name, name.p, name.n);
+        str_puts(&call->arguments, "{");
+        while (ok && eat(s, "<" DSML "parameter name=\""))
+            ok = parse_param(s, &keys, &call->arguments, e);
         str_puts(&call->arguments, "}");
+        map_free(&keys);
         if (!ok) return false;
+        at = *s;
+        if (!eat(s, "</" DSML "invoke>\n"))
+            return fail(e, "unfinished tool call %s", quoted(at).text);
     }
+    return ok || fail(e, "bad tool calls %s", quoted(*s).text);
 }
 
-// The publisher's strict reading of a whole completion, with EOS as text at its end. Nothing is repaired.
+// The publisher's strict reading of a whole completion that ends with EOS as text: no repairs.
 // *r must be { 0 }; reply_free it in any case.
 static bool reply_parse(Span s, bool thinking, Reply *r, Err *e) {
     static const char *const never[] = { BOS_TEXT, EOS_TEXT, "<think>", "</think>", DSML };
     Span part;
     if (thinking) {
-        if (cut_at(&s, "</think>", CALLS_START, &part) != 0) return fail(e, "missing </think>");
+        if (!take_until(&s, "</think>", &part) || find(part, CALLS_START) != SIZE_MAX)
+            return fail(e, "missing </think>");
         str_add(&r->reasoning, part.p, part.n);
     }
-    int which = cut_at(&s, EOS_TEXT, CALLS_START, &part);
-    if (which < 0) return fail(e, "missing " EOS_TEXT);
+    bool calls = find(s, CALLS_START) < find(s, EOS_TEXT);
+    if (!take_until(&s, calls ? CALLS_START : EOS_TEXT, &part)) return fail(e, "missing " EOS_TEXT);
     str_add(&r->content, part.p, part.n);
-    if (which == 1 && !parse_calls(&s, r, e)) return false;
-    if (which == 1 && starts_with(s, EOS_TEXT)) s = span_from(s, strlen(EOS_TEXT));
+    if (calls && !parse_calls(&s, r, e)) return false;
+    if (calls) eat(&s, EOS_TEXT);
     if (s.n) return fail(e, "text behind the end: %s", quoted(s).text);
     for (size_t i = 0; i < sizeof never / sizeof *never; i++)
         if (find(str_span(&r->reasoning), never[i]) != SIZE_MAX ||
@@ -2836,27 +2824,24 @@ static bool reply_parse(Span s, bool thinking, Reply *r, Err *e) {
     return true;
 }
 
-// The forgiving reader that follows a completion piece by piece. It tells reasoning and content as soon
-// as no tag can be hidden in them, and each call when it is complete.
+// The forgiving reader follows a completion piece by piece. It tells reasoning and content as soon
+// as no tag can be hidden in them, and each call when it is complete. Set state and on_event first.
 typedef enum { EV_REASONING, EV_CONTENT, EV_CALL } Event;
-typedef void (*OnEvent)(void *arg, Event kind, Span text, Span arguments);  // EV_CALL: name, JSON text
+typedef void (*OnEvent)(void *arg, Event kind, Span text, Span arguments);  // EV_CALL: name, JSON
 typedef struct {
-    enum { IN_CONTENT, IN_REASONING, IN_CALLS, IN_VALUE } state;    // start: { .state =, .on_event =, }
+    enum { IN_CONTENT, IN_REASONING, IN_CALLS } state;
     OnEvent on_event;
     void *arg;
     Str held;               // text not yet understood
-    bool open, is_string;   // a call is open; the value being read is a string
+    bool open;              // a call is being read
     Call call;
     Map keys;               // of the open call; of a repeated parameter the first value counts
-    Str key, value;
 } Reader;
 
 static void reader_free(Reader *r) {
     free(r->held.p);
     free(r->call.name.p);
     free(r->call.arguments.p);
-    free(r->key.p);
-    free(r->value.p);
     map_free(&r->keys);
     *r = (Reader){ 0 };
 }
@@ -2873,83 +2858,48 @@ static size_t tag_begun(Span s, const char *tag) {
     return k;
 }
 
-static Span skip_space(Span s) {
-    while (s.n && strchr(" \t\r\n", s.p[0]) && s.p[0]) s = span_from(s, 1);
-    return s;
-}
-
-// Which of n words s begins with, after white space: its index, -1 none, -2 cannot be said yet.
-static int first_word(Span s, const char *const *words, int n) {
+// Which DSML tag s begins with, after white space: its index, -1 none, -2 not known yet.
+enum { TAG_CALLS, TAG_INVOKE, TAG_PARAM };
+static const char *const dsml_words[] = { "tool_calls", "invoke", "parameter" };
+static int dsml_word(Span s) {
     int undecided = -1;
-    s = skip_space(s);
-    for (int i = 0; i < n; i++) {
-        if (starts_with(s, words[i])) return i;
-        if (s.n < strlen(words[i]) && !memcmp(s.p, words[i], s.n)) undecided = -2;
+    while (s.n && (s.p[0] == ' ' || s.p[0] == '\n')) s = span_from(s, 1);
+    for (int i = 0; i < 3; i++) {
+        if (starts_with(s, dsml_words[i])) return i;
+        if (s.n < strlen(dsml_words[i]) && !memcmp(s.p, dsml_words[i], s.n)) undecided = -2;
     }
     return undecided;
 }
 
-static void begin_call(Reader *r, Span name) {
-    r->open = true;
+static void end_call(Reader *r) {
+    if (r->open) {
+        str_puts(&r->call.arguments, "}");
+        r->on_event(r->arg, EV_CALL, str_span(&r->call.name), str_span(&r->call.arguments));
+    }
+    r->open = false;
     r->call.name.n = r->call.arguments.n = 0;
-    str_add(&r->call.name, name.p, name.n);
-    str_puts(&r->call.arguments, "{");
     map_free(&r->keys);
 }
 
-static void end_call(Reader *r) {
-    if (!r->open) return;
-    r->open = false;
-    str_puts(&r->call.arguments, "}");
-    r->on_event(r->arg, EV_CALL, str_span(&r->call.name), str_span(&r->call.arguments));
-}
-
-static void end_value(Reader *r) {
+// A value that should be JSON and is not stays a string.
+static void add_value(Reader *r, Span key, bool is_string, Span value) {
     Err unused;
-    Span value = str_span(&r->value);
-    if (!r->open || !map_add(&r->keys, str_span(&r->key), 0)) return;
+    if (!r->open || !map_add(&r->keys, key, 0)) return;
     if (r->keys.n > 1) str_puts(&r->call.arguments, ", ");
-    json_put_string(&r->call.arguments, str_span(&r->key));
+    json_put_string(&r->call.arguments, key);
     str_puts(&r->call.arguments, ": ");
     Json j = json_open(value, "value", &unused);
-    bool valid = !r->is_string && json_skip(&j) && json_end(&j);
-    if (valid) str_add(&r->call.arguments, value.p, value.n);
+    if (!is_string && json_skip(&j) && json_end(&j)) str_add(&r->call.arguments, value.p, value.n);
     else json_put_string(&r->call.arguments, value);
 }
 
 static Span attribute(Span tag, const char *start) {    // NAME="value"
-    size_t at = find(tag, start);
-    if (at == SIZE_MAX) return span_of("");
-    Span v = span_from(tag, at + strlen(start));
-    size_t n = find(v, "\"");
-    return (Span){ v.p, n == SIZE_MAX ? v.n : n };
+    Span value = span_of("");
+    if (take_until(&tag, start, &value) && !take_until(&tag, "\"", &value)) value = tag;
+    return value;
 }
 
-static const char *const dsml_words[] = { "tool_calls", "invoke", "parameter" };
-
-// Acts on one tag, the text between < and >.
-static void read_tag(Reader *r, Span tag) {
-    bool closing = starts_with(tag, "/");
-    if (closing) tag = span_from(tag, 1);
-    if (!starts_with(tag, DSML)) return;
-    tag = span_from(tag, strlen(DSML));
-    int word = first_word(tag, dsml_words, 3);
-    bool empty = tag.n && tag.p[tag.n - 1] == '/';
-    if (word == 0 && closing) r->state = IN_CONTENT;
-    if (word == 0 || word == 1) end_call(r);
-    if (word == 1 && !closing) begin_call(r, attribute(tag, "name=\""));
-    if (word == 1 && !closing && empty) end_call(r);
-    if (word == 2 && !closing) {
-        Span key = attribute(tag, "name=\"");
-        r->key.n = r->value.n = 0;
-        str_add(&r->key, key.p, key.n);
-        r->is_string = !span_is(attribute(tag, "string=\""), "false");
-        r->state = empty ? r->state : IN_VALUE;
-        if (empty) end_value(r);
-    }
-}
-
-// Each of these looks at the held text, acts, and returns how many bytes are done with; 0: more is needed.
+// Each of these looks at the held text, acts, and returns how much is done with; 0: more is needed.
 static size_t read_reasoning(Reader *r, Span s) {
     size_t at = find(s, "</think>");
     bool found = at != SIZE_MAX;
@@ -2960,74 +2910,82 @@ static size_t read_reasoning(Reader *r, Span s) {
 }
 
 static size_t read_content_text(Reader *r, Span s) {
-    size_t at = find(s, "<" DSML), hold = 0;
+    size_t at = find(s, "<" DSML), newlines = 0;
     int word = -1;
     if (at == SIZE_MAX) {
         size_t a = tag_begun(s, "\n\n<" DSML), b = tag_begun(s, "<" DSML);
         at = s.n - (a > b ? a : b);
     } else {
         Span rest = span_from(s, at + strlen("<" DSML));
-        word = first_word(rest, dsml_words, 2);
-        if (word == -1) at = s.n - rest.n;                          // not a tag of ours: text
-        else if (at >= 2 && !memcmp(s.p + at - 2, "\n\n", 2)) hold = 2;
+        word = dsml_word(rest);
+        if (word == -1 || word == TAG_PARAM) {
+            at = s.n - rest.n;                          // not a tag of ours: text
+            word = -1;
+        } else if (at >= 2 && !memcmp(s.p + at - 2, "\n\n", 2)) newlines = 2;
     }
-    tell(r, EV_CONTENT, (Span){ s.p, at - hold });
+    tell(r, EV_CONTENT, (Span){ s.p, at - newlines });
     if (word >= 0) r->state = IN_CALLS;
-    return word >= 0 ? at : at - hold;
+    return word >= 0 ? at : at - newlines;
 }
 
-static size_t read_between_tags(Reader *r, Span s) {
-    size_t start = find(s, "<");
-    if (start) return start == SIZE_MAX ? s.n : start;              // between tags nothing counts
-    size_t end = find(s, ">");
-    if (end == SIZE_MAX) return s.n > 65536 ? 1 : 0;
-    read_tag(r, (Span){ s.p + 1, end - 1 });
-    return end + 1;
-}
-
-static size_t read_value(Reader *r, Span s) {
-    size_t at = find(s, "</" DSML);
-    int word = -2;
-    if (at == SIZE_MAX) at = s.n - tag_begun(s, "</" DSML);
-    else if (at == 0) {
-        Span rest = span_from(s, strlen("</" DSML));
-        word = first_word(rest, dsml_words, 3);
-        if (word == -1) at = s.n - rest.n;
+static size_t read_calls_tag(Reader *r, Span s) {
+    size_t start = find(s, "<"), end = find(s, ">"), at = 0;
+    if (start) return start == SIZE_MAX ? s.n : start;  // between tags nothing counts
+    if (end == SIZE_MAX) return 0;
+    Span tag = { s.p + 1, end - 1 }, rest = span_from(s, end + 1);
+    bool closing = eat(&tag, "/"), empty = tag.n && tag.p[tag.n - 1] == '/';
+    int word = eat(&tag, DSML) ? dsml_word(tag) : -1;
+    if (word == TAG_PARAM && !closing) {
+        int next = -1;
+        while (!empty && next < 0) {                    // the value ends at our next closing tag
+            size_t n = find(span_from(rest, at), "</" DSML);
+            if (n == SIZE_MAX) return 0;
+            next = dsml_word(span_from(rest, at + n + strlen("</" DSML)));
+            if (next == -2) return 0;
+            at += next < 0 ? n + 1 : n;
+        }
+        bool is_string = !span_is(attribute(tag, "string=\""), "false");
+        add_value(r, attribute(tag, "name=\""), is_string, (Span){ rest.p, at });
+    } else if (word == TAG_CALLS || word == TAG_INVOKE) {
+        end_call(r);
+        if (word == TAG_CALLS && closing) r->state = IN_CONTENT;
+        if (word == TAG_INVOKE && !closing) {
+            Span name = attribute(tag, "name=\"");
+            str_add(&r->call.name, name.p, name.n);
+            str_puts(&r->call.arguments, "{");
+            r->open = true;
+            if (empty) end_call(r);
+        }
     }
-    str_add(&r->value, s.p, at);
-    if (word >= 0) {
-        r->state = IN_CALLS;                                        // which reads the closing tag
-        end_value(r);
-    }
-    return at;
+    return end + 1 + at;
 }
 
 // Takes the next piece of text: whole characters, as tok_decode gives them.
 static void reader_feed(Reader *r, Span piece) {
     size_t done = 0, n = 1;
+    int state = -1;
     str_add(&r->held, piece.p, piece.n);
-    while (n && done < r->held.n) {
-        Span s = { r->held.p + done, r->held.n - done };
-        int state = (int)r->state;
-        n = state == IN_REASONING ? read_reasoning(r, s) : state == IN_CONTENT ? read_content_text(r, s) :
-            state == IN_CALLS ? read_between_tags(r, s) : read_value(r, s);
-        if (!n && (int)r->state != state) n = SIZE_MAX;             // nothing used, but another reader's turn
-        done += n == SIZE_MAX ? 0 : n;
+    while (done < r->held.n && (n || (int)r->state != state)) {
+        Span s = span_from(str_span(&r->held), done);
+        state = (int)r->state;
+        n = state == IN_REASONING ? read_reasoning(r, s) :
+            state == IN_CONTENT ? read_content_text(r, s) : read_calls_tag(r, s);
+        done += n;
     }
     memmove(r->held.p, r->held.p + done, r->held.n -= done);
 }
 
-// The end of the completion: what was held back is text. False if it broke off inside the tool calls;
-// an unfinished call is not told.
+// The end of the completion: what was held back is text. False if it broke off inside the tool
+// calls; an unfinished call is not told.
 static bool reader_finish(Reader *r) {
-    bool whole = r->state == IN_REASONING || r->state == IN_CONTENT;
-    if (whole) tell(r, r->state == IN_REASONING ? EV_REASONING : EV_CONTENT, str_span(&r->held));
+    if (r->state != IN_CALLS)
+        tell(r, r->state == IN_REASONING ? EV_REASONING : EV_CONTENT, str_span(&r->held));
     r->held.n = 0;
-    return whole;
+    return r->state != IN_CALLS;
 }
 // ---------------------------------------------------------------------------
-// sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what top-k
-// left, min-p relative to the most likely token. Ties go to the lower id, so a seed fixes the text.
+// sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what
+// top-k left, min-p relative to the likeliest token. Ties go to the lower id.
 
 typedef struct {
     double temperature;     // 0: the most likely token, always
@@ -3045,7 +3003,8 @@ typedef struct {
 } Sampler;
 
 static void sampler_init(Sampler *s, int n, Sampling how, uint64_t seed) {
-    *s = (Sampler){ how, seed, n, xalloc((size_t)n, sizeof *s->p), xalloc((size_t)n, sizeof *s->order) };
+    size_t v = (size_t)n;
+    *s = (Sampler){ how, seed, n, xalloc(v, sizeof *s->p), xalloc(v, sizeof *s->order) };
 }
 
 static void sampler_free(Sampler *s) {
@@ -3076,11 +3035,11 @@ static void sift_down(Sampler *s, int i, int n) {
     s->order[i] = id;
 }
 
-// Takes the likeliest tokens off a heap until top-k or top-p is satisfied and puts them at the end of
-// s->order, the likeliest last. Returns how many; *total gets the sum of their p.
-static int take_likeliest(Sampler *s, double *total) {
+// Takes the likeliest tokens off a heap until top-k or top-p is satisfied and puts them at the end
+// of s->order, the likeliest last. Returns how many. total: the sum of all p.
+static int take_likeliest(Sampler *s, double total) {
     int kept = 0, most = s->how.top_k > 0 && s->how.top_k < s->n ? s->how.top_k : s->n;
-    double sum = 0, wanted = most < s->n ? INFINITY : s->how.top_p * *total;
+    double sum = 0, wanted = most < s->n ? INFINITY : s->how.top_p * total;
     for (int i = 0; i < s->n; i++) s->order[i] = i;
     for (int i = s->n / 2; i-- > 0;) sift_down(s, i, s->n);
     while (kept < most && sum < wanted) {
@@ -3090,14 +3049,11 @@ static int take_likeliest(Sampler *s, double *total) {
         s->order[last] = id;
         sum += s->p[id];
     }
-    if (most < s->n) {                      // top-p counts within what top-k left
-        double all = sum;
-        int k = 0;
-        for (sum = 0; k < kept && sum < s->how.top_p * all; k++) sum += s->p[s->order[s->n - 1 - k]];
-        kept = k;
-    }
-    *total = sum;
-    return kept;
+    if (most == s->n) return kept;
+    wanted = s->how.top_p * sum;            // top-p counts within what top-k left
+    int k = 0;
+    for (sum = 0; k < kept && sum < wanted; k++) sum += s->p[s->order[s->n - 1 - k]];
+    return k;
 }
 
 // logits [n] -> a token, -1 with an error if one of them is not finite.
@@ -3115,7 +3071,7 @@ static int sample(Sampler *s, const float *logits, Err *e) {
     for (int i = 0; i < s->n; i++)
         total += s->p[i] = exp(((double)logits[i] - (double)logits[best]) / s->how.temperature);
     bool sorted = (s->how.top_k > 0 && s->how.top_k < s->n) || s->how.top_p < 1;
-    int kept = sorted ? take_likeliest(s, &total) : s->n, last = best;
+    int kept = sorted ? take_likeliest(s, total) : s->n, last = best;
     double left = 0;                        // what min-p leaves of the total; the best has p = 1
     for (int k = 0; k < kept; k++) {
         double p = s->p[sorted ? s->order[s->n - 1 - k] : k];
@@ -3132,8 +3088,8 @@ static int sample(Sampler *s, const float *logits, Err *e) {
     return last;
 }
 
-// Reads generation_config.json: temperature, top_p, top_k, min_p and do_sample into *how, the ids that
-// end a text (eos_token_id, a number or a list) into *eos. What is absent or null stays as it is.
+// Reads generation_config.json: temperature, top_p, top_k, min_p and do_sample into *how, the ids
+// that end a text (eos_token_id, a number or a list) into *eos. What is absent or null stays.
 static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
                                    Err *e) {
     Json j = json_open(text, name, e);
@@ -3149,19 +3105,20 @@ static bool read_generation_config(Span text, const char *name, int vocab, Sampl
         else if (span_is(k, "top_p")) json_double(&j, &how->top_p);
         else if (span_is(k, "min_p")) json_double(&j, &how->min_p);
         else if (!span_is(k, "eos_token_id")) json_skip(&j);
-        else if (json_peek(&j) != '[') json_int(&j, 0, vocab - 1, &id) ? ids_add(eos, (int)id) : (void)0;
-        else for (json_array(&j); json_item(&j);)
-            if (json_int(&j, 0, vocab - 1, &id)) ids_add(eos, (int)id);
+        else if (json_peek(&j) == '[') {
+            for (json_array(&j); json_item(&j);)
+                if (json_int(&j, 0, vocab - 1, &id)) ids_add(eos, (int)id);
+        } else if (json_int(&j, 0, vocab - 1, &id)) ids_add(eos, (int)id);
     }
     free(key.p);
-    how->top_k = (int)n;
-    if (!json_end(&j)) return false;
-    if (!(how->temperature >= 0)) return fail(e, "%s: temperature %g, expected >= 0", name, how->temperature);
+    if (!(how->temperature >= 0)) json_fail(&j, "temperature %g, expected >= 0", how->temperature);
     if (!(how->top_p > 0 && how->top_p <= 1))
-        return fail(e, "%s: top_p %g, expected above 0, at most 1", name, how->top_p);
-    if (!(how->min_p >= 0 && how->min_p <= 1)) return fail(e, "%s: min_p %g, expected 0 to 1", name, how->min_p);
+        json_fail(&j, "top_p %g, expected above 0, at most 1", how->top_p);
+    if (!(how->min_p >= 0 && how->min_p <= 1))
+        json_fail(&j, "min_p %g, expected 0 to 1", how->min_p);
+    how->top_k = (int)n;
     if (!do_sample) how->temperature = 0;
-    return true;
+    return json_end(&j);
 }
 // ---------------------------------------------------------------------------
 // threads: one pool; a parallel region hands out ranges of items, large ones first
@@ -4440,10 +4397,25 @@ static bool store_has(const Store *s, const char *prefix) {
     return false;
 }
 
+// A layer that config.json does not know of means that the two do not belong together.
+static bool check_layers(const Binder *b) {
+    for (size_t i = 0; i < b->store->n; i++) {
+        int layer = 0;
+        Span name = b->store->tensors[i].name;
+        if (name.n < 8 || memcmp(name.p, "layers.", 7)) continue;
+        for (size_t k = 7; k < name.n && name.p[k] >= '0' && name.p[k] <= '9' && layer < 1 << 20; k++)
+            layer = layer * 10 + name.p[k] - '0';
+        if (layer >= b->c->n_layers)
+            return fail(b->e, "config.json: num_hidden_layers is %d, but the checkpoint has %.*s", b->c->n_layers, SHOWN(name));
+    }
+    return true;
+}
+
 // Binds all tensors of the model. The MTP layers are bound if the checkpoint has them (dspark releases: another kind).
 static bool weights_bind(Weights *w, Binder *b) {
     const Config *c = b->c;
     char name[64];
+    if (!check_layers(b)) return false;
     w->layers = xalloc((size_t)c->n_layers, sizeof *w->layers);
     if (!bind_list(b, model_table, COUNT(model_table), "", w)) return false;
     if (w->embed.fmt != W_BF16 && w->embed.fmt != W_F32) return fail(b->e, "embed.weight: expected BF16 or F32");
@@ -4990,6 +4962,7 @@ static void index_scores(void *arg, int begin, int end) {
                 float s = dot(r->iq + ((size_t)t * I + h) * J, kw, J);
                 if (s > 0) sum += r->iw[(size_t)t * I + h] * scale * s;
             }
+            if (!isfinite(sum)) die(1, "%s.attn.indexer: a score is not finite (run `dsv4 verify` on the checkpoint)", k->l->name);
             r->iscore[(size_t)(t - k->from) * k->keys + w] = sum;
         }
     }
@@ -6710,7 +6683,7 @@ static bool print_token(void *arg, int token) {
         utf8_finish(&p->utf8, &text);
         str_puts(&text, "\n");
         p->reasoning = false;
-    } else tok_decode(p->t, token, true, &p->utf8, &text);
+    } else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);    // the model may know more
     if (text.n) fwrite(text.p, 1, text.n, to);
     free(text.p);
     p->printed++;
