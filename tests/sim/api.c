@@ -456,10 +456,7 @@ EXPORT CUresult cuCtxSetCurrent(CUcontext ctx) {
     return leave(r);
 }
 
-EXPORT CUresult cuCtxPushCurrent_v2(CUcontext ctx) {
-    CUresult r = enter(__func__, INIT);
-    return leave(r ? r : push(ctx));
-}
+API(INIT, cuCtxPushCurrent_v2, (CUcontext ctx), push(ctx))
 
 EXPORT CUresult cuCtxPopCurrent_v2(CUcontext *ctx) {
     CUresult r = enter(__func__, INIT);

@@ -18,7 +18,7 @@
 #else
 typedef int CUresult, CUdevice, CUdevice_attribute, CUdevice_P2PAttribute, CUjit_option,
     CUfunction_attribute, CUfunc_cache, CUpointer_attribute, CUstreamCaptureMode,
-    CUstreamCaptureStatus, CUdriverProcAddressQueryResult, CUgraphExecUpdateResult, CUlimit, CUgraphNodeType;
+    CUstreamCaptureStatus, CUdriverProcAddressQueryResult, CUgraphExecUpdateResult;
 typedef uint64_t CUdeviceptr, cuuint64_t;
 typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;
@@ -58,44 +58,20 @@ typedef struct {
 
 #define EXPORT __attribute__((visibility("default")))
 
+/* CUresult, without the CUDA_ERROR_ (and STREAM_) of the long names. */
 enum {
-    OK = 0,
-    E_INVALID_VALUE = 1,
-    E_OUT_OF_MEMORY = 2,
-    E_NOT_INITIALIZED = 3,
-    E_NO_DEVICE = 100,
-    E_INVALID_DEVICE = 101,
-    E_INVALID_IMAGE = 200,
-    E_INVALID_CONTEXT = 201,
-    E_NO_BINARY_FOR_GPU = 209,
-    E_PEER_ACCESS_UNSUPPORTED = 217,
-    E_FILE_NOT_FOUND = 301,
-    E_INVALID_HANDLE = 400,
-    E_ILLEGAL_STATE = 401,
-    E_NOT_FOUND = 500,
-    E_NOT_READY = 600,
-    E_LAUNCH_OUT_OF_RESOURCES = 701,
-    E_PEER_ACCESS_ALREADY_ENABLED = 704,
-    E_PEER_ACCESS_NOT_ENABLED = 705,
-    E_PRIMARY_CONTEXT_ACTIVE = 708,
-    E_CONTEXT_IS_DESTROYED = 709,
-    E_HOST_MEMORY_ALREADY_REGISTERED = 712,
-    E_HOST_MEMORY_NOT_REGISTERED = 713,
-    E_LAUNCH_FAILED = 719,
-    E_COOPERATIVE_LAUNCH_TOO_LARGE = 720,
-    E_NOT_PERMITTED = 800,
-    E_NOT_SUPPORTED = 801,
-    E_CAPTURE_UNSUPPORTED = 900,
-    E_CAPTURE_INVALIDATED = 901,
-    E_CAPTURE_MERGE = 902,
-    E_CAPTURE_UNMATCHED = 903,
-    E_CAPTURE_UNJOINED = 904,
-    E_CAPTURE_ISOLATION = 905,
-    E_CAPTURE_IMPLICIT = 906,
-    E_CAPTURED_EVENT = 907,
-    E_CAPTURE_WRONG_THREAD = 908,
-    E_GRAPH_EXEC_UPDATE_FAILURE = 910,
-    E_UNKNOWN = 999,
+    OK = 0, E_INVALID_VALUE = 1, E_OUT_OF_MEMORY = 2, E_NOT_INITIALIZED = 3, E_NO_DEVICE = 100,
+    E_INVALID_DEVICE = 101, E_INVALID_IMAGE = 200, E_INVALID_CONTEXT = 201,
+    E_NO_BINARY_FOR_GPU = 209, E_PEER_ACCESS_UNSUPPORTED = 217, E_FILE_NOT_FOUND = 301,
+    E_INVALID_HANDLE = 400, E_ILLEGAL_STATE = 401, E_NOT_FOUND = 500, E_NOT_READY = 600,
+    E_LAUNCH_OUT_OF_RESOURCES = 701, E_PEER_ACCESS_ALREADY_ENABLED = 704,
+    E_PEER_ACCESS_NOT_ENABLED = 705, E_PRIMARY_CONTEXT_ACTIVE = 708, E_CONTEXT_IS_DESTROYED = 709,
+    E_HOST_MEMORY_ALREADY_REGISTERED = 712, E_HOST_MEMORY_NOT_REGISTERED = 713,
+    E_LAUNCH_FAILED = 719, E_COOPERATIVE_LAUNCH_TOO_LARGE = 720, E_NOT_PERMITTED = 800,
+    E_NOT_SUPPORTED = 801, E_CAPTURE_UNSUPPORTED = 900, E_CAPTURE_INVALIDATED = 901,
+    E_CAPTURE_MERGE = 902, E_CAPTURE_UNMATCHED = 903, E_CAPTURE_UNJOINED = 904,
+    E_CAPTURE_ISOLATION = 905, E_CAPTURE_IMPLICIT = 906, E_CAPTURED_EVENT = 907,
+    E_CAPTURE_WRONG_THREAD = 908, E_GRAPH_EXEC_UPDATE_FAILURE = 910, E_UNKNOWN = 999,
 };
 
 /* ------------------------------------------------------------------------------------------------
@@ -179,7 +155,7 @@ typedef struct {
     uint64_t dst, src, bytes;  /* copy and set; device or host addresses */
     int dst_dev, src_dev;      /* owner, -1: host memory */
     void *owned;               /* kernel parameters, or the snapshot of a pageable source */
-    uint32_t value, unit;      /* set: units of 1, 2 or 4 bytes */
+    uint32_t value, unit;      /* set: units of 1 or 4 bytes */
     CUhostFn fn;
     void *user;
 } Work;
@@ -255,6 +231,12 @@ enum { ANY = 0, INIT = 1, CTX = 3, UNSAFE = 7 }; /* UNSAFE: CTX, and not during 
  * current, context without a fault. On error the caller still goes on to leave(). */
 CUresult enter(const char *name, int needs);
 CUresult leave(CUresult result);
+/* An exported function: what it needs, name, parameters, and what it does then. */
+#define API(needs, name, params, call)                                                             \
+    EXPORT CUresult name params {                                                                  \
+        CUresult r = enter(#name, needs);                                                          \
+        return leave(r ? r : (call));                                                              \
+    }
 Ctx *cur(void);                        /* the calling thread's context */
 void *zalloc(size_t bytes);
 void *obj_new(Type type, size_t bytes);

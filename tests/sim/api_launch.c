@@ -80,8 +80,8 @@ static void verbose_log(const Module *m, char *log, size_t size) {
     size_t n = 0;
     for (int i = 0; i < m->n_funcs && n < size; i++) {
         const SimKernel *k = m->funcs[i].kernel;
-        int w = snprintf(log + n, size - n, "info: %s: about %d registers, %u bytes shared, %u bytes "
-                         "local\n", k->name, k->registers, k->shared_bytes, k->local_bytes);
+        int w = snprintf(log + n, size - n, "info: %s: about %d registers, %u bytes shared, "
+                         "%u bytes local\n", k->name, k->registers, k->shared_bytes, k->local_bytes);
         n += w > 0 ? (size_t)w : 0;
     }
 }
@@ -117,10 +117,8 @@ EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned
     return leave(r ? r : load(module, image, n, options, values));
 }
 
-EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : load(module, image, 0, NULL, NULL));
-}
+API(UNSAFE, cuModuleLoadData, (CUmodule *module, const void *image),
+    load(module, image, 0, NULL, NULL))
 
 EXPORT CUresult cuModuleUnload(CUmodule m) {
     CUresult r = enter(__func__, UNSAFE);
@@ -211,7 +209,8 @@ EXPORT CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config_) {
 
 /* Blocks of a function that fit on one multiprocessor at a time. */
 int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
-    return occupancy_blocks(f->kernel->registers, threads, f->kernel->shared_bytes + dynamic_shared);
+    const SimKernel *k = f->kernel;
+    return occupancy_blocks(k->registers, threads, k->shared_bytes + dynamic_shared);
 }
 
 EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction f, int threads,
@@ -229,7 +228,8 @@ EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunct
 
 static CUresult check_shape(const Func *f, const unsigned grid[3], const unsigned block[3],
                             uint32_t shared) {
-    static const unsigned grid_max[3] = { 0x7FFFFFFF, 65535, 65535 }, block_max[3] = { 1024, 1024, 64 };
+    static const unsigned grid_max[3] = { 0x7FFFFFFF, 65535, 65535 };
+    static const unsigned block_max[3] = { 1024, 1024, 64 };
     const SimKernel *k = f->kernel;
     uint64_t threads = 1;
     for (int i = 0; i < 3; i++) {
@@ -346,11 +346,8 @@ static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **para
     return launch(f, grid, block, c->sharedMemBytes, c->hStream, params, extra, cooperative);
 }
 
-EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params,
-                                 void **extra) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : launch_config(c, f, params, extra));
-}
+API(CTX, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params, void **extra),
+    launch_config(c, f, params, extra))
 
 /* Runs a kernel when its turn has come; *us: its computed time. */
 CUresult work_kernel(const Work *w, double *us) {

@@ -122,20 +122,10 @@ static CUresult host_alloc(void **out, size_t bytes, unsigned flags) {
     return r;
 }
 
-EXPORT CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : host_alloc(out, bytes, flags));
-}
-
-EXPORT CUresult cuMemAllocHost_v2(void **out, size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : host_alloc(out, bytes, 0));
-}
-
-EXPORT CUresult cuMemFreeHost(void *p) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : host_remove((uintptr_t)p, false, E_INVALID_VALUE));
-}
+API(UNSAFE, cuMemHostAlloc, (void **out, size_t bytes, unsigned flags),
+    host_alloc(out, bytes, flags))
+API(UNSAFE, cuMemAllocHost_v2, (void **out, size_t bytes), host_alloc(out, bytes, 0))
+API(UNSAFE, cuMemFreeHost, (void *p), host_remove((uintptr_t)p, false, E_INVALID_VALUE))
 
 /* Flags: 1 portable, 2 map, 4 I/O memory, 8 read only. Pages only; the last two are refused, as
  * device attribute 113 says. */
@@ -150,10 +140,8 @@ EXPORT CUresult cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags) {
     return leave(r ? r : host_add((uintptr_t)p, bytes, flags, true));
 }
 
-EXPORT CUresult cuMemHostUnregister(void *p) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : host_remove((uintptr_t)p, true, E_HOST_MEMORY_NOT_REGISTERED));
-}
+API(UNSAFE, cuMemHostUnregister, (void *p),
+    host_remove((uintptr_t)p, true, E_HOST_MEMORY_NOT_REGISTERED))
 
 /* One address space: the device address is the host address. */
 EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *p, unsigned flags) {
@@ -270,46 +258,24 @@ CUresult work_copy(const Work *w) {
     return OK;
 }
 
-EXPORT CUresult cuMemcpyHtoD_v2(CUdeviceptr dst, const void *src, size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, NULL, true));
-}
-
-EXPORT CUresult cuMemcpyDtoH_v2(void *dst, CUdeviceptr src, size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : copy((uintptr_t)dst, HOST, src, DEVICE, bytes, NULL, true));
-}
+API(UNSAFE, cuMemcpyHtoD_v2, (CUdeviceptr dst, const void *src, size_t bytes),
+    copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, NULL, true))
+API(UNSAFE, cuMemcpyDtoH_v2, (void *dst, CUdeviceptr src, size_t bytes),
+    copy((uintptr_t)dst, HOST, src, DEVICE, bytes, NULL, true))
 
 /* Between device memories the host does not wait, as documented. */
-EXPORT CUresult cuMemcpyDtoD_v2(CUdeviceptr dst, CUdeviceptr src, size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : copy(dst, DEVICE, src, DEVICE, bytes, NULL, false));
-}
-
-EXPORT CUresult cuMemcpy(CUdeviceptr dst, CUdeviceptr src, size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : copy(dst, EITHER, src, EITHER, bytes, NULL, true));
-}
-
-EXPORT CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr dst, const void *src, size_t bytes, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, s, false));
-}
-
-EXPORT CUresult cuMemcpyDtoHAsync_v2(void *dst, CUdeviceptr src, size_t bytes, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : copy((uintptr_t)dst, HOST, src, DEVICE, bytes, s, false));
-}
-
-EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : copy(dst, DEVICE, src, DEVICE, bytes, s, false));
-}
-
-EXPORT CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : copy(dst, EITHER, src, EITHER, bytes, s, false));
-}
+API(UNSAFE, cuMemcpyDtoD_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
+    copy(dst, DEVICE, src, DEVICE, bytes, NULL, false))
+API(UNSAFE, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
+    copy(dst, EITHER, src, EITHER, bytes, NULL, true))
+API(CTX, cuMemcpyHtoDAsync_v2, (CUdeviceptr dst, const void *src, size_t bytes, CUstream s),
+    copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, s, false))
+API(CTX, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t bytes, CUstream s),
+    copy((uintptr_t)dst, HOST, src, DEVICE, bytes, s, false))
+API(CTX, cuMemcpyDtoDAsync_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
+    copy(dst, DEVICE, src, DEVICE, bytes, s, false))
+API(CTX, cuMemcpyAsync, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
+    copy(dst, EITHER, src, EITHER, bytes, s, false))
 
 /* Works with and without peer access: the driver stages through the host if need be. */
 static CUresult peer_copy(CUdeviceptr dst, Ctx *to, CUdeviceptr src, Ctx *from, size_t bytes,
@@ -349,7 +315,7 @@ CUresult work_set(const Work *w) {
     }
     unsigned char *p = bytes_at(w->dst, w->dst_dev);
     if (w->unit == 1) memset(p, (int)w->value, w->bytes);
-    for (uint64_t i = 0; w->unit > 1 && i < w->bytes; i += w->unit) memcpy(p + i, &w->value, w->unit);
+    for (uint64_t i = 0; w->unit == 4 && i < w->bytes; i += 4) memcpy(p + i, &w->value, 4);
     if (w->dst_dev >= 0) sim_mem_mark(w->dst, w->bytes, true);
     return OK;
 }
@@ -367,22 +333,11 @@ static CUresult set(CUdeviceptr dst, uint32_t value, uint32_t unit, size_t n, CU
     return r ? r : submit(s, &w);
 }
 
-EXPORT CUresult cuMemsetD8_v2(CUdeviceptr dst, unsigned char value, size_t n) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : set(dst, value, 1, n, NULL));
-}
-
-EXPORT CUresult cuMemsetD32_v2(CUdeviceptr dst, unsigned value, size_t n) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : set(dst, value, 4, n, NULL));
-}
-
-EXPORT CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, size_t n, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : set(dst, value, 1, n, s));
-}
-
-EXPORT CUresult cuMemsetD32Async(CUdeviceptr dst, unsigned value, size_t n, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : set(dst, value, 4, n, s));
-}
+API(UNSAFE, cuMemsetD8_v2, (CUdeviceptr dst, unsigned char value, size_t n),
+    set(dst, value, 1, n, NULL))
+API(UNSAFE, cuMemsetD32_v2, (CUdeviceptr dst, unsigned value, size_t n),
+    set(dst, value, 4, n, NULL))
+API(CTX, cuMemsetD8Async, (CUdeviceptr dst, unsigned char value, size_t n, CUstream s),
+    set(dst, value, 1, n, s))
+API(CTX, cuMemsetD32Async, (CUdeviceptr dst, unsigned value, size_t n, CUstream s),
+    set(dst, value, 4, n, s))

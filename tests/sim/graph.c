@@ -118,11 +118,8 @@ static CUresult instantiate(CUgraphExec *exec, CUgraph graph, unsigned long long
     return OK;
 }
 
-EXPORT CUresult cuGraphInstantiateWithFlags(CUgraphExec *exec, CUgraph graph,
-                                            unsigned long long flags) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : instantiate(exec, graph, flags));
-}
+API(CTX, cuGraphInstantiateWithFlags, (CUgraphExec *exec, CUgraph graph, unsigned long long flags),
+    instantiate(exec, graph, flags))
 
 EXPORT CUresult cuGraphInstantiate_v2(CUgraphExec *exec, CUgraph graph, CUgraphNode *error_node,
                                       char *log, size_t log_size) {
@@ -179,10 +176,7 @@ static CUresult launch(Exec *e, CUstream h) {
     return OK;
 }
 
-EXPORT CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : launch(exec, stream));
-}
+API(CTX, cuGraphLaunch, (CUgraphExec exec, CUstream stream), launch(exec, stream))
 
 EXPORT CUresult cuGraphUpload(CUgraphExec exec, CUstream stream) {
     Stream *s;
@@ -346,10 +340,8 @@ static CUresult begin(CUstream h, int mode) {
     return OK;
 }
 
-EXPORT CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : begin(stream, (int)mode));
-}
+API(CTX, cuStreamBeginCapture_v2, (CUstream stream, CUstreamCaptureMode mode),
+    begin(stream, (int)mode))
 
 static void mark_back(Node *n, bool *seen) {
     if (seen[n->index]) return;
@@ -390,10 +382,7 @@ static CUresult end(CUstream h, CUgraph *graph) {
     return r;
 }
 
-EXPORT CUresult cuStreamEndCapture(CUstream stream, CUgraph *graph) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : end(stream, graph));
-}
+API(CTX, cuStreamEndCapture, (CUstream stream, CUgraph *graph), end(stream, graph))
 
 EXPORT CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
     Stream *s;

@@ -329,8 +329,8 @@ static void put_table(FILE *f, bool ptxas) {
         launches += c->launches;
         for (int i = 0; i < N_CARDS; i++) us[i] += k->ps[i];
     }
-    fprintf(f, "sum of kernels: computed %.2f us (3090), %.2f us (A5000); apart from that %llu gaps "
-            "(computed %.1f us) and %llu hops (computed %.1f us)\n", (double)us[0] * 1e-6,
+    fprintf(f, "sum of kernels: computed %.2f us (3090), %.2f us (A5000); apart from that %llu "
+            "gaps (computed %.1f us) and %llu hops (computed %.1f us)\n", (double)us[0] * 1e-6,
             (double)us[1] * 1e-6, (unsigned long long)launches, (double)launches * gap_us,
             (unsigned long long)hops, (double)hops * hop_us);
 }

@@ -345,15 +345,9 @@ static CUresult make_stream(CUstream *stream, unsigned flags, int priority) {
     return OK;
 }
 
-EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : make_stream(stream, flags, 0));
-}
-
-EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : make_stream(stream, flags, priority));
-}
+API(CTX, cuStreamCreate, (CUstream *stream, unsigned flags), make_stream(stream, flags, 0))
+API(CTX, cuStreamCreateWithPriority, (CUstream *stream, unsigned flags, int priority),
+    make_stream(stream, flags, priority))
 
 EXPORT CUresult cuStreamDestroy_v2(CUstream stream) {
     Stream *s;
@@ -446,10 +440,7 @@ static CUresult record(CUevent event, CUstream stream) {
     return OK;
 }
 
-EXPORT CUresult cuEventRecord(CUevent event, CUstream stream) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : record(event, stream));
-}
+API(CTX, cuEventRecord, (CUevent event, CUstream stream), record(event, stream))
 
 /* The stream's later work waits for the record that the event stands for now. */
 static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
@@ -465,10 +456,8 @@ static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
     return append(s, &(Work){ .ctx = s->ctx }, event->op);
 }
 
-EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : wait_event(stream, event, flags));
-}
+API(CTX, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags),
+    wait_event(stream, event, flags))
 
 static CUresult event_now(CUevent event, const char *name) {
     CUresult r = enter(name, CTX);
@@ -512,12 +501,5 @@ static CUresult elapsed(float *ms, CUevent from, CUevent to) {
     return OK;
 }
 
-EXPORT CUresult cuEventElapsedTime(float *ms, CUevent from, CUevent to) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : elapsed(ms, from, to));
-}
-
-EXPORT CUresult cuEventElapsedTime_v2(float *ms, CUevent from, CUevent to) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : elapsed(ms, from, to));
-}
+API(CTX, cuEventElapsedTime, (float *ms, CUevent from, CUevent to), elapsed(ms, from, to))
+API(CTX, cuEventElapsedTime_v2, (float *ms, CUevent from, CUevent to), elapsed(ms, from, to))

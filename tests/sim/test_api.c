@@ -505,7 +505,11 @@ static void case_no_back_wait(void) { hand_off(2); }
 
 /* Random work on six streams of two devices, ordered by events, against the same work done at once
  * on the host. Every eighth operation of the loose form does not wait. */
-typedef struct { CUdeviceptr p; unsigned host[64]; int op[6]; } Buffer; /* last use by each stream */
+typedef struct {
+    CUdeviceptr p;
+    unsigned host[64];
+    int op[6]; /* last use by each stream */
+} Buffer;
 static bool loose;
 
 static void use(Buffer *b, CUstream s, int stream_, CUevent *done, int op, bool writes) {
@@ -828,7 +832,8 @@ static void case_report(void) {
     IS(strstr(k, "\"threads\": 2048,") != NULL, 1);
     IS(strstr(k, "\"unique_load_bytes\": 8192,") != NULL, 1);
     IS(strstr(k, "\"unique_store_bytes\": 8192,") != NULL, 1);
-    IS(strstr(k, "\"4\": {\"warp\": 64, \"lane\": 2048, \"bytes\": 8192, \"sectors\": 256}") != NULL, 1);
+    IS(strstr(k, "\"4\": {\"warp\": 64, \"lane\": 2048, \"bytes\": 8192, \"sectors\": 256}") != NULL,
+       1);
     IS(strstr(k, "\"RTX 3090\": {\"total\": 6.000000") != NULL, 1);
     IS(strstr(text, "computed, not measured") != NULL, 1);
     sim_reset_counters();
@@ -836,7 +841,8 @@ static void case_report(void) {
     IS(sim_findings(), 0);
 }
 
-/* ------------------------------------------------------------------------------------------------ */
+/* ------------------------------------------------------------------------------------------------
+ * the cases */
 
 static const struct {
     const char *name, *env; /* settings, separated by blanks */
