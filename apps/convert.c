@@ -1,9 +1,9 @@
 // dsv4 convert SRC DST: the original release (FP4 experts, FP8 matrices) -> dsv4_int (INT4, INT8).
 //
 // Every shard becomes a shard of the same name, laid out as safetensors' own writer does it. It is
-// written as NAME.part, synced, then renamed: what bears its final name is complete. DST/.dsv4-convert
-// says which source and options the work belongs to, so a run that was stopped at any point goes on
-// where it was. Threads read, convert and write pieces of 1 MiB.
+// written as NAME.part, synced, then renamed: what bears its final name is complete.
+// DST/.dsv4-convert says which source and options the work belongs to, so a run that was stopped at
+// any point goes on where it was. Threads read, convert and write pieces of 1 MiB.
 
 #define _GNU_SOURCE
 #include "dsv4.h"
@@ -363,7 +363,6 @@ static bool plan_item(Job *job, size_t i, Item *it, Dsv4Error *e) {
     it->dtype = rule == COPY ? it->t.dtype : !is_scale ? "I8" : job->tables->f16 ? "F16" : "BF16";
     it->order = dsv4_dtype_order(it->dtype);
     it->bytes = rule != COPY && is_scale ? 2 * it->t.bytes : it->t.bytes;
-    job->converted += rule != COPY && !is_scale;
     return true;
 }
 
@@ -437,6 +436,7 @@ static bool plan(Job *job, Dsv4Error *e) {
         Item it;
         if (!plan_item(job, i, &it, e)) return free(place), false;
         if (!plan_name(job, &it)) continue;
+        job->converted += it.rule == INT4 || it.rule == INT8;
         Shard *file = &job->files[it.t.shard];
         if (file->n == file->cap) {
             file->cap = 2 * file->cap + 64;
@@ -708,9 +708,9 @@ static void show_progress(Job *job, const Shard *finished) {
     double left = rate > 0 ? (double)(job->total - job->did) / rate : 0;
     const char *what = job->checking ? "checked" : "converted";
     fprintf(stderr, "%s# %s %.2f of %.2f GB, %.0f MB/s, %d:%02d min left%s%s%s",
-            terminal ? "\r" : "", what, (double)job->did / 1e9, (double)job->total / 1e9, rate / 1e6,
-            (int)left / 60, (int)left % 60, finished ? ": " : "", finished ? finished->name : "",
-            terminal ? "\033[K" : "\n");
+            terminal ? "\r" : "", what, (double)job->did / 1e9, (double)job->total / 1e9,
+            rate / 1e6, (int)left / 60, (int)left % 60, finished ? ": " : "",
+            finished ? finished->name : "", terminal ? "\033[K" : "\n");
     if (terminal && job->did == job->total) fputc('\n', stderr);
 }
 
