@@ -2441,10 +2441,11 @@ static bool add_arguments(Span arguments, Str *out, Err *e) {
         if (i) str_puts(out, "\n");
         add_param(out, str_span(&key), is_string ? "true" : "false", str_span(&value));
     }
+    bool ok = json_end(&j);
     free(clean.p);
     free(key.p);
     free(value.p);
-    return json_end(&j);
+    return ok;
 }
 
 // Appends the calls block for a list of OpenAI tool calls and notes their ids.
@@ -2614,9 +2615,9 @@ static bool chat_read(Chat *c, ChatOptions *o, Span text, const char *name, Err 
 
 static const char effort_x[] =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve"
-    " the root cause, rigorously stress-testing your logic against all potential paths, edge cases,"
-    " and adversarial scenarios.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to"
+    " resolve the root cause, rigorously stress-testing your logic against all potential paths, edge"
+    " cases, and adversarial scenarios.\n"
     "Explicitly write out your entire deliberation process, documenting every intermediate step,"
     " considered alternative, and rejected hypothesis to ensure absolutely no assumption is left"
     " unchecked.\n\n";
@@ -4572,7 +4573,8 @@ static Task task(Device *d, const Layer *l, int i) {
 
 enum {
     MAX_HEAD_DIM = 4096,        // head_dim and index_head_dim
-    MAX_STREAMS = 64,           // hc_mult
+    MAX_STREAMS = 16,           // hc_mult
+    COLUMNS = 512,              // of the streams that one item mixes
     HEAD_BLOCK = 16,            // heads that share the expansion of a cached row
 };
 static const size_t INDEX_SCORES = 4 << 20;     // index scores held at once
@@ -4775,29 +4777,28 @@ static void cpu_hc_pre(Device *d, const Hyper *h, const float *norm) {
     parallel(k.r->pool, k.r->T, 1, hc_pre_rows, &k);
 }
 
-// X'[k] = post[k] y + sum_j comb[j][k] X[j]: the sum runs over comb's first index.
-static void hc_post_rows(void *arg, int begin, int end) {
+// X'[k] = post[k] y + sum_j comb[j][k] X[j]: the sum runs over comb's first index. Items: T rows times column blocks.
+static void hc_post_columns(void *arg, int begin, int end) {
     Task *k = arg;
     Run *r = k->r;
-    int S = k->c->hc_mult, D = k->c->dim;
-    float in[MAX_STREAMS];
-    for (int t = begin; t < end; t++) {
-        float *X = r->X + (size_t)t * S * D;
-        const float *C = r->comb + (size_t)t * S * S, *post = r->post + (size_t)t * S;
-        for (int i = 0; i < D; i++) {
-            for (int j = 0; j < S; j++) in[j] = X[(size_t)j * D + i];
-            for (int s = 0; s < S; s++) {
-                float v = post[s] * r->y[(size_t)t * D + i];
-                for (int j = 0; j < S; j++) v += C[j * S + s] * in[j];
-                X[(size_t)s * D + i] = v;
-            }
+    int S = k->c->hc_mult, D = k->c->dim, blocks = (D + COLUMNS - 1) / COLUMNS;
+    float in[MAX_STREAMS][COLUMNS];
+    for (int item = begin; item < end; item++) {
+        int t = item / blocks, at = item % blocks * COLUMNS, n = D - at < COLUMNS ? D - at : COLUMNS;
+        float *X = r->X + (size_t)t * S * D + at;
+        const float *C = r->comb + (size_t)t * S * S, *y = r->y + (size_t)t * D + at;
+        for (int j = 0; j < S; j++) memcpy(in[j], X + (size_t)j * D, sizeof *X * (size_t)n);
+        for (int s = 0; s < S; s++, X += D) {
+            for (int i = 0; i < n; i++) X[i] = r->post[t * S + s] * y[i];
+            for (int j = 0; j < S; j++) axpy(X, C[j * S + s], in[j], n);
         }
     }
 }
 
 static void cpu_hc_post(Device *d) {
     Task k = task(d, NULL, 0);
-    parallel(k.r->pool, k.r->T, 1, hc_post_rows, &k);
+    int blocks = (d->c->dim + COLUMNS - 1) / COLUMNS;
+    parallel(k.r->pool, k.r->T * blocks, 1, hc_post_columns, &k);
 }
 
 // --- attention (spec 4 to 6)
@@ -5846,6 +5847,7 @@ typedef struct {
 } Feed;
 
 static volatile sig_atomic_t interrupted;      // Ctrl-C: long work stops at the next chunk or token
+static volatile sig_atomic_t terminated;       // by SIGTERM or SIGHUP: a chat ends too
 static volatile sig_atomic_t computing;        // there is such work; else Ctrl-C ends the program
 
 // NULL if all slots are taken.
@@ -6802,14 +6804,17 @@ static int run_chat(void) {
     open_sampler(m, &sampler, &eos);
     Str line = { 0 };
     note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops an answer, Ctrl-D leaves");
-    for (;;) {
+    computing = true;
+    for (bool again = false; !terminated;) {
         interrupted = 0;
         if (!read_turn(&line)) {
-            if (!interrupted) break;
+            if (!interrupted || again) break;                   // the end of the input, or Ctrl-C twice
+            again = true;
             clearerr(stdin);
-            fputs("\n", stderr);
+            note("Ctrl-C again or Ctrl-D leaves");
             continue;
         }
+        again = false;
         if (!line.n) continue;
         if (span_is(str_span(&line), "/new")) {
             past.n = 0;
@@ -6824,9 +6829,7 @@ static int run_chat(void) {
         }
         Printer p = { .t = t, .ids = opt.show_ids, .reasoning = opt.think };
         Timing timing;
-        computing = true;
         generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, &snap, print_token, &p, &timing);
-        computing = false;
         print_end(&p);
         print_timing(&timing);
         past.n = 0;                                             // the prompt, its <think> closed, and the answer
@@ -6840,7 +6843,7 @@ static int run_chat(void) {
     session_free(s);
     sampler_free(&sampler);
     free(past.p), free(ids.p), free(line.p), free(eos.p);
-    return 0;
+    return interrupted ? 130 : 0;
 }
 
 // --- dsv4 info
@@ -7058,7 +7061,7 @@ static int run_verify(const char *dir) {
 // main
 
 static void on_interrupt(int sig) {
-    (void)sig;
+    if (sig != SIGINT) terminated = true;
     if (interrupted++ || !computing) _exit(130);
 }
 
