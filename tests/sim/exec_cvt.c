@@ -424,7 +424,7 @@ static double min_max(double x, double y, bool max, bool nan)
     if (x != x || y != y)
         return nan ? NAN : x != x ? y : x;
     if (x == y)
-        return signbit(x) != max ? x : y; /* -0 is below +0 */
+        return (signbit(x) != 0) != max ? x : y; /* -0 is below +0 */
     return (x < y) != max ? x : y;
 }
 

@@ -792,8 +792,7 @@ static void parse_func(Parser *p, const char *text, int line)
 static void entry_params(Parser *p)
 {
     SimKernel *k = p->kernel;
-    SimParam *params = NULL;
-    u32 cap = 0;
+    SimParam params[512];
     if (!accept(p, '('))
         return;
     while (!accept(p, ')')) {
@@ -801,7 +800,8 @@ static void entry_params(Parser *p)
             ptx_fail(p, "expected .param");
         Variable v = parse_variable(p, K_PARAM);
         u32 at = place(p, &k->param_bytes, v.bytes, v.align, 4352, "parameter");
-        params = xgrow(params, (u32)k->n_params, &cap, sizeof *params);
+        if (k->n_params == 512)
+            ptx_fail(p, "too many parameters");
         params[k->n_params++] = (SimParam){at, (u32)v.bytes, (u32)v.align};
         Symbol *s = add_symbol(p, v.name, K_PARAM);
         s->value = at;
@@ -809,11 +809,8 @@ static void entry_params(Parser *p)
         s->type = v.type;
         accept(p, ',');
     }
-    SimParam *copy = arena_get(p->m, ((size_t)k->n_params + 1) * sizeof *copy);
-    if (params)
-        memcpy(copy, params, (size_t)k->n_params * sizeof *copy);
-    k->params = copy;
-    free(params);
+    size_t bytes = (size_t)k->n_params * sizeof *params;
+    k->params = memcpy(arena_get(p->m, bytes + 1), params, bytes);
 }
 
 static void entry_limits(Parser *p)
