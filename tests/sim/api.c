@@ -209,6 +209,7 @@ static CUresult context_rules(void) {
 CUresult enter(const char *name, int needs) {
     pthread_mutex_lock(&sim_lock);
     self.call = name;
+    note_call();
     if (self.in_callback && needs) return E_NOT_PERMITTED; /* rule of cuLaunchHostFunc */
     CUresult r = fault_code(name, E_UNKNOWN);
     if (r) return r;

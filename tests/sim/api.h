@@ -271,6 +271,7 @@ Op *op_new(const Work *work, Op **preds, int n_preds, double ready, uint64_t ord
 void op_hold(Op **slot, Op *op);             /* *slot = op, with the counts */
 void run_until(Op *op);
 void run_ctx(Ctx *ctx);                      /* all work of a context */
+void note_call(void);                        /* the program is not idle */
 void run_a_little(Op *op);                   /* what a query may see */
 void stream_tail(Stream *stream, Op *op);
 Stream *stream_new(Ctx *ctx, unsigned flags, int priority);

@@ -254,10 +254,13 @@ static void *idle_thread(void *unused) {
     return unused;
 }
 
+void note_call(void) {
+    clock_gettime(CLOCK_MONOTONIC, &last_call);
+}
+
 static void start_idle_thread(void) {
     static bool started;
     pthread_t t;
-    clock_gettime(CLOCK_MONOTONIC, &last_call);
     if (started || !config.idle_ms) return;
     started = true;
     if (!pthread_create(&t, NULL, idle_thread, NULL)) pthread_detach(t);

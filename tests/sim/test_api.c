@@ -815,7 +815,7 @@ static void case_threads(void) {
 
 /* The file has the closed-form numbers of what ran. */
 static void case_report(void) {
-    static char text[1 << 16];
+    static char text[1 << 16], want[128];
     setup(1);
     CUdeviceptr p = alloc(4096), q = alloc(4096);
     GOOD(do_fill(0, p, 0, 1024, NULL));
@@ -836,8 +836,17 @@ static void case_report(void) {
        1);
     IS(strstr(k, "\"RTX 3090\": {\"total\": 6.000000") != NULL, 1);
     IS(strstr(text, "computed, not measured") != NULL, 1);
+    /* 16 MB stored: bound by 0.85 of the card's bandwidth */
     sim_reset_counters();
+    GOOD(do_fill(0, alloc(1 << 24), 0, 1 << 22, NULL));
+    GOOD(cuCtxSynchronize());
     GOOD(sim_write_report("build/sim/test_report.json"));
+    f = fopen("build/sim/test_report.json", "r");
+    if (f) text[fread(text, 1, sizeof text - 1, f)] = 0, fclose(f);
+    snprintf(want, sizeof want, "\"RTX A5000\": {\"total\": %.6f, \"bound_by_dram\": %.6f",
+             (1 << 24) / (0.85 * 768e3), (1 << 24) / (0.85 * 768e3));
+    IS(strstr(text, want) != NULL, 1);
+    IS(strstr(text, "\"add1\"") == NULL, 1);
     IS(sim_findings(), 0);
 }
 
