@@ -49,6 +49,8 @@ struct Task {
 // ---------------------------------------------------------------------------
 // small tools
 
+#define MINUS_INF __uint_as_float(0xff800000u)
+
 __device__ inline float bf16_to_float(u16 v) { return __uint_as_float((u32)v << 16); }
 __device__ inline float lo_bf16(u32 v) { return __uint_as_float(v << 16); }
 __device__ inline float hi_bf16(u32 v) { return __uint_as_float(v & 0xffff0000u); }
@@ -382,7 +384,7 @@ __device__ inline void dot_rows(float *part, const Matrix &m, int n, const In &i
 template <int B>
 __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int t0, int T, const Row *rows,
                                   const u64 *slots) {
-    constexpr int R = B > 4 ? 2 : 4;
+    constexpr int R = B > 2 ? 2 : 4;
     __shared__ float part[8][4 * B];
     int i = n_tasks - 1;
     while (i > 0 && block < tasks[i].block0) i--;
@@ -414,8 +416,10 @@ __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int
     if (t->out_q) quantize1(v, t->out_q + at, t->out_s + at / 32);
 }
 
+// Blocks per multiprocessor that the registers must allow.
+#define ROW_BLOCKS(B) ((B) > 1 ? 2 : FORMATS >> W_FP8 ? 3 : 4)
 #define GEMV(B) \
-extern "C" __global__ void __launch_bounds__(256) \
+extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 gemv_##B(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) { \
     gemv_block<B>(tasks, n_tasks, blockIdx.x, blockIdx.y * B, T, rows, slots); \
 }
@@ -539,6 +543,7 @@ hc_norm(const float *X, const float *part, const float *base, const float *scale
             c = sinkhorn(on ? fmaf(c, scale[2], base[2 * STREAMS + lane]) : 0.f);
             if (on) comb[t * STREAMS * STREAMS + lane] = c;
         }
+        __syncwarp();
     }
     __syncthreads();
     float4 y[PER];
@@ -622,7 +627,7 @@ __device__ inline void compress(const Pool &p, u64 cache, int pos, const float *
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         const int d = (i * 256 + threadIdx.x) * 4;
-        float4 m = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY), l = make_float4(0, 0, 0, 0), o = l;
+        float4 m = make_float4(MINUS_INF, MINUS_INF, MINUS_INF, MINUS_INF), l = make_float4(0, 0, 0, 0), o = l;
         c[i] = l;
         if (d >= N) continue;
         const int first = M == 4 && w > 0 ? -M : 0;
@@ -871,7 +876,6 @@ index_topk(const float *scores, size_t ld, const Row *rows, int t0, int *chosen)
 constexpr int ATT_WARPS = (HEAD_DIM + 63) / 64;         // each warp owns 64 columns of keys = values
 constexpr int ATT_TILES = HEADS > 16 ? 2 : 1;           // 16 heads each
 constexpr int ATT_HEADS = ATT_TILES * 16, ATT_STAGES = 3;
-constexpr int ATT_SHARED = ATT_WARPS * (ATT_STAGES * 2048 + ATT_HEADS * 64) + ATT_HEADS * (48 + 12);
 
 // What row t attends to, and how it is split: `len` keys for each of `splits` blocks.
 struct Span { int window, total, len, splits; };
@@ -946,7 +950,7 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
                                   ? *(const u32 *)(qh + ((size_t)t * HEADS + h) * HEAD_DIM + d) : 0;
             }
     float o[ATT_TILES][8][4] = {};
-    for (int h = threadIdx.x; h < ATT_HEADS; h += blockDim.x) m_row[h] = -INFINITY, l_row[h] = 0;
+    for (int h = threadIdx.x; h < ATT_HEADS; h += blockDim.x) m_row[h] = MINUS_INF, l_row[h] = 0;
     for (int i = 0; i < ATT_STAGES - 1; i++) {
         if (i < n_tiles) load_tile(i);
         cp_async_commit();
@@ -990,7 +994,7 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
                 s0 += v.x, s1 += v.y;
             }
             const int left = count - tile * 16 - 2 * j;
-            s0 = left > 0 ? s0 * scale : -INFINITY, s1 = left > 1 ? s1 * scale : -INFINITY;
+            s0 = left > 0 ? s0 * scale : MINUS_INF, s1 = left > 1 ? s1 * scale : MINUS_INF;
             float m = fmaxf(s0, s1);
             for (int i = 4; i; i >>= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
             const float old = m_row[h];
@@ -1097,7 +1101,7 @@ route(const float *z, const float *bias, const long long *tid2eid, const Row *ro
 #pragma unroll
         for (int j = 0; j < PER; j++) {
             const int e = j * 32 + lane;
-            s[j] = 0, rank[j] = -INFINITY;
+            s[j] = 0, rank[j] = MINUS_INF;
             if (e >= EXPERTS) continue;
             const float v = z[(size_t)t * EXPERTS + e];
             finite = finite && fabsf(v) <= 3.4e38f;
@@ -1112,7 +1116,7 @@ route(const float *z, const float *bias, const long long *tid2eid, const Row *ro
             if (tid2eid) {
                 e = (int)tid2eid[(size_t)rows[t].token * ACTIVE + slot];
             } else {
-                float best = -INFINITY;
+                float best = MINUS_INF;
                 e = EXPERTS;
 #pragma unroll
                 for (int j = 0; j < PER; j++)
@@ -1127,7 +1131,7 @@ route(const float *z, const float *bias, const long long *tid2eid, const Row *ro
             float w = 0;
 #pragma unroll
             for (int j = 0; j < PER; j++)
-                if (e == j * 32 + lane) w = s[j], rank[j] = -INFINITY;
+                if (e == j * 32 + lane) w = s[j], rank[j] = MINUS_INF;
             w = __shfl_sync(~0u, w, e & 31);
             sum += w;
             if (lane == slot) weight = w, id = e;
@@ -1189,7 +1193,7 @@ __device__ inline float swiglu(float g, float u, float weight) {
 template <int B>
 __device__ inline void up_rows(float (*part)[8][32], const Matrix &w1, const Matrix &w3, int n0, const In &in,
                                const int (&row)[B], int count, const float *weights, Hidden out, int place) {
-    constexpr int R = B > 4 ? 2 : 4;
+    constexpr int R = B > 2 ? 2 : 4;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll 1
     for (int r = 0; r < 4; r += R) {
@@ -1232,7 +1236,7 @@ __device__ inline void expert_up_block(const Matrix *experts, const In &in, int 
 }
 
 #define EXPERT_UP(B) \
-extern "C" __global__ void __launch_bounds__(256) \
+extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 expert_up_##B(const Matrix *experts, const float *x, const s8 *q, const float *qs, int t0, Routing r, Hidden out) { \
     const In in = { x, q, qs, DIM }; \
     expert_up_block<B>(experts, in, t0, r, out); \
@@ -1243,7 +1247,7 @@ EXPERT_UP(8)
 // The router's scores and the shared expert's first half, which need the same input: the first `up` blocks make 32 hidden
 // rows each, the others are gemv blocks of the gate.
 #define FFN_IN(B) \
-extern "C" __global__ void __launch_bounds__(256) \
+extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 ffn_in_##B(const Matrix *shared, const Task *gate, int t0, int T, Hidden out, int place) { \
     constexpr int up = EXPERT_DIM / 32; \
     __shared__ float part[2][8][32]; \
@@ -1264,7 +1268,7 @@ FFN_IN(8)
 // `count` <= B hidden rows from `place` on times rows n .. n+7 of w2: part[place + b][8].
 template <int B>
 __device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int n, const In &in, int place, int count) {
-    constexpr int R = B > 4 ? 2 : 4;
+    constexpr int R = B > 2 ? 2 : 4;
     const int lane = threadIdx.x & 31;
     int row[B];
 #pragma unroll
@@ -1304,7 +1308,7 @@ __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const 
 }
 
 #define EXPERT_DOWN(B) \
-extern "C" __global__ void __launch_bounds__(256) \
+extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 expert_down_##B(const Matrix *experts, Hidden h, Routing r, int t0, int T, float *y) { \
     expert_down_block<B>(experts, h, r, t0, T, y); \
 }
