@@ -105,17 +105,20 @@ suite tools 300 $PY tests/test_tools.py
 for c in tests/unit_*.c; do
     n=$(basename "$c" .c)
     suite "$n" 300 bash -c "$(declare -f unit); STD='$STD'; unit $c '-O2 -g' $n"
+    suite "$n/tsan" 900 bash -c "$(declare -f unit); STD='$STD'; unit $c '-O1 -g -fsanitize=thread' $n-tsan"
     suite "$n/san" 600 bash -c "$(declare -f unit); STD='$STD'; unit $c '-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' $n-san"
 done
 
 suite text 600 sh tests/text/run.sh
 suite golden 900 $PY tests/run_golden.py
 suite large 900 $PY tests/run_large.py
+suite programs 300 $PY tests/run_programs.py
 suite faults 400 $PY tests/faults.py
 
 suite golden/clang 600 $PY tests/run_golden.py --quick --dsv4 build/clang/dsv4
 suite golden/san 900 $PY tests/run_golden.py --quick --dsv4 build/san/dsv4
 suite golden/tsan 900 $PY tests/run_golden.py --quick --only golden,identity,decode --dsv4 build/tsan/dsv4
+suite programs/san 600 $PY tests/run_programs.py --dsv4 build/san/dsv4 --slow 6
 suite faults/san 900 $PY tests/faults.py --dsv4 build/san/dsv4 --slow 6
 
 suite fuzz/build 300 make -j"$JOBS" fuzz

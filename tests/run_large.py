@@ -72,7 +72,7 @@ def sparse(dsv4, tally, work):
         want = touched_bytes(F.config(fmt), fmt)
         print(f"# one token through it: {seconds:.1f} s, peak resident {rss / 1e9:.2f} GB, weights touched by the model {want / 1e9:.2f} GB")
         tally.check(code == 0, "sparse: one token runs", f"{code} {err[-300:]}")
-        tally.check(abs(rss - want) < 0.06 * want, "sparse: touches the bytes of one token and no more", f"{rss / 1e9:.3f} GB, expected {want / 1e9:.3f} GB")
+        tally.check(abs(rss - want) < 0.08 * want, "sparse: touches the bytes of one token and no more", f"{rss / 1e9:.3f} GB, expected {want / 1e9:.3f} GB")
 
 
 def long_model(work):

@@ -57,9 +57,10 @@ def rope_freqs(cfg, m):
 
 
 def rope(x, pos, freqs, sign=1):
-    """Rotates the last 2 * len(freqs) dims of x [T, .., K], neighbouring dims as pairs."""
-    a = sign * pos[:, None] * freqs
-    c, s = np.cos(a), np.sin(a)
+    """Rotates the last 2 * len(freqs) dims of x [T, .., K], neighbouring dims as pairs. The angle is a float32 product:
+    that is what every implementation uses, and far from the start of a text its rounding can be seen."""
+    a = (pos[:, None].astype(np.float32) * freqs.astype(np.float32)).astype(np.float64)
+    c, s = np.cos(a), sign * np.sin(a)
     for _ in range(x.ndim - 2):
         c, s = c[:, None], s[:, None]
     out = x.copy()
