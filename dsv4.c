@@ -62,6 +62,8 @@ static bool fail(Err *e, const char *fmt, ...) {
     va_start(ap, fmt);
     vsnprintf(e->text, sizeof e->text, fmt, ap);
     va_end(ap);
+    // names from files may hold line ends and terminal controls
+    for (char *p = e->text; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
     return false;
 }
 
@@ -510,7 +512,7 @@ static bool json_string(Json *j, Str *out) {
         if (j->p == j->end) return json_fail(j, "string without an end");
         if (*j->p == '"') break;
         if (*j->p != '\\') return json_fail(j, "control byte 0x%02x in a string", (uint8_t)*j->p);
-        uint32_t c;
+        uint32_t c = 0;
         j->p++;
         if (!json_escape(j, &c)) return false;
         if (out) utf8_put(out, c);
@@ -2453,10 +2455,10 @@ static void read_calls(Json *j, Turn *t) {
     Str key = { 0 }, name = { 0 }, id = { 0 }, args = { 0 };
     int64_t n = 0;
     for (json_array(j); json_item(j); n++) {
-        bool named = false, argued = false, has_id = false;
-        args.n = 0;
+        bool named = false, argued = false;
+        args.n = id.n = 0;
         for (json_object(j); json_member(j, &key);) {
-            if (str_is(&key, "id") && json_peek(j) == '"') has_id = json_string(j, &id);
+            if (str_is(&key, "id") && json_peek(j) == '"') json_string(j, &id);
             else if (!str_is(&key, "function")) json_skip(j);
             else for (json_object(j); json_member(j, &key);) {
                 if (str_is(&key, "name")) named = json_string(j, &name);
@@ -2467,8 +2469,8 @@ static void read_calls(Json *j, Turn *t) {
         }
         if (!named || !argued) json_fail(j, "tool call without a name or arguments");
         if (j->bad) break;
-        if (has_id) map_add(&t->calls, str_span(&id), n);
-        if (has_id) map_find(&t->calls, str_span(&id))->value = n;
+        if (id.n) map_add(&t->calls, str_span(&id), n);
+        if (id.n) map_find(&t->calls, str_span(&id))->value = n;
         str_puts(&t->extra, n ? "\n" : CALLS_START ">\n");
         str_puts(&t->extra, "<" DSML "invoke name=\"");
         str_add(&t->extra, name.p, name.n);
@@ -2535,6 +2537,7 @@ static void read_message(Chat *c, Json *j, bool context) {
     Json in = json_inside(j, raw[K_ROLE]);
     int role = read_name(&in, "role", role_names, N_ROLES);
     bool assistant = role == ROLE_ASSISTANT, tool = role == ROLE_TOOL;
+    bool user = tool || role == ROLE_USER;              // whose tools the publisher's encoder ignores
     bool has_extra = role == ROLE_SYSTEM || role == ROLE_DEVELOPER;
     if (open_value(&in, j, raw[K_CONTENT])) read_content(&in, tool, &content);
     if (assistant && open_value(&in, j, raw[K_REASONING])) json_string(&in, &reasoning);
@@ -2543,7 +2546,7 @@ static void read_message(Chat *c, Json *j, bool context) {
         Turn *t = chat_say(c, (Role)role, str_span(&content), str_span(&reasoning), context);
         Str *extra = has_extra ? &t->extra : &unused;
         Block *block = &t->blocks[t->n_blocks - 1];
-        if (open_value(&in, j, raw[K_TOOLS])) t->has_tools |= read_tools(&in, extra);
+        if (!user && open_value(&in, j, raw[K_TOOLS])) t->has_tools |= read_tools(&in, extra);
         if (has_extra && open_value(&in, j, raw[K_FORMAT])) add_response_format(&in, extra);
         if (assistant && open_value(&in, j, raw[K_CALLS])) read_calls(&in, t);
         if (tool && open_value(&in, j, raw[K_ID])) json_string(&in, &block->id);
