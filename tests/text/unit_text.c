@@ -525,6 +525,17 @@ static const struct { const char *chat, *want, *error; } chats[] = {
       "<｜User｜>c<｜Assistant｜><think>", "" },
     { "{\"context\": [{\"role\": \"user\", \"content\": \"a\"}], \"messages\": [{\"role\": \"user\", \"content\": \"c\"}]}",
       "<｜User｜>c<｜Assistant｜></think>", "" },
+    { "{\"thinking\": true, \"messages\": [{\"role\": \"user\", \"content\": \"a\", \"tools\": [{\"function\": {}}]},"
+      " {\"role\": \"assistant\", \"content\": \"b\", \"reasoning_content\": \"r\"}, {\"role\": \"user\", \"content\": \"c\"}]}",
+      BOS_TEXT "<｜User｜>a<｜Assistant｜></think>b" EOS_TEXT "<｜User｜>c<｜Assistant｜><think>", "" },
+    { "[{\"role\": \"system\", \"content\": \"s\", \"response_format\": {\"x\": 1e999}, \"wo_eos\": true}]", NULL, "range" },
+    { "[{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"user\", \"content\": \"b\", \"task\": \"query\"}]",
+      BOS_TEXT "<｜User｜>a\n\nb<｜Assistant｜></think>", "" },
+    { "[{\"role\": \"assistant\", \"tool_calls\": [{\"id\": \"\", \"function\": {\"name\": \"f\", \"arguments\": \"\"}}]},"
+      " {\"role\": \"tool\", \"content\": \"1\"}, {\"role\": \"tool\", \"content\": null}]",
+      BOS_TEXT CALLS_START ">\n<" DSML "invoke name=\"f\">\n<" DSML "parameter name=\"arguments\" string=\"true\"></" DSML
+      "parameter>\n</" DSML "invoke>\n" CALLS_END EOS_TEXT "<｜User｜><tool_result>1</tool_result>\n\n<tool_result></tool_result>"
+      "<｜Assistant｜></think>", "" },
     { "{\"messages\": [{\"role\": \"user\", \"content\": \"c\"}], \"response_format\": {\"type\": \"json_object\"}}",
       BOS_TEXT "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{\"type\": \"json_object\"}"
       "<｜User｜>c<｜Assistant｜></think>", "" },
