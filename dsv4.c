@@ -20,6 +20,7 @@
 #define _GNU_SOURCE
 #include <assert.h>
 #include <dirent.h>
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -910,8 +911,7 @@ static bool tensor_shape(Json *j, Tensor *t) {
 
 static bool tensor_offsets(Json *j, const Tensor *t, int64_t at[2]) {
     int n = 0;
-    for (json_array(j); json_item(j); n++)
-        if (n == 2 || !json_int(j, 0, INT64_MAX, &at[n])) break;
+    for (json_array(j); json_item(j); n++) json_int(j, 0, INT64_MAX, &at[n < 2 ? n : 1]);
     if (j->bad || (n == 2 && at[0] <= at[1])) return !j->bad;
     return json_fail(j, "%.*s: data_offsets must be [begin, end], begin <= end", (int)t->name.n,
                      t->name.p);
@@ -939,7 +939,7 @@ static bool tensor_read(Json *j, Tensor *t, int64_t *begin) {
     for (int i = 0; i < 3; i++)
         if (!(seen >> i & 1)) return json_fail(j, "%.*s: no %s", SHOWN(t->name), fields[i]);
     size_t bits = (size_t)dtypes[t->dtype].bits;
-    for (int i = 0; i < t->rank; i++) bits = cmul(bits, (size_t)t->shape[i]);
+    for (int i = 0; i < t->rank && bits != SIZE_MAX; i++) bits = cmul(bits, (size_t)t->shape[i]);
     t->bytes = (size_t)(at[1] - at[0]);
     *begin = at[0];
     char kind[256];
@@ -1371,7 +1371,8 @@ static void config_ratios(Json *j, int ratios[static MAX_RATIOS], int *n) {
     }
 }
 
-// V4.1 is another architecture; say so before any of its other values can be complained about.
+// V4.1 is another architecture; say so before its other values can be complained about. Damaged
+// JSON is left to the second reading.
 static bool config_model_type(Span text, const char *path, Err *e) {
     Str key = { 0 }, type = { 0 };
     Json j = json_open(text, path, e);
@@ -1379,9 +1380,9 @@ static bool config_model_type(Span text, const char *path, Err *e) {
         if (span_is(str_span(&key), "model_type") && json_peek(&j) == '"') json_string(&j, &type);
         else json_skip(&j);
     }
-    bool ok = json_end(&j);
-    if (ok && !type.n) ok = fail(e, "%s: no model_type: not a model's config.json?", path);
-    if (ok && (span_is(str_span(&type), "deepseek_v41") || strstr(type.p, "v4_1")))
+    bool ok = true;
+    if (json_end(&j) && !type.n) ok = fail(e, "%s: no model_type: not a model's config.json?", path);
+    if (type.n && (span_is(str_span(&type), "deepseek_v41") || strstr(type.p, "v4_1")))
         ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported "
                   "(deepseek_v4 is)", path, type.p);
     free(key.p);
@@ -2537,7 +2538,7 @@ static void read_message(Chat *c, Json *j, bool context) {
     Json in = json_inside(j, raw[K_ROLE]);
     int role = read_name(&in, "role", role_names, N_ROLES);
     bool assistant = role == ROLE_ASSISTANT, tool = role == ROLE_TOOL;
-    bool user = tool || role == ROLE_USER;              // whose tools the publisher's encoder ignores
+    bool user = tool || role == ROLE_USER;              // tools on these count for nothing
     bool has_extra = role == ROLE_SYSTEM || role == ROLE_DEVELOPER;
     if (open_value(&in, j, raw[K_CONTENT])) read_content(&in, tool, &content);
     if (assistant && open_value(&in, j, raw[K_REASONING])) json_string(&in, &reasoning);
@@ -2618,12 +2619,12 @@ static bool chat_read(Chat *c, ChatOptions *o, Span text, const char *name, Err 
 
 static const char effort_x[] =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to"
-    " resolve the root cause, rigorously stress-testing your logic against all potential paths, edge"
-    " cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step,"
-    " considered alternative, and rejected hypothesis to ensure absolutely no assumption is left"
-    " unchecked.\n\n";
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
+    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
+    "edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n";
 static const char effort_y[] =
     "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
     "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
@@ -3039,25 +3040,29 @@ static void sift_down(Sampler *s, int i, int n) {
     s->order[i] = id;
 }
 
-// Takes the likeliest tokens off a heap until top-k or top-p is satisfied and puts them at the end
-// of s->order, the likeliest last. Returns how many. total: the sum of all p.
-static int take_likeliest(Sampler *s, double total) {
-    int kept = 0, most = s->how.top_k > 0 && s->how.top_k < s->n ? s->how.top_k : s->n;
-    double sum = 0, wanted = most < s->n ? INFINITY : s->how.top_p * total;
-    for (int i = 0; i < s->n; i++) s->order[i] = i;
-    for (int i = s->n / 2; i-- > 0;) sift_down(s, i, s->n);
-    while (kept < most && sum < wanted) {
-        int last = s->n - ++kept, id = s->order[0];
+// Takes the likeliest tokens off a heap until top-k or top-p is satisfied and returns how many.
+// They lie before *end, the likeliest last. total: the sum of all p.
+static int take_likeliest(Sampler *s, double total, int **end) {
+    bool top_k = s->how.top_k > 0 && s->how.top_k < s->n;
+    int n = 0, kept = 0, most = top_k ? s->how.top_k : s->n;
+    double sum = 0, wanted = top_k ? INFINITY : s->how.top_p * total;
+    double cut = top_k ? 0 : (1 - s->how.top_p) * total / s->n;    // below: 1 - top_p at most
+    for (int i = 0; i < s->n; i++)
+        if (s->p[i] >= cut) s->order[n++] = i;
+    *end = s->order + n;
+    for (int i = n / 2; i-- > 0;) sift_down(s, i, n);
+    while (kept < most && kept < n && sum < wanted) {
+        int last = n - ++kept, id = s->order[0];
         s->order[0] = s->order[last];
         if (last > 0) sift_down(s, 0, last);
         s->order[last] = id;
         sum += s->p[id];
     }
-    if (most == s->n) return kept;
+    if (!top_k) return kept;
     wanted = s->how.top_p * sum;            // top-p counts within what top-k left
-    int k = 0;
-    for (sum = 0; k < kept && sum < wanted; k++) sum += s->p[s->order[s->n - 1 - k]];
-    return k;
+    n = 0;
+    for (sum = 0; n < kept && sum < wanted; n++) sum += s->p[(*end)[-1 - n]];
+    return n;
 }
 
 // logits [n] -> a token, -1 with an error if one of them is not finite.
@@ -3075,15 +3080,15 @@ static int sample(Sampler *s, const float *logits, Err *e) {
     for (int i = 0; i < s->n; i++)
         total += s->p[i] = exp(((double)logits[i] - (double)logits[best]) / s->how.temperature);
     bool sorted = (s->how.top_k > 0 && s->how.top_k < s->n) || s->how.top_p < 1;
-    int kept = sorted ? take_likeliest(s, total) : s->n, last = best;
+    int *end = NULL, kept = sorted ? take_likeliest(s, total, &end) : s->n, last = best;
     double left = 0;                        // what min-p leaves of the total; the best has p = 1
     for (int k = 0; k < kept; k++) {
-        double p = s->p[sorted ? s->order[s->n - 1 - k] : k];
+        double p = s->p[sorted ? end[-1 - k] : k];
         left += p >= s->how.min_p ? p : 0;
     }
     double mark = random_unit(&s->state) * left, sum = 0;
     for (int k = 0; k < kept; k++) {
-        int id = sorted ? s->order[s->n - 1 - k] : k;
+        int id = sorted ? end[-1 - k] : k;
         if (s->p[id] < s->how.min_p || s->p[id] == 0) continue;
         last = id;
         sum += s->p[id];
@@ -5499,6 +5504,1149 @@ static void cpu_device(Device *d, Pool *pool) {
     r->e = xalloc(T * D, sizeof(float));
 }
 // ---------------------------------------------------------------------------
+// CUDA: the driver and its run-time compiler, both opened when a GPU is asked for. No header, no library at build time.
+
+#include <dlfcn.h>
+
+// The source of the kernels travels in the program.
+__asm__(".pushsection .rodata\n"
+        ".balign 16\n"
+        "kernels_cu: .incbin \"kernels.cu\"\n"
+        "kernels_cu_end: .byte 0\n"
+        ".popsection\n");
+extern const char kernels_cu[], kernels_cu_end[];
+
+typedef int CuResult;               // CUresult: 0 is success
+typedef int CuDevice;
+typedef uint64_t CuPtr;             // CUdeviceptr
+typedef struct CuContextObject *CuContext;
+typedef struct CuModuleObject *CuModule;
+typedef struct CuFunctionObject *CuFunction;
+typedef struct CuStreamObject *CuStream;
+typedef struct CuEventObject *CuEvent;
+typedef struct CuGraphObject *CuGraph;
+typedef struct CuGraphExecObject *CuGraphExec;
+typedef struct NvrtcObject *Nvrtc;
+
+// Every call that is used: short name, exported name (the oldest that means the same), parameters.
+#define CUDA_CALLS(X) \
+    X(Init, "cuInit", unsigned flags) \
+    X(DriverGetVersion, "cuDriverGetVersion", int *version) \
+    X(GetErrorName, "cuGetErrorName", CuResult r, const char **text) \
+    X(GetErrorString, "cuGetErrorString", CuResult r, const char **text) \
+    X(DeviceGetCount, "cuDeviceGetCount", int *n) \
+    X(DeviceGet, "cuDeviceGet", CuDevice *dev, int ordinal) \
+    X(DeviceGetName, "cuDeviceGetName", char *name, int len, CuDevice dev) \
+    X(DeviceGetAttribute, "cuDeviceGetAttribute", int *value, int attribute, CuDevice dev) \
+    X(DeviceTotalMem, "cuDeviceTotalMem_v2", size_t *bytes, CuDevice dev) \
+    X(PrimaryCtxRetain, "cuDevicePrimaryCtxRetain", CuContext *ctx, CuDevice dev) \
+    X(CtxSetCurrent, "cuCtxSetCurrent", CuContext ctx) \
+    X(MemGetInfo, "cuMemGetInfo_v2", size_t *free, size_t *total) \
+    X(MemAlloc, "cuMemAlloc_v2", CuPtr *p, size_t bytes) \
+    X(MemFree, "cuMemFree_v2", CuPtr p) \
+    X(MemHostAlloc, "cuMemHostAlloc", void **p, size_t bytes, unsigned flags) \
+    X(MemFreeHost, "cuMemFreeHost", void *p) \
+    X(MemsetD8Async, "cuMemsetD8Async", CuPtr p, unsigned char value, size_t n, CuStream s) \
+    X(MemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", CuPtr to, const void *from, size_t n, CuStream s) \
+    X(MemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", void *to, CuPtr from, size_t n, CuStream s) \
+    X(StreamCreate, "cuStreamCreate", CuStream *s, unsigned flags) \
+    X(StreamDestroy, "cuStreamDestroy_v2", CuStream s) \
+    X(StreamSynchronize, "cuStreamSynchronize", CuStream s) \
+    X(StreamBeginCapture, "cuStreamBeginCapture_v2", CuStream s, int mode) \
+    X(StreamEndCapture, "cuStreamEndCapture", CuStream s, CuGraph *g) \
+    X(GraphInstantiate, "cuGraphInstantiateWithFlags", CuGraphExec *e, CuGraph g, unsigned long long flags) \
+    X(GraphLaunch, "cuGraphLaunch", CuGraphExec e, CuStream s) \
+    X(GraphDestroy, "cuGraphDestroy", CuGraph g) \
+    X(GraphExecDestroy, "cuGraphExecDestroy", CuGraphExec e) \
+    X(EventCreate, "cuEventCreate", CuEvent *e, unsigned flags) \
+    X(EventDestroy, "cuEventDestroy_v2", CuEvent e) \
+    X(EventRecord, "cuEventRecord", CuEvent e, CuStream s) \
+    X(EventSynchronize, "cuEventSynchronize", CuEvent e) \
+    X(EventElapsedTime, "cuEventElapsedTime", float *ms, CuEvent a, CuEvent b) \
+    X(ModuleLoadDataEx, "cuModuleLoadDataEx", CuModule *m, const void *image, unsigned n, int *option, void **value) \
+    X(ModuleGetFunction, "cuModuleGetFunction", CuFunction *f, CuModule m, const char *name) \
+    X(FuncSetAttribute, "cuFuncSetAttribute", CuFunction f, int attribute, int value) \
+    X(LaunchKernel, "cuLaunchKernel", CuFunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, \
+      unsigned bz, unsigned shared, CuStream s, void **args, void **extra)
+
+#define NVRTC_CALLS(X) \
+    X(Version, "nvrtcVersion", int *major, int *minor) \
+    X(CreateProgram, "nvrtcCreateProgram", Nvrtc *p, const char *source, const char *name, int n, \
+      const char *const *headers, const char *const *includes) \
+    X(CompileProgram, "nvrtcCompileProgram", Nvrtc p, int n, const char *const *options) \
+    X(GetPTXSize, "nvrtcGetPTXSize", Nvrtc p, size_t *n) \
+    X(GetPTX, "nvrtcGetPTX", Nvrtc p, char *text) \
+    X(GetProgramLogSize, "nvrtcGetProgramLogSize", Nvrtc p, size_t *n) \
+    X(GetProgramLog, "nvrtcGetProgramLog", Nvrtc p, char *text) \
+    X(DestroyProgram, "nvrtcDestroyProgram", Nvrtc *p)
+
+#define FIELD(name, symbol, ...) CuResult (*name)(__VA_ARGS__);
+#define ENTRY(name, symbol, ...) symbol,
+static struct { CUDA_CALLS(FIELD) } cu;
+static struct { NVRTC_CALLS(FIELD) } rtc;
+static const char *const cuda_symbols[] = { CUDA_CALLS(ENTRY) };
+static const char *const nvrtc_symbols[] = { NVRTC_CALLS(ENTRY) };
+
+// Fills a table of function pointers; false and the missing name in e.
+static bool load_symbols(void *lib, const char *const *names, size_t n, void *table, const char *what, Err *e) {
+    for (size_t i = 0; i < n; i++) {
+        void *f = dlsym(lib, names[i]);
+        if (!f) return fail(e, "%s has no %s: too old, a newer one is needed", what, names[i]);
+        memcpy((char *)table + i * sizeof f, &f, sizeof f);
+    }
+    return true;
+}
+
+static const char *cuda_error(CuResult r) {
+    const char *name = NULL;
+    return !cu.GetErrorName || cu.GetErrorName(r, &name) || !name ? "unknown error" : name;
+}
+
+// Opens the driver once. False with one line that says what is missing; the CPU works all the same.
+static bool cuda_open(Err *e) {
+    static bool open;
+    static const int need = 11040;
+    int version = 0;
+    if (open) return true;
+    void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!lib) return fail(e, "no NVIDIA driver: libcuda.so.1 was not found (install the driver, or use --devices cpu)");
+    if (!load_symbols(lib, cuda_symbols, COUNT(cuda_symbols), &cu, "the NVIDIA driver (libcuda.so.1)", e)) return false;
+    CuResult r = cu.Init(0);
+    if (r) return fail(e, "the NVIDIA driver does not start: cuInit: %s (use --devices cpu)", cuda_error(r));
+    if (cu.DriverGetVersion(&version) || version < need)
+        return fail(e, "the NVIDIA driver is too old: it supports CUDA %d.%d, %d.%d is needed (driver 470 or newer)",
+                    version / 1000, version % 1000 / 10, need / 1000, need % 1000 / 10);
+    return open = true;
+}
+
+// Number of GPUs; 0 if there is no usable driver.
+static int cuda_count(void) {
+    Err e;
+    int n = 0;
+    return cuda_open(&e) && !cu.DeviceGetCount(&n) ? n : 0;
+}
+
+static bool nvrtc_open(Err *e) {
+    static bool open;
+    const char *chosen = getenv("DSV4_NVRTC");
+    const char *names[] = { chosen && *chosen ? chosen : "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2" };
+    void *lib = NULL;
+    if (open) return true;
+    for (size_t i = 0; i < COUNT(names) && !lib; i++) lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    if (!lib)
+        return fail(e, "no NVRTC: tried %s, %s, %s (install the CUDA toolkit or the Python package nvidia-cuda-nvrtc "
+                    "and set DSV4_NVRTC to the full path of its libnvrtc.so)", names[0], names[1], names[2]);
+    return open = load_symbols(lib, nvrtc_symbols, COUNT(nvrtc_symbols), &rtc, "NVRTC", e);
+}
+
+// ---------------------------------------------------------------------------
+// CUDA: kernels from source to module, kept on disk in between
+
+// The kernels, in the order of kernels.cu.
+#define KERNELS(X) \
+    X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) X(query_norm) \
+    X(index_scores) X(index_topk) X(attend) X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) \
+    X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) \
+    X(gather_rows)
+#define KERNEL_ID(name) K_##name,
+#define KERNEL_NAME(name) #name,
+enum { KERNELS(KERNEL_ID) N_KERNELS };
+static const char *const kernel_names[] = { KERNELS(KERNEL_NAME) };
+
+static const char *cuda_kernels_file;       // --kernels: another source than the program's own
+
+static Span kernel_source(void) {
+    Span s = { kernels_cu, (size_t)(kernels_cu_end - kernels_cu) };
+    Err e;
+    if (cuda_kernels_file && !map_file(cuda_kernels_file, &s, &e)) die(1, "%s", e.text);
+    return s;
+}
+
+// FNV-1a, 64 bits.
+static uint64_t fnv1a(uint64_t h, const void *p, size_t n) {
+    for (size_t i = 0; i < n; i++) h = (h ^ ((const uint8_t *)p)[i]) * 0x100000001b3u;
+    return h;
+}
+
+// Bit masks of matrix formats, by role.
+typedef struct { int dense, gate, shared, routed; } Formats;
+
+// The compiler's options for a model, one per line: the dimensions as -D constants.
+static void kernel_options(const Config *c, const Formats *f, int cc, Str *s) {
+    char text[1024];
+    snprintf(text, sizeof text,
+             "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DDIM=%d\n-DSTREAMS=%d\n-DHEADS=%d\n-DHEAD_DIM=%d\n"
+             "-DROPE_DIM=%d\n-DQ_RANK=%d\n-DO_GROUPS=%d\n-DO_RANK=%d\n-DWINDOW=%d\n-DEXPERTS=%d\n-DACTIVE=%d\n"
+             "-DEXPERT_DIM=%d\n-DINDEX_HEADS=%d\n-DINDEX_DIM=%d\n-DINDEX_TOPK=%d\n-DHC_ITERS=%d\n-DHC_EPS=%.9ef\n"
+             "-DNORM_EPS=%.9ef\n-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n-DDENSE=%d\n-DGATE=%d\n-DSHARED=%d\n"
+             "-DROUTED=%d\n",
+             cc >= 86 ? 86 : 80, c->dim, c->hc_mult, c->n_heads, c->head_dim, c->rope_dim, c->q_lora_rank, c->o_groups,
+             c->o_lora_rank, c->window, c->n_experts, c->n_active, c->expert_dim, c->index_heads, c->index_dim,
+             c->index_topk, c->hc_iters, (double)c->hc_eps, (double)c->norm_eps, (double)c->route_scale,
+             (double)c->swiglu_limit, f->dense, f->gate, f->shared, f->routed);
+    str_puts(s, text);
+}
+
+// NVRTC stamps its own PTX version, which only drivers of its generation load. The kernels need 7.4; the only newer thing in
+// NVRTC's output is a hint that may be dropped.
+static void ptx_lower(char *ptx) {
+    char *to = ptx;
+    for (char *line = ptx, *end; *line; line = end) {
+        end = strchr(line, '\n');
+        end = end ? end + 1 : line + strlen(line);
+        size_t n = (size_t)(end - line);
+        char *hint = memmem(line, n, "used_bytes_mask", 15);
+        if (hint) continue;
+        memmove(to, line, n);
+        if (!strncmp(to, ".version ", 9)) {
+            memset(to + 9, ' ', n - 10);
+            memcpy(to + 9, "7.4", 3);
+        }
+        to += n;
+    }
+    *to = 0;
+}
+
+// Compiles with NVRTC. The options are one per line. On failure the compiler's log goes to stderr.
+static char *ptx_compile(Span source, const char *flags) {
+    Err e;
+    Nvrtc p;
+    const char *list[40];
+    char *copy = strdup(flags), *save = NULL, *text = xalloc(source.n + 1, 1);
+    int n = 0;
+    size_t bytes = 0;
+    if (!nvrtc_open(&e)) die(1, "%s", e.text);
+    for (char *o = strtok_r(copy, "\n", &save); o && n < (int)COUNT(list); o = strtok_r(NULL, "\n", &save)) list[n++] = o;
+    memcpy(text, source.p, source.n);
+    CuResult r = rtc.CreateProgram(&p, text, "kernels.cu", 0, NULL, NULL);
+    if (r) die(1, "NVRTC: cannot create a program (error %d)", r);
+    r = rtc.CompileProgram(p, n, list);
+    if (r) {
+        rtc.GetProgramLogSize(p, &bytes);
+        char *log = xalloc(bytes + 1, 1);
+        rtc.GetProgramLog(p, log);
+        fputs(log, stderr);
+        die(1, "NVRTC: kernels.cu does not compile (error %d; its log is above). Does libnvrtc-builtins of the same "
+               "version lie beside libnvrtc?", r);
+    }
+    if (rtc.GetPTXSize(p, &bytes)) die(1, "NVRTC: no PTX");
+    char *ptx = xalloc(bytes + 1, 1);
+    if (rtc.GetPTX(p, ptx)) die(1, "NVRTC: no PTX");
+    rtc.DestroyProgram(&p);
+    free(copy);
+    free(text);
+    ptx_lower(ptx);
+    return ptx;
+}
+
+// The cache's file for a key: DSV4_CACHE, else XDG_CACHE_HOME/dsv4, else ~/.cache/dsv4. NULL: none of them is set.
+static char *cache_path(uint64_t key) {
+    const char *dir = getenv("DSV4_CACHE"), *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    char name[64];
+    Str s = { 0 };
+    if (dir && *dir) str_puts(&s, dir);
+    else if (xdg && *xdg) str_puts(&s, xdg), str_puts(&s, "/dsv4");
+    else if (home && *home) str_puts(&s, home), str_puts(&s, "/.cache"), mkdir(s.p, 0777), str_puts(&s, "/dsv4");
+    else return NULL;
+    mkdir(s.p, 0777);
+    snprintf(name, sizeof name, "/kernels-%016llx.ptx", (unsigned long long)key);
+    str_puts(&s, name);
+    return s.p;
+}
+
+// A cache file is its text's hash in 16 hex digits, a newline, the text. Anything else is ignored.
+static char *cache_read(const char *path) {
+    Span s;
+    Err e;
+    char *text = NULL;
+    if (!path || !map_file(path, &s, &e)) return NULL;
+    char head[18] = "";
+    if (s.n > 17) {
+        snprintf(head, sizeof head, "%016llx\n", (unsigned long long)fnv1a(0, s.p + 17, s.n - 17));
+        if (!memcmp(head, s.p, 17)) text = memcpy(xalloc(s.n, 1), s.p + 17, s.n - 17);
+    }
+    if (s.n) munmap((void *)(uintptr_t)s.p, s.n);
+    return text;
+}
+
+// Written beside and renamed, so that another process never sees half a file. Failure costs only time.
+static void cache_write(const char *path, const char *text) {
+    Str tmp = { 0 };
+    char tail[32];
+    if (!path) return;
+    snprintf(tail, sizeof tail, ".%ld.tmp", (long)getpid());
+    str_puts(&tmp, path);
+    str_puts(&tmp, tail);
+    FILE *f = fopen(tmp.p, "w");
+    if (f) {
+        size_t n = strlen(text);
+        fprintf(f, "%016llx\n", (unsigned long long)fnv1a(0, text, n));
+        bool ok = fwrite(text, 1, n, f) == n;
+        ok = !fclose(f) && ok;
+        if (!ok || rename(tmp.p, path)) unlink(tmp.p);
+    }
+    free(tmp.p);
+}
+
+// PTX for these options: from the cache, else compiled. The key covers source, options and the compiler's version.
+static char *kernel_ptx(const char *flags, bool *cached) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    Span source = kernel_source();
+    Err e;
+    int version[2] = { 0 };
+    pthread_mutex_lock(&lock);
+    if (nvrtc_open(&e)) rtc.Version(version, version + 1);
+    uint64_t key = fnv1a(0xcbf29ce484222325u, source.p, source.n);
+    key = fnv1a(fnv1a(key, flags, strlen(flags)), version, sizeof version);
+    char *path = cache_path(key), *ptx = cache_read(path);
+    if (cached) *cached = ptx != NULL;
+    if (!ptx) cache_write(path, ptx = ptx_compile(source, flags));
+    free(path);
+    pthread_mutex_unlock(&lock);
+    return ptx;
+}
+
+// ---------------------------------------------------------------------------
+// CUDA: a device with its weights, buffers and caches
+
+// Structures that kernels.cu reads; the fields are explained there.
+typedef struct { CuPtr w, s; int n, k, fmt, pad; } GpuMat;
+typedef struct {
+    GpuMat m;
+    CuPtr x, q, qs, out, out_q, out_s;
+    uint64_t ring_at;
+    int ring, ring_step, ldx, ldo, seg_n, seg_blocks, ksplit, block0;
+} GpuTask;
+typedef struct { CuPtr ape, norm; uint64_t in_at, out_at; int ring, ratio; } GpuPool;
+typedef struct { CuPtr ids, weights, order, place, start, active, n_active, bad; } GpuRouting;
+typedef struct { CuPtr q, s, x; } GpuHidden;
+
+// Activations in FP32 and INT8 (q, scales s).
+typedef struct { CuPtr x, q, s; int k; } GpuAct;
+
+// Products that share a launch.
+typedef struct { CuPtr tasks; int n, blocks; } GpuProducts;
+
+// What the kernels need to know of a layer. Offsets are bytes into a session's memory on this device.
+typedef struct {
+    GpuProducts project, query, wo_a, wo_b, gate;
+    CuPtr experts;              // GpuMat [E + 1][w1, w2, w3], the shared expert last
+    uint64_t win, comp, ikeys, cin, icin;
+} GpuLayer;
+
+typedef struct {
+    int ordinal;
+    CuDevice dev;
+    CuContext ctx;
+    CuModule module;
+    CuFunction fn[N_KERNELS];
+    CuStream stream;
+    CuEvent staged;             // the pinned input buffers may be written again
+    int T;
+    bool post;                  // an hc_post is due: the next kernel that reads X does it
+    bool h_float;               // w2 wants FP32 rows
+    size_t weight_bytes, scratch_bytes, slot_bytes;
+    GpuLayer *layer;            // [stage_caches]
+    GpuProducts head, e_proj, h_proj;
+    CuPtr inv_freq[2];
+    CuPtr slots, slot[COUNT(((Device *)0)->cache)];
+    CuPtr rows, X, y, post_c, comb, part, kv, q, iq, iw, qh, iqh, scores, chosen, o_part, ml, gate, want, heads, logits, e, ex;
+    GpuAct x, qr, o, u;
+    GpuHidden h;
+    GpuRouting r;
+    int score_rows, score_ld;   // rows of a slab of index scores, floats per row
+    Row *host_rows;             // pinned, as all host_*
+    float *host_X, *host_logits;
+    int *host_want, *host_bad;
+    uint64_t *host_slots;
+} Cuda;
+
+enum { TILE = 8, HEAD_TILE = 32, MAX_SPLITS = 32 };    // rows of the decode kernels, of a block of logits; parts of attention
+
+__attribute__((noreturn, cold))
+static void cuda_die(const Device *d, const char *call, CuResult r) {
+    const char *text = NULL;
+    if (cu.GetErrorString(r, &text) || !text) text = "no description";
+    die(1, "%s: %s failed in %s: %s (%s)", d->name, call, d->at ? d->at : "start", cuda_error(r), text);
+}
+
+#define CU(d, call, ...) do { CuResult r_ = cu.call(__VA_ARGS__); if (r_) cuda_die(d, "cu" #call, r_); } while (0)
+
+// Zeroed device memory.
+static CuPtr gpu_alloc(Device *d, size_t bytes, const char *what) {
+    Cuda *g = d->impl;
+    CuPtr p = 0;
+    size_t left = 0, total = 0;
+    bytes = cadd(bytes, 511) & ~(size_t)511;
+    CuResult r = cu.MemAlloc(&p, bytes);
+    if (r) {
+        cu.MemGetInfo(&left, &total);
+        die(1, "%s: out of memory: %s need %.3f GB, %.3f GB are free (try fewer layers here with --layers, a smaller -c, "
+               "or one device more)", d->name, what, bytes / 1e9, left / 1e9);
+    }
+    CU(d, MemsetD8Async, p, 0, bytes, g->stream);
+    return p;
+}
+
+static CuPtr gpu_buffer(Device *d, size_t n, size_t size) {
+    ((Cuda *)d->impl)->scratch_bytes += cmul(n, size);
+    return gpu_alloc(d, cmul(n, size), "buffers");
+}
+
+static void *host_pinned(Device *d, size_t bytes) {
+    void *p = NULL;
+    CU(d, MemHostAlloc, &p, bytes ? bytes : 4, 1);      // 1: usable from every context
+    return p;
+}
+
+static void gpu_copy_in(Device *d, CuPtr to, const void *from, size_t bytes) {
+    CU(d, MemcpyHtoDAsync, to, from, bytes, ((Cuda *)d->impl)->stream);
+}
+
+static void gpu_wait(Device *d) { CU(d, StreamSynchronize, ((Cuda *)d->impl)->stream); }
+
+static void gpu_launch(Device *d, int kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
+                       void **args) {
+    Cuda *g = d->impl;
+    CuResult r = cu.LaunchKernel(g->fn[kernel], x, y, z, threads, 1, 1, shared, g->stream, args, NULL);
+    if (r) cuda_die(d, kernel_names[kernel], r);
+}
+
+#define LAUNCH(d, kernel, x, y, z, threads, shared, ...) \
+    gpu_launch(d, K_##kernel, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), shared, \
+               (void *[]){ __VA_ARGS__ })
+
+// --- weights: one allocation, filled by threads through pinned buffers while the files are read
+
+typedef struct { const char *from; CuPtr to; size_t bytes; } CopyJob;
+typedef struct {
+    Device *d;
+    CuPtr base;                 // 0: only counting
+    size_t at;
+    CopyJob *job;
+    size_t n, cap;
+    _Atomic size_t next, done;
+    pthread_mutex_t lock;
+} Upload;
+
+enum { UPLOAD_THREADS = 2, UPLOAD_CHUNK = 16 << 20 };
+
+// Reserves room at the next multiple of 256 and notes what to copy there.
+static CuPtr upload_put(Upload *u, const void *from, size_t bytes) {
+    CuPtr to = u->base + u->at;
+    u->at += (bytes + 255) & ~(size_t)255;
+    for (size_t i = 0; u->base && i < bytes; i += UPLOAD_CHUNK) {
+        if (u->n == u->cap) u->job = realloc(u->job, (u->cap = 2 * u->cap + 1024) * sizeof *u->job);
+        if (!u->job) die(1, "out of memory: list of copies");
+        u->job[u->n++] = (CopyJob){ (const char *)from + i, to + i, bytes - i < UPLOAD_CHUNK ? bytes - i : UPLOAD_CHUNK };
+    }
+    return to;
+}
+
+static void upload_vec(Upload *u, float **v, size_t n) {
+    if (*v) *v = (float *)(uintptr_t)upload_put(u, *v, 4 * n);
+}
+
+static void upload_mat(Upload *u, Mat *m) {
+    if (!m->w) return;
+    size_t weights = row_bytes(m) * (size_t)m->n, scales = mat_bytes(m) - weights;
+    m->w = (const void *)(uintptr_t)upload_put(u, m->w, weights);
+    if (m->s) m->s = (const void *)(uintptr_t)upload_put(u, m->s, scales);
+}
+
+// The steering matrix always in FP32. The converted copy lives as long as the program (1.5 MB a layer).
+static void upload_hyper(Upload *u, Hyper *h, int n, const Config *c) {
+    if (h->fn.w && h->fn.fmt == W_BF16) {
+        size_t count = (size_t)h->fn.n * h->fn.k;
+        float *x = xalloc(count, sizeof *x);
+        for (int i = 0; i < h->fn.n; i++) dequant_row(&h->fn, i, x + (size_t)i * h->fn.k);
+        h->fn = (Mat){ x, NULL, h->fn.n, h->fn.k, W_F32 };
+    }
+    upload_mat(u, &h->fn);
+    upload_vec(u, &h->base, (size_t)n);
+    upload_vec(u, &h->scale, n == c->hc_mult ? 1 : 3);
+}
+
+static void upload_layer(Upload *u, Layer *l, const Config *c) {
+    Mat *m[] = { &l->wq_a, &l->wq_b, &l->wkv, &l->wo_a, &l->wo_b, &l->comp.wkv, &l->comp.wgate, &l->icomp.wkv,
+                 &l->icomp.wgate, &l->iwq_b, &l->iproj, &l->gate, &l->sw1, &l->sw2, &l->sw3 };
+    int S = c->hc_mult, M = l->ratio;
+    upload_hyper(u, &l->hc_attn, (2 + S) * S, c);
+    upload_hyper(u, &l->hc_ffn, (2 + S) * S, c);
+    for (size_t i = 0; i < COUNT(m); i++) upload_mat(u, m[i]);
+    upload_vec(u, &l->attn_norm, (size_t)c->dim);
+    upload_vec(u, &l->ffn_norm, (size_t)c->dim);
+    upload_vec(u, &l->q_norm, (size_t)c->q_lora_rank);
+    upload_vec(u, &l->kv_norm, (size_t)c->head_dim);
+    upload_vec(u, &l->attn_sink, (size_t)c->n_heads);
+    upload_vec(u, &l->comp.ape, (size_t)M * l->comp.wkv.n);
+    upload_vec(u, &l->comp.norm, (size_t)c->head_dim);
+    upload_vec(u, &l->icomp.ape, (size_t)M * l->icomp.wkv.n);
+    upload_vec(u, &l->icomp.norm, (size_t)c->index_dim);
+    upload_vec(u, &l->gate_bias, (size_t)c->n_experts);
+    if (l->tid2eid)
+        l->tid2eid = (const int64_t *)(uintptr_t)upload_put(u, l->tid2eid, 8 * (size_t)c->vocab * c->n_active);
+    Mat **experts[] = { &l->w1, &l->w2, &l->w3 };
+    for (int i = 0; i < 3; i++) {
+        Mat *own = xalloc((size_t)c->n_experts, sizeof *own);
+        memcpy(own, *experts[i], sizeof *own * (size_t)c->n_experts);
+        *experts[i] = own;
+    }
+    for (int e = 0; e < c->n_experts; e++) {
+        upload_mat(u, &l->w1[e]);
+        upload_mat(u, &l->w2[e]);
+        upload_mat(u, &l->w3[e]);
+    }
+}
+
+// Places this stage's weights; with a base also turns d->w into pointers on the device.
+static void upload_walk(Upload *u, const Weights *host) {
+    Device *d = u->d;
+    const Config *c = d->c;
+    Weights w = *host;
+    u->at = 0;
+    w.layers = xalloc((size_t)c->n_layers, sizeof *w.layers);
+    memcpy(w.layers, host->layers, sizeof *w.layers * (size_t)c->n_layers);
+    for (int i = d->first; i < d->last; i++) upload_layer(u, &w.layers[i], c);
+    bool mtp = d->has_head && host->mtp;
+    if (d->first == 0 || mtp) upload_mat(u, &w.embed);
+    if (d->has_head) {
+        upload_mat(u, &w.head);
+        upload_vec(u, &w.norm, (size_t)c->dim);
+        upload_hyper(u, &w.hc_head, c->hc_mult, c);
+    }
+    w.mtp = NULL;
+    if (mtp) w.mtp = memcpy(xalloc((size_t)c->n_mtp, sizeof *w.mtp), host->mtp, sizeof *w.mtp * (size_t)c->n_mtp);
+    for (int i = 0; mtp && i < c->n_mtp; i++) {
+        Mtp *m = &w.mtp[i];
+        upload_layer(u, &m->block, c);
+        upload_mat(u, &m->e_proj);
+        upload_mat(u, &m->h_proj);
+        upload_vec(u, &m->enorm, (size_t)c->dim);
+        upload_vec(u, &m->hnorm, (size_t)c->dim);
+        upload_vec(u, &m->norm, (size_t)c->dim);
+        upload_hyper(u, &m->hc_head, c->hc_mult, c);
+    }
+    u->at += 65536;             // the products read up to three rows past a matrix
+    if (u->base) d->w = w;
+}
+
+// One of the threads: takes jobs, copies them through two pinned buffers in turn.
+static void *upload_thread(void *arg) {
+    Upload *u = arg;
+    Device *d = u->d;
+    CuStream stream;
+    CuEvent free_again[2];
+    char *buf[2];
+    CU(d, CtxSetCurrent, ((Cuda *)d->impl)->ctx);
+    CU(d, StreamCreate, &stream, 1);                    // 1: does not wait for the legacy stream
+    for (int i = 0; i < 2; i++) {
+        buf[i] = host_pinned(d, UPLOAD_CHUNK);
+        CU(d, EventCreate, &free_again[i], 2);          // 2: no timing
+        CU(d, EventRecord, free_again[i], stream);
+    }
+    size_t i, used = 0;
+    for (int turn = 0; (i = atomic_fetch_add(&u->next, 1)) < u->n; turn ^= 1) {
+        const CopyJob *j = u->job + i;
+        CU(d, EventSynchronize, free_again[turn]);
+        memcpy(buf[turn], j->from, j->bytes);
+        CU(d, MemcpyHtoDAsync, j->to, buf[turn], j->bytes, stream);
+        CU(d, EventRecord, free_again[turn], stream);
+        used = atomic_fetch_add(&u->done, j->bytes) + j->bytes;
+        pthread_mutex_lock(&u->lock);
+        progress("loading", (int64_t)used, (int64_t)u->at);
+        pthread_mutex_unlock(&u->lock);
+    }
+    CU(d, StreamSynchronize, stream);
+    for (int k = 0; k < 2; k++) {
+        CU(d, MemFreeHost, buf[k]);
+        CU(d, EventDestroy, free_again[k]);
+    }
+    CU(d, StreamDestroy, stream);
+    return NULL;
+}
+
+static void cuda_upload(Device *d) {
+    Cuda *g = d->impl;
+    Upload u = { .d = d };
+    const Weights host = d->w;
+    pthread_t thread[UPLOAD_THREADS];
+    upload_walk(&u, &host);
+    g->weight_bytes = u.at;
+    u.base = gpu_alloc(d, u.at, "the weights of its layers");
+    gpu_wait(d);
+    upload_walk(&u, &host);
+    pthread_mutex_init(&u.lock, NULL);
+    for (int i = 0; i < UPLOAD_THREADS; i++)
+        if (pthread_create(&thread[i], NULL, upload_thread, &u)) die(1, "cannot start a thread");
+    for (int i = 0; i < UPLOAD_THREADS; i++) pthread_join(thread[i], NULL);
+    free(u.job);
+}
+
+// --- products: descriptors that stay on the device
+
+static GpuMat gpu_mat(const Mat *m) {
+    return (GpuMat){ (CuPtr)(uintptr_t)m->w, (CuPtr)(uintptr_t)m->s, m->n, m->k, (int)m->fmt, 0 };
+}
+
+// Warps that share a row, so that a matrix with few rows still fills the device. Depends on the shape alone.
+static int split_columns(const Mat *m, int seg_n) {
+    static const int per_chunk[N_FORMATS] = { 4, 8, 16, 32, 16, 32 };   // columns in 16 bytes
+    int chunks = m->k / per_chunk[m->fmt], split = 1;
+    while (split < 8 && m->n / seg_n * ((seg_n + 31) / 32) * split < 512 && chunks >= 64 * split) split *= 2;
+    return split;
+}
+
+// One product of a launch; in: its rows. Outputs are set by the caller.
+static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuAct *in, int segments) {
+    GpuTask *t = list + p->n++;
+    int seg_n = m->n / segments, split = split_columns(m, seg_n);
+    *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = in->k, .ldo = m->n, .seg_n = seg_n,
+                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .ksplit = split, .block0 = p->blocks };
+    p->blocks += t->seg_blocks * segments;
+    return t;
+}
+
+static CuPtr gpu_table(Device *d, const void *from, size_t bytes) {
+    CuPtr p = gpu_alloc(d, bytes, "tables");
+    gpu_copy_in(d, p, from, bytes);
+    gpu_wait(d);
+    return p;
+}
+
+static void products_done(Device *d, GpuProducts *p, const GpuTask *list) {
+    p->tasks = gpu_table(d, list, sizeof *list * (size_t)p->n);
+}
+
+static void task_ring(GpuTask *t, uint64_t at, int ring, int step) {
+    t->ring_at = at;
+    t->ring = ring;
+    t->ring_step = step;
+}
+
+// A product with one output matrix.
+static GpuProducts one_product(Device *d, const Mat *m, const GpuAct *in, CuPtr out) {
+    GpuProducts p = { 0 };
+    GpuTask t;
+    task_add(&t, &p, m, in, 1)->out = out;
+    products_done(d, &p, &t);
+    return p;
+}
+
+static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
+    Cuda *g = d->impl;
+    const Config *c = d->c;
+    GpuTask t[7];
+    task_add(t, &gl->project, &l->wq_a, &g->x, 1)->out = g->qr.x;
+    task_add(t, &gl->project, &l->wkv, &g->x, 1)->out = g->kv;
+    if (l->ratio) {
+        int n = l->comp.wkv.n, ring = d->cring[l->ratio];
+        task_ring(task_add(t, &gl->project, &l->comp.wkv, &g->x, 1), gl->cin, ring, 8 * n);
+        task_ring(task_add(t, &gl->project, &l->comp.wgate, &g->x, 1), gl->cin + 4 * (uint64_t)n, ring, 8 * n);
+    }
+    if (l->ratio == 4) {
+        int n = l->icomp.wkv.n, ring = d->cring[4];
+        task_ring(task_add(t, &gl->project, &l->icomp.wkv, &g->x, 1), gl->icin, ring, 8 * n);
+        task_ring(task_add(t, &gl->project, &l->icomp.wgate, &g->x, 1), gl->icin + 4 * (uint64_t)n, ring, 8 * n);
+        task_add(t, &gl->project, &l->iproj, &g->x, 1)->out = g->iw;
+    }
+    products_done(d, &gl->project, t);
+    task_add(t, &gl->query, &l->wq_b, &g->qr, 1)->out = g->q;
+    if (l->ratio == 4) task_add(t, &gl->query, &l->iwq_b, &g->qr, 1)->out = g->iq;
+    products_done(d, &gl->query, t);
+    GpuTask *a = task_add(t, &gl->wo_a, &l->wo_a, &g->o, c->o_groups);
+    if (takes_int8(l->wo_b.fmt)) {              // a block must own whole groups of 32 to quantise them
+        a->ksplit = 1;
+        a->seg_blocks = c->o_lora_rank / 32;
+        gl->wo_a.blocks = a->seg_blocks * c->o_groups;
+        a->out_q = g->u.q;
+        a->out_s = g->u.s;
+    } else {
+        a->out = g->u.x;
+    }
+    products_done(d, &gl->wo_a, t);
+    gl->wo_b = one_product(d, &l->wo_b, &g->u, g->y);
+    gl->gate = one_product(d, &l->gate, &g->x, g->gate);
+    GpuMat *e = xalloc((size_t)(c->n_experts + 1) * 3, sizeof *e);
+    for (int i = 0; i <= c->n_experts; i++) {
+        bool shared = i == c->n_experts;
+        e[3 * i] = gpu_mat(shared ? &l->sw1 : &l->w1[i]);
+        e[3 * i + 1] = gpu_mat(shared ? &l->sw2 : &l->w2[i]);
+        e[3 * i + 2] = gpu_mat(shared ? &l->sw3 : &l->w3[i]);
+    }
+    gl->experts = gpu_table(d, e, sizeof *e * (size_t)(c->n_experts + 1) * 3);
+    free(e);
+}
+
+// --- start of a device
+
+static int gpu_attribute(const Device *d, int id) {
+    int v = 0;
+    CU(d, DeviceGetAttribute, &v, id, ((Cuda *)d->impl)->dev);
+    return v;
+}
+
+static int compute_capability(const Device *d) { return gpu_attribute(d, 75) * 10 + gpu_attribute(d, 76); }
+
+// What the kernels take for granted about a model's shape. The CPU takes any.
+static void check_shape(const Device *d) {
+    const Config *c = d->c;
+    const struct { const char *name; int value, multiple, most; } rule[] = {
+        { "hidden_size", c->dim, 32, 1 << 16 }, { "head_dim", c->head_dim, 32, 640 },
+        { "qk_rope_head_dim", c->rope_dim, 4, 640 }, { "q_lora_rank", c->q_lora_rank, 32, 1 << 16 },
+        { "o_lora_rank", c->o_lora_rank, 32, 1 << 16 }, { "moe_intermediate_size", c->expert_dim, 32, 1 << 16 },
+        { "index_head_dim", c->index_dim, 32, 256 }, { "index_n_heads", c->index_heads, 1, 128 },
+        { "hc_mult", c->hc_mult, 2, 4 }, { "num_experts_per_tok", c->n_active, 1, 32 },
+        { "n_routed_experts", c->n_experts, 1, 1024 },
+    };
+    for (size_t i = 0; i < COUNT(rule); i++)
+        if (rule[i].value % rule[i].multiple || rule[i].value > rule[i].most)
+            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices cpu)", d->name,
+                rule[i].name, rule[i].value, rule[i].multiple, rule[i].most);
+}
+
+static void layer_formats(const Layer *l, const Config *c, Formats *f) {
+    const Mat *m[] = { &l->wq_a, &l->wq_b, &l->wkv, &l->wo_a, &l->wo_b, &l->comp.wkv, &l->comp.wgate, &l->icomp.wkv,
+                       &l->icomp.wgate, &l->iwq_b, &l->iproj };
+    for (size_t i = 0; i < COUNT(m); i++) if (m[i]->w) f->dense |= 1 << m[i]->fmt;
+    f->gate |= 1 << l->gate.fmt;
+    f->shared |= 1 << l->sw1.fmt | 1 << l->sw2.fmt | 1 << l->sw3.fmt;
+    for (int e = 0; e < c->n_experts; e++) f->routed |= 1 << l->w1[e].fmt | 1 << l->w2[e].fmt | 1 << l->w3[e].fmt;
+}
+
+static Formats model_formats(const Weights *w, const Config *c) {
+    Formats f = { .dense = 1 << w->head.fmt };
+    for (int i = 0; i < c->n_layers; i++) layer_formats(&w->layers[i], c, &f);
+    for (int i = 0; w->mtp && i < c->n_mtp; i++) {
+        layer_formats(&w->mtp[i].block, c, &f);
+        f.dense |= 1 << w->mtp[i].e_proj.fmt | 1 << w->mtp[i].h_proj.fmt;
+    }
+    return f;
+}
+
+static unsigned attend_shared(const Config *c) {
+    unsigned warps = ((unsigned)c->head_dim + 63) / 64, heads = c->n_heads > 16 ? 32 : 16;
+    return warps * (3 * 2048 + heads * 64) + heads * 60;
+}
+
+static void cuda_compile(Device *d) {
+    Cuda *g = d->impl;
+    Formats formats = model_formats(&d->w, d->c);
+    Str flags = { 0 };
+    char log[4096] = "";
+    int cc = compute_capability(d), key[2] = { 5, 6 };      // CU_JIT_ERROR_LOG_BUFFER and its size
+    void *value[2] = { log, (void *)(uintptr_t)sizeof log };
+    bool cached;
+    double start = now();
+    if (cc < 80) die(1, "%s: compute capability %d.%d, 8.0 is needed (Ampere or newer)", d->name, cc / 10, cc % 10);
+    kernel_options(d->c, &formats, cc, &flags);
+    char *ptx = kernel_ptx(flags.p, &cached);
+    CuResult r = cu.ModuleLoadDataEx(&g->module, ptx, 2, key, value);
+    if (r) {
+        if (*log) fprintf(stderr, "%s\n", log);
+        cuda_die(d, "cuModuleLoadDataEx", r);
+    }
+    for (int i = 0; i < N_KERNELS; i++) {
+        r = cu.ModuleGetFunction(&g->fn[i], g->module, kernel_names[i]);
+        if (r) die(1, "%s: kernels.cu has no kernel %s (%s)", d->name, kernel_names[i], cuda_error(r));
+    }
+    CU(d, FuncSetAttribute, g->fn[K_attend], 8, (int)attend_shared(d->c));      // 8: dynamic shared memory
+    note("%s: kernels %s in %.2f s", d->name, cached ? "from the cache" : "compiled", now() - start);
+    free(ptx);
+    free(flags.p);
+}
+
+// Offsets of a session's memory in this stage's layers.
+static void cuda_layout(Device *d) {
+    Cuda *g = d->impl;
+    size_t at = 0, size[5];
+    for (int i = 0; i < stage_caches(d); i++) {
+        uint64_t *to[5] = { &g->layer[i].win, &g->layer[i].comp, &g->layer[i].ikeys, &g->layer[i].cin, &g->layer[i].icin };
+        cache_sizes(d, stage_layer(d, i), size);
+        for (int j = 0; j < 5; j++) {
+            *to[j] = at;
+            at += (size[j] + 255) & ~(size_t)255;
+        }
+    }
+    g->slot_bytes = at;
+}
+
+static GpuAct gpu_act(Device *d, size_t rows, int k) {
+    GpuAct a = { .k = k };
+    a.x = gpu_buffer(d, rows * (size_t)k, 4);
+    a.q = gpu_buffer(d, rows * (size_t)k, 1);
+    a.s = gpu_buffer(d, rows * (size_t)k / 32, 4);
+    return a;
+}
+
+static void cuda_buffers(Device *d) {
+    Cuda *g = d->impl;
+    const Config *c = d->c;
+    size_t T = (size_t)d->max_rows + TILE, S = (size_t)c->hc_mult, D = (size_t)c->dim, A = (size_t)c->n_active;
+    size_t H = (size_t)c->n_heads, K = (size_t)c->head_dim, E = (size_t)c->n_experts, V = (size_t)c->vocab;
+    size_t parts = T > TILE * MAX_SPLITS ? T : TILE * MAX_SPLITS, hidden = TILE * (A + 1) + TILE;
+    g->rows = gpu_buffer(d, T, sizeof(Row));
+    g->slots = gpu_buffer(d, COUNT(g->slot), sizeof(CuPtr));
+    g->X = gpu_buffer(d, T * S * D, 4);
+    g->y = gpu_buffer(d, T * D, 4);
+    g->post_c = gpu_buffer(d, T * S, 4);
+    g->comb = gpu_buffer(d, T * S * S, 4);
+    g->part = gpu_buffer(d, T * ((D + 63) / 64) * 32, 4);
+    g->x = gpu_act(d, T, c->dim);
+    g->qr = gpu_act(d, T, c->q_lora_rank);
+    g->o = gpu_act(d, T, (int)(H * K));
+    g->u = gpu_act(d, T, c->o_groups * c->o_lora_rank);
+    g->kv = gpu_buffer(d, T * K, 4);
+    g->q = gpu_buffer(d, T * H * K, 4);
+    g->qh = gpu_buffer(d, T * H * K, 2);
+    g->iq = gpu_buffer(d, T * c->index_heads * c->index_dim, 4);
+    g->iqh = gpu_buffer(d, T * c->index_heads * c->index_dim, 2);
+    g->iw = gpu_buffer(d, T * c->index_heads, 4);
+    g->score_ld = (d->ctx / 4 + 31) & ~31;
+    g->score_rows = (int)((16u << 20) / (size_t)(g->score_ld + 1));
+    g->score_rows = g->score_rows < 1 ? 1 : g->score_rows > d->max_rows ? d->max_rows : g->score_rows;
+    g->scores = gpu_buffer(d, (size_t)g->score_rows * g->score_ld, 4);
+    g->chosen = gpu_buffer(d, T * c->index_topk, 4);
+    g->o_part = gpu_buffer(d, parts * H * K, 4);
+    g->ml = gpu_buffer(d, parts * H, 8);
+    g->gate = gpu_buffer(d, T * E, 4);
+    g->h.q = gpu_buffer(d, hidden * c->expert_dim, 1);
+    g->h.s = gpu_buffer(d, hidden * c->expert_dim / 32, 4);
+    if (g->h_float) g->h.x = gpu_buffer(d, hidden * c->expert_dim, 4);
+    CuPtr *routing[] = { &g->r.ids, &g->r.weights, &g->r.order, &g->r.place, &g->r.start, &g->r.active, &g->r.n_active, &g->r.bad };
+    for (size_t i = 0; i < COUNT(routing); i++) *routing[i] = gpu_buffer(d, T * A + E + 1, 4);
+    g->host_rows = host_pinned(d, T * sizeof(Row));
+    g->host_X = host_pinned(d, T * S * D * 4);
+    g->host_slots = host_pinned(d, sizeof g->slot);
+    g->host_bad = host_pinned(d, 4);
+    if (!d->has_head) return;
+    g->want = gpu_buffer(d, T, 4);
+    g->heads = gpu_buffer(d, (HEAD_TILE + TILE) * D, 4);
+    g->logits = gpu_buffer(d, HEAD_TILE * V, 4);
+    g->host_want = host_pinned(d, T * 4);
+    g->host_logits = host_pinned(d, HEAD_TILE * V * 4);
+    if (!d->w.mtp) return;
+    g->e = gpu_buffer(d, T * D, 4);
+    g->ex = gpu_buffer(d, T * (S + 1) * D, 4);
+}
+
+static void cuda_tables(Device *d) {
+    Cuda *g = d->impl;
+    for (int i = 0; i < 2; i++)
+        g->inv_freq[i] = gpu_table(d, d->inv_freq[i], sizeof(float) * (size_t)d->c->rope_dim / 2);
+    for (int i = 0; i < stage_caches(d); i++) layer_products(d, stage_layer(d, i), &g->layer[i]);
+    if (!d->has_head) return;
+    GpuAct heads = { .x = g->heads, .k = d->c->dim };
+    g->head = one_product(d, &d->w.head, &heads, g->logits);
+    if (!d->w.mtp) return;
+    GpuAct h = { .x = g->ex, .k = d->c->dim }, e = h;
+    e.x += 4 * ((size_t)d->max_rows + TILE) * d->c->hc_mult * d->c->dim;
+    g->h_proj = one_product(d, &d->w.mtp->h_proj, &h, g->X);
+    g->e_proj = one_product(d, &d->w.mtp->e_proj, &e, g->e);
+}
+
+static const Ops cuda_ops;
+
+// Makes d a stage on GPU `ordinal`: kernels, weights (d->w then holds device addresses), buffers. c, w, first, last,
+// has_head, max_rows, ring, cring, ctx and inv_freq are set. Ends the process with one line if that is impossible.
+static void cuda_device(Device *d, int ordinal) {
+    Cuda *g = xalloc(1, sizeof *g);
+    Err e;
+    int n = 0;
+    if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
+    if (cu.DeviceGetCount(&n) || ordinal >= n) die(1, "%s: there %s %d GPU%s here", d->name, n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
+    d->op = &cuda_ops;
+    d->impl = g;
+    g->ordinal = ordinal;
+    check_shape(d);
+    CU(d, DeviceGet, &g->dev, ordinal);
+    CU(d, PrimaryCtxRetain, &g->ctx, g->dev);
+    CU(d, CtxSetCurrent, g->ctx);
+    CU(d, StreamCreate, &g->stream, 1);
+    CU(d, EventCreate, &g->staged, 2);
+    CU(d, EventRecord, g->staged, g->stream);
+    cuda_compile(d);
+    cuda_upload(d);
+    for (int i = d->first; i < d->last; i++) g->h_float |= !takes_int8(d->w.layers[i].sw2.fmt) || !takes_int8(d->w.layers[i].w2->fmt);
+    for (int i = 0; d->w.mtp && i < d->c->n_mtp; i++)
+        g->h_float |= !takes_int8(d->w.mtp[i].block.sw2.fmt) || !takes_int8(d->w.mtp[i].block.w2->fmt);
+    g->layer = xalloc((size_t)stage_caches(d), sizeof *g->layer);
+    cuda_layout(d);
+    cuda_buffers(d);
+    cuda_tables(d);
+    gpu_wait(d);
+}
+
+// ---------------------------------------------------------------------------
+// CUDA: the operations. Each is one to three launches; hc_post waits for the next kernel that reads the streams.
+
+static void cuda_begin(Device *d, const Row *rows, int T) {
+    Cuda *g = d->impl;
+    CU(d, CtxSetCurrent, g->ctx);
+    CU(d, EventSynchronize, g->staged);
+    memcpy(g->host_rows, rows, sizeof *rows * (size_t)T);
+    gpu_copy_in(d, g->rows, g->host_rows, sizeof *rows * (size_t)T);
+    CU(d, EventRecord, g->staged, g->stream);
+    g->T = T;
+    g->post = false;
+}
+
+static void cuda_embed(Device *d) {
+    Cuda *g = d->impl;
+    CuPtr table = (CuPtr)(uintptr_t)d->w.embed.w;
+    int wide = d->w.embed.fmt == W_F32;
+    LAUNCH(d, embed, g->T, 1, 1, 256, 0, &table, &wide, &g->rows, &g->X);
+}
+
+static size_t gpu_streams(const Device *d) { return 4 * (size_t)((Cuda *)d->impl)->T * d->c->hc_mult * d->c->dim; }
+
+static void cuda_streams_in(Device *d, const float *X) {
+    Cuda *g = d->impl;
+    CU(d, EventSynchronize, g->staged);
+    memcpy(g->host_X, X, gpu_streams(d));
+    gpu_copy_in(d, g->X, g->host_X, gpu_streams(d));
+    CU(d, EventRecord, g->staged, g->stream);
+}
+
+// The hc_post that is due, and fn . X for the hyper-connection `h` (NULL: none).
+static void gpu_mix(Device *d, const Hyper *h) {
+    Cuda *g = d->impl;
+    int apply = g->post, n = h ? h->fn.n : 0, D = d->c->dim;
+    CuPtr fn = h ? (CuPtr)(uintptr_t)h->fn.w : 0;
+    if (!apply && !h) return;
+    LAUNCH(d, hc_mix, (D + 63) / 64, (g->T + 7) / 8, 1, 16 * d->c->hc_mult, 0, &g->X, &g->y, &g->post_c, &g->comb,
+           &apply, &fn, &n, &g->part, &g->T);
+    g->post = false;
+}
+
+static void gpu_norm(Device *d, const Hyper *h, const float *norm, int full) {
+    Cuda *g = d->impl;
+    LAUNCH(d, hc_norm, g->T, 1, 1, 256, 0, &g->X, &g->part, (void *)&h->base, (void *)&h->scale, &norm, &full,
+           &g->post_c, &g->comb, &g->x.x, &g->x.q, &g->x.s, &g->r.bad);
+}
+
+// Waits for the stream; stops if a kernel met a number that is not finite.
+static void gpu_finish(Device *d) {
+    Cuda *g = d->impl;
+    CU(d, MemcpyDtoHAsync, g->host_bad, g->r.bad, 4, g->stream);
+    gpu_wait(d);
+    if (*g->host_bad) die(1, "%s: a number is not finite in or before %s (run `dsv4 verify` on the checkpoint)", d->name, d->at);
+}
+
+static void cuda_streams_out(Device *d, float *X) {
+    Cuda *g = d->impl;
+    gpu_mix(d, NULL);
+    CU(d, MemcpyDtoHAsync, g->host_X, g->X, gpu_streams(d), g->stream);
+    gpu_finish(d);
+    memcpy(X, g->host_X, gpu_streams(d));
+}
+
+static void cuda_hc_pre(Device *d, const Hyper *h, const float *norm) {
+    gpu_mix(d, h);
+    gpu_norm(d, h, norm, 1);
+}
+
+static void cuda_hc_post(Device *d) { ((Cuda *)d->impl)->post = true; }
+
+// The kernel variant for T rows: 0, 1, 2, 3 for 1, 2, 4, 8 rows a block.
+static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3; }
+
+static void gpu_products(Device *d, const GpuProducts *p, int T) {
+    Cuda *g = d->impl;
+    int v = row_variant(T), B = 1 << v;
+    gpu_launch(d, K_gemv_1 + v, (unsigned)p->blocks, (unsigned)((T + B - 1) / B), 1, 256, 0,
+               (void *[]){ (void *)&p->tasks, (void *)&p->n, &T, &g->rows, &g->slots });
+}
+
+// The layer's tables: layers are found by their address.
+static GpuLayer *gpu_layer(Device *d, const Layer *l) {
+    Cuda *g = d->impl;
+    for (int i = 0; i < stage_caches(d); i++) if (stage_layer(d, i) == l) return &g->layer[i];
+    die(1, "%s: %s is not a layer of this stage", d->name, l->name);
+}
+
+static void cuda_attn_project(Device *d, const Layer *l) { gpu_products(d, &gpu_layer(d, l)->project, ((Cuda *)d->impl)->T); }
+
+static GpuPool gpu_pool(const Device *d, const Compressor *m, uint64_t in, uint64_t out) {
+    return (GpuPool){ (CuPtr)(uintptr_t)m->ape, (CuPtr)(uintptr_t)m->norm, in, out, d->cring[m->ratio], m->ratio };
+}
+
+static void cuda_attn_latent(Device *d, const Layer *l, int i) {
+    Cuda *g = d->impl;
+    GpuLayer *gl = &g->layer[i];
+    GpuPool comp = gpu_pool(d, &l->comp, gl->cin, gl->comp), icomp = gpu_pool(d, &l->icomp, gl->icin, gl->ikeys);
+    int roles = l->ratio == 4 ? 4 : l->ratio ? 3 : 2;
+    LAUNCH(d, attn_latent, g->T, roles, 1, 256, 0, &g->qr.x, (void *)&l->q_norm, &g->qr.q, &g->qr.s, &g->kv,
+           (void *)&l->kv_norm, &g->rows, &g->slots, &gl->win, &d->ring, &g->inv_freq[l->ratio != 0], &comp, &icomp);
+}
+
+static void cuda_attn_query(Device *d, const Layer *l) {
+    Cuda *g = d->impl;
+    int index = l->ratio == 4, heads = d->c->n_heads + (index ? d->c->index_heads : 0);
+    gpu_products(d, &gpu_layer(d, l)->query, g->T);
+    LAUNCH(d, query_norm, g->T, (heads + 7) / 8, 1, 256, 0, &g->q, &g->iq, &g->rows, &g->inv_freq[l->ratio != 0], &g->qh,
+           &g->iqh, &index);
+}
+
+// In slabs of rows, so that the scores of a long context stay in bounded memory.
+static void cuda_index_topk(Device *d, const Layer *l, int i) {
+    Cuda *g = d->impl;
+    int keys = 0;
+    size_t ld = (size_t)g->score_ld;
+    (void)l;
+    for (int t = 0; t < g->T; t++) keys = n_visible(g->host_rows[t].pos, 4) > keys ? n_visible(g->host_rows[t].pos, 4) : keys;
+    if (keys <= d->c->index_topk) return;
+    for (int t = 0; t < g->T; t += g->score_rows) {
+        int n = g->T - t < g->score_rows ? g->T - t : g->score_rows;
+        LAUNCH(d, index_scores, (keys + 127) / 128, n, 1, 128, 0, &g->iqh, &g->iw, &g->rows, &g->slots,
+               &g->layer[i].ikeys, &t, &g->scores, &ld);
+        LAUNCH(d, index_topk, n, 1, 1, 1024, 0, &g->scores, &ld, &g->rows, &t, &g->chosen);
+    }
+}
+
+static void cuda_attend(Device *d, const Layer *l, int i) {
+    Cuda *g = d->impl;
+    const Config *c = d->c;
+    GpuLayer *gl = &g->layer[i];
+    int splits = g->T <= TILE ? MAX_SPLITS : 1, ratio = l->ratio, heads = c->n_heads > 16 ? 32 : 16;
+    CuPtr ox = takes_int8(l->wo_a.fmt) ? 0 : g->o.x;
+    LAUNCH(d, attend, splits, (c->n_heads + heads - 1) / heads, g->T, 32 * ((c->head_dim + 63) / 64), attend_shared(c),
+           &g->qh, &g->rows, &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits, &g->o_part, &g->ml);
+    LAUNCH(d, attend_combine, c->n_heads, g->T, 1, (c->head_dim / 4 + 31) & ~31, 0, &g->o_part, &g->ml, &g->rows, &ratio,
+           &splits, (void *)&l->attn_sink, &g->inv_freq[ratio != 0], &ox, &g->o.q, &g->o.s);
+}
+
+static void cuda_attn_out(Device *d, const Layer *l) {
+    GpuLayer *gl = gpu_layer(d, l);
+    gpu_products(d, &gl->wo_a, ((Cuda *)d->impl)->T);
+    gpu_products(d, &gl->wo_b, ((Cuda *)d->impl)->T);
+}
+
+// The router and the experts work on tiles of up to 8 rows, one after the other: all of it happens in experts().
+static void cuda_route(Device *d, const Layer *l) { (void)d, (void)l; }
+
+static void cuda_experts(Device *d, const Layer *l) {
+    Cuda *g = d->impl;
+    const Config *c = d->c;
+    GpuLayer *gl = gpu_layer(d, l);
+    int E = c->n_experts, A = c->n_active;
+    CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
+    for (int t = 0; t < g->T; t += TILE) {
+        int n = g->T - t < TILE ? g->T - t : TILE, end = t + n, v = row_variant(n), place = n * A;
+        int active = n * A < E ? n * A : E;
+        gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
+                   (void *[]){ &shared, &gl->gate.tasks, &t, &end, &g->h, &place });
+        LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &t, &n, &g->r);
+        gpu_launch(d, n == 1 ? K_expert_up_1 : K_expert_up_8, (unsigned)(c->expert_dim / 32), (unsigned)active, 1, 256, 0,
+                   (void *[]){ &gl->experts, &g->x.x, &g->x.q, &g->x.s, &t, &g->r, &g->h });
+        gpu_launch(d, n == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
+                   (void *[]){ &gl->experts, &g->h, &g->r, &t, &n, &g->y });
+    }
+}
+
+static void cuda_mtp_in(Device *d, const Mtp *m) {
+    Cuda *g = d->impl;
+    int S = d->c->hc_mult, rows = g->T * S, wide = d->w.embed.fmt == W_F32;
+    CuPtr table = (CuPtr)(uintptr_t)d->w.embed.w, e = g->ex + 4 * ((size_t)d->max_rows + TILE) * S * d->c->dim;
+    gpu_mix(d, NULL);
+    LAUNCH(d, mtp_norm, g->T, S + 1, 1, 256, 0, &g->X, &table, &wide, &g->rows, (void *)&m->hnorm, (void *)&m->enorm, &g->ex, &e);
+    gpu_products(d, &g->e_proj, g->T);
+    gpu_products(d, &g->h_proj, rows);
+    LAUNCH(d, mtp_add, rows, 1, 1, 256, 0, &g->X, &g->e);
+}
+
+static void cuda_head(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits) {
+    Cuda *g = d->impl;
+    size_t V = (size_t)d->c->vocab;
+    gpu_mix(d, h);
+    gpu_norm(d, h, norm, 0);
+    memcpy(g->host_want, want, sizeof *want * (size_t)n);
+    gpu_copy_in(d, g->want, g->host_want, sizeof *want * (size_t)n);
+    for (int i = 0; i < n; i += HEAD_TILE) {
+        int m = n - i < HEAD_TILE ? n - i : HEAD_TILE;
+        CuPtr from = g->want + 4 * (size_t)i;
+        LAUNCH(d, gather_rows, m, 1, 1, 256, 0, &g->x.x, &from, &g->heads);
+        gpu_products(d, &g->head, m);
+        CU(d, MemcpyDtoHAsync, g->host_logits, g->logits, 4 * (size_t)m * V, g->stream);
+        gpu_finish(d);
+        memcpy(logits + (size_t)i * V, g->host_logits, 4 * (size_t)m * V);
+    }
+}
+
+// --- sessions' caches
+
+static void set_slot(Device *d, int slot, CuPtr p) {
+    Cuda *g = d->impl;
+    g->slot[slot] = p;
+    g->host_slots[slot] = p;
+    gpu_copy_in(d, g->slots + 8 * (size_t)slot, g->host_slots + slot, 8);
+    gpu_wait(d);
+}
+
+static void cuda_cache_new(Device *d, int slot) {
+    Cuda *g = d->impl;
+    CU(d, CtxSetCurrent, g->ctx);
+    set_slot(d, slot, g->slot_bytes ? gpu_alloc(d, g->slot_bytes, "the caches of a session") : 0);
+}
+
+static void cuda_cache_free(Device *d, int slot) {
+    Cuda *g = d->impl;
+    CuPtr p = g->slot[slot];
+    CU(d, CtxSetCurrent, g->ctx);
+    set_slot(d, slot, 0);
+    if (p) CU(d, MemFree, p);
+}
+
+// The slots of positions [from, to) of a ring at `ring`: in one or two pieces, to or from buf (NULL only counts).
+static size_t gpu_ring_copy(Device *d, CuPtr ring, size_t row, int slots, int from, int to, char *buf, bool save) {
+    CuStream s = ((Cuda *)d->impl)->stream;
+    for (int p = from; buf && p < to;) {
+        int at = p % slots, n = to - p < slots - at ? to - p : slots - at;
+        CuPtr dev = ring + row * (size_t)at;
+        char *host = buf + row * (size_t)(p - from);
+        if (save) CU(d, MemcpyDtoHAsync, host, dev, row * (size_t)n, s);
+        else CU(d, MemcpyHtoDAsync, dev, host, row * (size_t)n, s);
+        p += n;
+    }
+    return row * (size_t)(to > from ? to - from : 0);
+}
+
+// As cache_copy() on the CPU: the window, and the compressors' open windows.
+static size_t gpu_cache_copy(Device *d, int slot, int pos, char *buf, bool save) {
+    Cuda *g = d->impl;
+    CuPtr base = g->slot[slot];
+    size_t n = 0;
+    CU(d, CtxSetCurrent, g->ctx);
+    for (int i = 0; i < stage_caches(d); i++) {
+        const Layer *l = stage_layer(d, i);
+        const GpuLayer *gl = &g->layer[i];
+        int M = l->ratio, from = pos > d->c->window ? pos - d->c->window : 0;
+        n += gpu_ring_copy(d, base + gl->win, kv_bytes(d, d->c->head_dim), d->ring, from, pos, buf ? buf + n : NULL, save);
+        if (!M) continue;
+        from = pos / M * M;
+        if (M == 4 && from) from -= M;
+        n += gpu_ring_copy(d, base + gl->cin, 8 * (size_t)l->comp.wkv.n, d->cring[M], from, pos, buf ? buf + n : NULL, save);
+        if (M == 4)
+            n += gpu_ring_copy(d, base + gl->icin, 8 * (size_t)l->icomp.wkv.n, d->cring[4], from, pos, buf ? buf + n : NULL, save);
+    }
+    gpu_wait(d);
+    return n;
+}
+
+static size_t cuda_cache_save(Device *d, int slot, int pos, void *to) { return gpu_cache_copy(d, slot, pos, to, true); }
+static void cuda_cache_load(Device *d, int slot, int pos, const void *from) {
+    gpu_cache_copy(d, slot, pos, (char *)(uintptr_t)from, false);
+}
+
+static const Ops cuda_ops = {
+    .begin = cuda_begin, .embed = cuda_embed, .streams_in = cuda_streams_in, .streams_out = cuda_streams_out,
+    .hc_pre = cuda_hc_pre, .hc_post = cuda_hc_post, .attn_project = cuda_attn_project, .attn_latent = cuda_attn_latent,
+    .attn_query = cuda_attn_query, .index_topk = cuda_index_topk, .attend = cuda_attend, .attn_out = cuda_attn_out,
+    .route = cuda_route, .experts = cuda_experts, .mtp_in = cuda_mtp_in, .head = cuda_head,
+    .cache_new = cuda_cache_new, .cache_free = cuda_cache_free,
+    .cache_save = cuda_cache_save, .cache_load = cuda_cache_load,
+};
+// ---------------------------------------------------------------------------
 // command line: one table of options prints --help and checks every value
 
 #define VERSION "0.1"
@@ -6077,6 +7225,18 @@ static int parse_devices(const char *list, Placement *place) {
     }
 }
 
+// Every GPU there is, else the CPU.
+static int default_devices(Placement *place, bool exact) {
+    int n = exact ? 0 : cuda_count();
+    if (!n) return parse_devices("cpu", place);
+    n = n > MAX_STAGES ? MAX_STAGES : n;
+    for (int i = 0; i < n; i++) {
+        snprintf(place[i].name, sizeof place[i].name, "cuda:%d", i);
+        place[i].layers = -1;
+    }
+    return n;
+}
+
 // "22,21": one count per place, all layers together.
 static void parse_layers(const char *list, Placement *place, int n, int n_layers) {
     int i = 0, sum = 0;
@@ -6187,7 +7347,9 @@ static Model *model_open(const Opening *o) {
     m->chunk = o->chunk ? o->chunk : 512;
     if (m->chunk > m->ctx) m->chunk = m->ctx;
     m->reach = m->chunk + 64;
-    m->n_stages = parse_devices(o->devices ? o->devices : "cpu", place);
+    m->n_stages = o->devices ? parse_devices(o->devices, place) : default_devices(place, o->exact);
+    for (int i = 0; o->exact && i < m->n_stages; i++)
+        if (strcmp(place[i].name, "cpu")) die(2, "--exact runs on the cpu only, not on %s", place[i].name);
     if (o->layers) parse_layers(o->layers, place, m->n_stages, c->n_layers);
     else for (int i = 0; i < m->n_stages; i++)
         place[i].layers = c->n_layers * (i + 1) / m->n_stages - c->n_layers * i / m->n_stages;
@@ -6209,7 +7371,8 @@ static Model *model_open(const Opening *o) {
     for (int i = 0; i < m->n_stages; i++) {
         Pool *pool = pool_new(o->threads ? o->threads : m->n_stages > 1 ? 1 : 0);
         if (!i && (fits || o->mlock)) load_weights(&m->store, pool, o->mlock);
-        cpu_device(&m->stage[i], pool);
+        if (!strncmp(m->stage[i].name, "cuda:", 5)) cuda_device(&m->stage[i], atoi(m->stage[i].name + 5));
+        else cpu_device(&m->stage[i], pool);
     }
     start_stages(m);
     return m;
