@@ -208,7 +208,7 @@ class Attention(nn.Module):
             self.indexer = Indexer(c)
 
     def forward(self, x, cos, sin, mode, dtype):
-        """x [B, S, d] -> [B, S, d] and the indexer's loss. mode: see Model.forward."""
+        """x [B, S, d] -> [B, S, d] and the losses of indexer and guide. mode: see Model.forward."""
         c, m = self.c, self.m
         B, S, _ = x.shape
         H, hd, rd, W, G = (c[k] for k in ("num_attention_heads", "head_dim", "qk_rope_head_dim", "sliding_window",
@@ -233,8 +233,6 @@ class Attention(nn.Module):
             e = self.compressor(x, cos, sin, dtype).to(dtype)
             t, w = torch.arange(S)[:, None], torch.arange(S // m)
             seen = w < (t + 1) // m
-            if "span" in mode:                             # training on short texts: stay inside the own part of the row
-                seen = seen & (w >= t // mode["span"] * mode["span"] // m)
             if m == 4:
                 score = self.indexer(x.detach(), qr.detach(), cos, sin, dtype)
                 if mode.get("random"):
@@ -253,13 +251,19 @@ class Attention(nn.Module):
             mass = pc.sum(-1)
             total = total + mass
             o = o + (pc.view(B, S * H, S // m).to(dtype) @ e).float().view(B, S, H, hd)
+            if "source" in mode:                           # where the word to recall was stated: look there
+                source = mode["source"][..., None]
+                hit = ((w == source // m) | (w == source // m + (m == 4))) & seen & (source >= 0)
+                found = ((pc * hit[:, :, None]).sum(-1) / total).mean(-1)
+                can = hit.any(-1).float()
+                loss = loss - mode["guide"] * ((found + 1e-6).log() * can).sum() / (can.sum() + 1)
             if m == 4:                                     # KL(attention mass || softmax of the index scores)
                 target = (pc / total[..., None]).sum(2).detach()
                 weight = target.sum(-1, keepdim=True)      # rows that look far count by how much they do
                 target = target / (weight + 1e-9)
                 logp = F.log_softmax(torch.where(keep, score, NEG), -1)
                 kl = (target * ((target + 1e-9).log() - logp)).sum(-1)
-                loss = (kl * weight[..., 0]).sum() / (weight.sum() + 1e-9)
+                loss = loss + (kl * weight[..., 0]).sum() / (weight.sum() + 1e-9)
         o = o / total[..., None]
         o = rope(o, cos[:, None], -sin[:, None], rd).to(dtype).view(B * S, G, H * hd // G).transpose(0, 1).contiguous()
         u = torch.bmm(o, self.wo_a.weight.view(G, c["o_lora_rank"], -1).transpose(1, 2).to(dtype).contiguous())
@@ -380,8 +384,8 @@ class Model(nn.Module):
 
     def forward(self, tokens, mode=dict(sparse=torch.tensor(True)), dtype=torch.float32, mtp=True):
         """tokens [B, S] -> logits [B, S, V], MTP logits (row t predicts t+2; row S-1 is void), index loss, loads.
-        mode: sparse (a bool tensor; False: CSA sees every entry), span (an int tensor: compressed entries of other spans
-        of so many tokens are hidden) and, for ablations,
+        mode: sparse (a bool tensor; False: CSA sees every entry), source [B, S] (the position of the word that position t has to recall, or -1) with
+        guide (the weight of the loss that pulls attention there) and, for ablations,
         hide4 / hide128 / random."""
         B, S = tokens.shape
         X = self.embed.weight[tokens].to(dtype)[:, :, None].expand(-1, -1, self.c["hc_mult"], -1)
