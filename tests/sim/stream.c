@@ -232,9 +232,8 @@ void run_a_little(Op *op) {
 }
 
 /* The device of a program that waits without calling the driver (for a flag, for a callback) gets
- * on too, but only after a long silence, and says so. */
+ * on too, but only after a long silence. */
 static void *idle_thread(void *unused) {
-    static bool said;
     struct timespec nap = { 0, 20000000 }, now;
     for (;;) {
         nanosleep(&nap, NULL);
@@ -242,9 +241,7 @@ static void *idle_thread(void *unused) {
         clock_gettime(CLOCK_MONOTONIC, &now);
         double ms = (now.tv_sec - last_call.tv_sec) * 1e3 + (now.tv_nsec - last_call.tv_nsec) / 1e6;
         if (n_ready && !n_running && ms > config.idle_ms) {
-            if (!said) fprintf(stderr, "sim: no call for %d ms: pending work runs unasked\n",
-                               config.idle_ms);
-            said = true;
+            if (config.trace) fprintf(stderr, "sim: no call for %d ms\n", config.idle_ms);
             for (int i = 0; i < n_ready; i++) ready[i]->needed = true;
             Op *op = pick();
             if (op) execute(op);
