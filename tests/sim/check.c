@@ -144,6 +144,44 @@ static void touch_lane(Warp *w, u64 *writes, u64 *reads, int lane, u64 offset, u
               data && !memcmp(data + b, now + b, 4));
 }
 
+/* A plain access of whole words where the records say nothing of this scope and epoch, or reads by
+ * all kinds of threads already: what nearly every access is. False: look closer. */
+static inline bool touch_quick(u64 *writes, u64 *reads, u64 tag, u32 words, bool read, u64 mask,
+                               u64 settled)
+{
+    for (u32 k = 0; k < words; k++) {
+        bool was_read = !((reads[k] ^ tag) & mask);
+        if (!((writes[k] ^ tag) & mask) || (was_read && !read))
+            return false;
+        if (was_read && (reads[k] & (mask | FIELD_MULTI | 15)) != settled)
+            return false;
+    }
+    for (u32 k = 0; k < words; k++)
+        if (!read)
+            writes[k] = tag;
+        else if ((reads[k] & (mask | FIELD_MULTI | 15)) != settled)
+            reads[k] = tag;
+    return true;
+}
+
+/* The lanes of `lanes`, anywhere: `base` is the address of the first record and of `memory`. */
+static void touch_lanes(Warp *w, u64 *writes, u64 *reads, u32 lanes, const u64 *address, u64 base,
+                        u32 bytes, int how, bool shared, const u8 *data, u8 *memory)
+{
+    u64 tag = base_tag(w, shared) | 15, mask = shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
+    u64 settled = (tag & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
+    bool plain = bytes >= 4 && (how == ACC_READ || how == ACC_WRITE);
+    EACH(l, lanes) {
+        u64 at = address[l] - base, lane = (u64)(u32)(w->index * 32 + (int)l) << S_TID;
+        if (!plain || !touch_quick(writes + at / 4, reads + at / 4, tag | lane, bytes / 4,
+                                   how == ACC_READ, mask, settled))
+            touch_lane(w, writes, reads, (int)l, at, address[l], bytes, how, shared,
+                       data ? data + l * bytes : NULL, memory + at);
+        if (data) /* so that lanes that store the same value in one instruction excuse themselves */
+            memcpy(memory + at, data + l * bytes, bytes);
+    }
+}
+
 /* A full warp's access to consecutive words: if no record is of this scope and epoch, as is usual,
  * the new ones are written without looking at each. */
 static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool read, bool shared)
@@ -169,38 +207,25 @@ static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool rea
     return true;
 }
 
-void race_global(Warp *w, Alloc *a, int lane, u64 address, u32 bytes, int how, const u8 *data)
+void race_global(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
+                 const u8 *data)
 {
-    u64 at = address - a->base;
-    touch_lane(w, a->writes, a->reads, lane, at, address, bytes, how, false, data, a->host + at);
-}
-
-void race_global_row(Warp *w, Alloc *a, u64 address, u32 lane_bytes, int how, const u8 *data)
-{
-    u64 at = address - a->base;
-    if (lane_bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
-        touch_row(w, a->writes + at / 4, a->reads + at / 4, lane_bytes, how == ACC_READ, false))
+    u64 at = address[0] - a->base;
+    if (row && bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
+        touch_row(w, a->writes + at / 4, a->reads + at / 4, bytes, how == ACC_READ, false))
         return;
-    for (u32 l = 0; l < 32; l++)
-        race_global(w, a, (int)l, address + l * lane_bytes, lane_bytes, how,
-                    data ? data + l * lane_bytes : NULL);
+    touch_lanes(w, a->writes, a->reads, lanes, address, a->base, bytes, how, false, data, a->host);
 }
 
-void race_shared(Warp *w, int lane, u32 address, u32 bytes, int how, const u8 *data)
+void race_shared(Warp *w, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
+                 const u8 *data)
 {
     Worker *k = w->worker;
-    touch_lane(w, k->shared_writes, k->shared_reads, lane, address, address, bytes, how, true, data,
-               k->shared + address);
-}
-
-void race_shared_row(Warp *w, u32 address, u32 lane_bytes, int how, const u8 *data)
-{
-    Worker *k = w->worker;
-    if (lane_bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
-        touch_row(w, k->shared_writes + address / 4, k->shared_reads + address / 4, lane_bytes,
-                  how == ACC_READ, true))
+    u64 at = address[0];
+    if (row && bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
+        touch_row(w, k->shared_writes + at / 4, k->shared_reads + at / 4, bytes, how == ACC_READ,
+                  true))
         return;
-    for (u32 l = 0; l < 32; l++)
-        race_shared(w, (int)l, address + l * lane_bytes, lane_bytes, how,
-                    data ? data + l * lane_bytes : NULL);
+    touch_lanes(w, k->shared_writes, k->shared_reads, lanes, address, 0, bytes, how, true, data,
+                k->shared);
 }

@@ -2,8 +2,6 @@
  * text of findings. */
 #include "ptx.h"
 
-#include <pthread.h>
-
 static int width_index(u32 bytes)
 {
     return bytes <= 1 ? 0 : bytes == 2 ? 1 : bytes <= 4 ? 2 : bytes <= 8 ? 3 : 4;
@@ -15,16 +13,27 @@ static bool first_sight(u32 *seen, u32 launch)
     return *seen != launch && __atomic_exchange_n(seen, launch, __ATOMIC_RELAXED) != launch;
 }
 
-/* Distinct sectors of the active lanes: a small hash table. An access is aligned to its size, so it
- * lies in one sector. */
+/* Distinct sectors of the active lanes; an access is aligned to its size, so it lies in one. Close
+ * together they are bits of a word, else entries of a small hash table. */
 static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list)
 {
-    u64 table[64] = {0};
+    u64 table[64], bits = 0, low = address[__builtin_ctz(w->mask)] >> 5, high = low;
     u32 n = 0;
     EACH(l, w->mask) {
+        u64 s = address[l] >> 5;
+        low = s < low ? s : low;
+        high = s > high ? s : high;
+    }
+    if (high - low < 64) {
+        EACH(l, w->mask)
+            bits |= 1ull << ((address[l] >> 5) - low);
+        for (; bits; bits &= bits - 1)
+            list[n++] = low + (u64)__builtin_ctzll(bits);
+        return n;
+    }
+    memset(table, 0, sizeof table);
+    EACH(l, w->mask) {
         u64 sector = (address[l] >> 5) + 1;
-        if (n && list[n - 1] == sector - 1)
-            continue;
         u32 h = (u32)(sector * 0x9e3779b97f4a7c15ull >> 58);
         while (table[h] && table[h] != sector)
             h = (h + 1) & 63;
@@ -36,28 +45,23 @@ static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list)
     return n;
 }
 
-/* row: all 32 lanes at consecutive addresses. All lanes lie in `a`. */
-void count_global(Warp *w, const Inst *i, const u64 *address, u32 bytes, bool store, bool row,
-                  Alloc *a)
+/* row: all 32 lanes at consecutive addresses. All active lanes lie in `a`. */
+void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, Alloc *a)
 {
     Worker *k = w->worker;
     SimAccess *c = (store ? k->count.store : k->count.load) + width_index(bytes);
     u64 *unique = store ? &k->count.unique_store_sectors : &k->count.unique_load_sectors;
     u32 *seen = (store ? a->seen_store : a->seen_load), launch = k->launch->number;
-    u64 list[32], base = a->base >> 5;
-    u32 lanes = (u32)__builtin_popcount(w->mask);
-    (void)i;
+    u64 list[64], base = a->base >> 5;
+    u32 lanes = (u32)__builtin_popcount(w->mask), n = 0;
+    if (row)
+        for (u64 s = address[0] >> 5; s <= (address[0] + 32 * bytes - 1) >> 5; s++)
+            list[n++] = s;
+    else
+        n = distinct_sectors(w, address, list);
     c->warp++;
     c->lane += lanes;
     c->bytes += (u64)lanes * bytes;
-    if (row) {
-        u64 first = address[0] >> 5, last = (address[0] + 32 * bytes - 1) >> 5;
-        c->sectors += last - first + 1;
-        for (u64 s = first; s <= last && sim_options.count_unique; s++)
-            *unique += first_sight(&seen[s - base], launch);
-        return;
-    }
-    u32 n = distinct_sectors(w, address, list);
     c->sectors += n;
     for (u32 s = 0; s < n && sim_options.count_unique; s++)
         *unique += first_sight(&seen[list[s] - base], launch);

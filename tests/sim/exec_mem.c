@@ -50,39 +50,46 @@ static Space space_of(u64 address)
          : window == LOCAL_BASE ? SP_LOCAL : window == PARAM_BASE ? SP_PARAM : SP_GLOBAL;
 }
 
-/* The allocation that holds [address, address + bytes), or NULL after a finding. */
+/* The allocation that holds [address, address + bytes) and may be used, or NULL. The one that this
+ * instruction used last needs no second look. */
+static Alloc *lookup(Warp *w, u64 address, u64 bytes, bool store)
+{
+    Alloc **cache = &w->worker->cache[w->pc], *a = *cache;
+    if (a && address - a->base < a->size && bytes <= a->size - (address - a->base))
+        return a;
+    a = mem_lookup(address);
+    if (!a || a->freed || bytes > a->size - (address - a->base) || (store && a->read_only) ||
+        !mem_may_use(w->worker->launch->device, a))
+        return NULL;
+    return *cache = a;
+}
+
+/* The same for one lane; says what is wrong. */
 static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store)
 {
-    Worker *k = w->worker;
-    Alloc *a = k->cache[w->pc];
-    if (!a || address - a->base >= a->size)
-        a = mem_lookup(address);
-    if (!a || a->freed || bytes > a->size - (address - a->base) ||
-        !mem_may_use(k->launch->device, a)) {
-        char text[300];
-        SimKind kind;
-        mem_explain(address, bytes, k->launch->device, &kind, text, sizeof text);
+    Alloc *a = lookup(w, address, bytes, store);
+    char text[300];
+    SimKind kind;
+    if (a)
+        return a;
+    a = mem_lookup(address);
+    mem_explain(address, bytes, w->worker->launch->device, &kind, text, sizeof text);
+    if (store && a && a->read_only)
+        finding(w, SIM_READONLY, lane, address, "store to constant memory");
+    else
         finding(w, kind, lane, address, "%s of %llu bytes %s", store ? "store" : "load",
                 (unsigned long long)bytes, text);
-        return NULL;
-    }
-    if (store && a->read_only) {
-        finding(w, SIM_READONLY, lane, address, "store to constant memory");
-        return NULL;
-    }
-    k->cache[w->pc] = a;
-    return a;
+    return NULL;
 }
 
 /* ------------------------------------------------------------------------------------------------
  * global memory */
 
-static void check_global_init(Warp *w, const Alloc *a, u64 address, u64 bytes, int lane, u32 each)
+static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, int lane)
 {
-    u64 at = address - a->base;
-    u64 n = bits_prefix(a->valid, at, bytes);
+    u64 at = address - a->base, n = bits_prefix(a->valid, at, bytes);
     if (n < bytes)
-        finding(w, SIM_UNINIT, lane >= 0 ? lane : (int)(n / each), address + n,
+        finding(w, SIM_UNINIT, lane, address + n,
                 "read of global memory that nothing wrote, %llu bytes into a block of %llu",
                 (unsigned long long)(at + n), (unsigned long long)a->size);
 }
@@ -93,62 +100,68 @@ static int how_of(const Inst *i, bool store)
          : i->strong ? store ? ACC_STRONG_WRITE : ACC_STRONG_READ : store ? ACC_WRITE : ACC_READ;
 }
 
-static bool global_row(Warp *w, const Inst *i, Access *x, bool store)
+/* The bytes themselves, between memory (`base` is the address of memory[0]) and the buffer. */
+static void copy_lanes(Access *x, u8 *memory, u64 base, bool store)
 {
-    u64 bytes = 32 * (u64)x->bytes;
-    Alloc *a = w->worker->cache[w->pc];
-    if (!a || x->at[0] - a->base >= a->size)
-        a = mem_lookup(x->at[0]);
-    if (!a || a->freed || a->read_only || bytes > a->size - (x->at[0] - a->base) ||
-        !mem_may_use(w->worker->launch->device, a))
-        return false;
-    w->worker->cache[w->pc] = a;
-    u8 *host = a->host + (x->at[0] - a->base);
-    if (!store && a->valid && sim_options.check_init)
-        check_global_init(w, a, x->at[0], bytes, -1, x->bytes);
-    if (sim_options.check_races)
-        race_global_row(w, a, x->at[0], x->bytes, how_of(i, store), store ? x->data : NULL);
-    count_global(w, i, x->at, x->bytes, store, true, a);
-    if (store) {
-        memcpy(host, x->data, bytes);
-        if (a->valid)
-            bits_set(a->valid, x->at[0] - a->base, bytes, true);
-    } else {
-        memcpy(x->data, host, bytes);
-    }
-    return true;
+    u8 *first = memory + (x->at[0] - base);
+    if (x->row)
+        memcpy(store ? first : x->data, store ? x->data : first, 32 * x->bytes);
+    else
+        EACH(l, x->mask) {
+            u8 *p = memory + (x->at[l] - base), *data = x->data + l * x->bytes;
+            if (x->bytes == 4)
+                memcpy(store ? p : data, store ? data : p, 4);
+            else
+                memcpy(store ? p : data, store ? data : p, x->bytes);
+        }
+}
+
+/* All active lanes lie in `a`, from `low` on, over `span` bytes. */
+static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 span, bool store)
+{
+    bool small = span <= 4096;
+    if (!store && a->valid && sim_options.check_init &&
+        !(small && bits_all(a->valid, low - a->base, span)))
+        EACH(l, x->mask)
+            check_global_init(w, a, x->at[l], x->bytes, (int)l);
+    if (sim_options.check_races && !a->read_only)
+        race_global(w, a, x->mask, x->at, x->bytes, how_of(i, store), x->row,
+                    store ? x->data : NULL);
+    if (i->space != SP_CONST && i->class != SIM_C_ATOMIC)
+        count_global(w, x->at, x->bytes, store, x->row, a);
+    copy_lanes(x, a->host, a->base, store);
+    if (store && a->valid && !(small && bits_all(a->valid, low - a->base, span)))
+        EACH(l, x->mask)
+            bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
 }
 
 static void move_global(Warp *w, const Inst *i, Access *x, bool store)
 {
-    if (!aligned_lanes(w, x) || (x->row && global_row(w, i, x, store)))
+    u64 low = ~0ull, high = 0;
+    u32 mask = w->mask, left = x->mask;
+    if (!aligned_lanes(w, x))
         return;
-    Alloc *a = NULL;
-    u32 mask = w->mask;
-    bool constant = i->space == SP_CONST;
-    EACH(l, x->mask) {
-        a = locate(w, x->at[l], x->bytes, (int)l, store);
-        if (!a)
-            return;
-        u8 *host = a->host + (x->at[l] - a->base), *data = x->data + l * x->bytes;
-        if (!store && a->valid && sim_options.check_init)
-            check_global_init(w, a, x->at[l], x->bytes, (int)l, x->bytes);
-        if (sim_options.check_races && !a->read_only)
-            race_global(w, a, (int)l, x->at[l], x->bytes, how_of(i, store), store ? data : NULL);
-        if (store && a->valid)
-            bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
-        memcpy(store ? host : data, store ? data : host, x->bytes);
+    EACH(l, left) {
+        low = x->at[l] < low ? x->at[l] : low;
+        high = x->at[l] > high ? x->at[l] : high;
     }
-    /* Sectors are counted by allocation; lanes rarely straddle two. */
-    while (x->mask && a && !constant && i->class != SIM_C_ATOMIC) {
-        w->mask = 0;
-        EACH(l, x->mask)
-            w->mask |= (u32)(x->at[l] - a->base < a->size) << l;
-        count_global(w, i, x->at, x->bytes, store, false, a);
-        x->mask &= ~w->mask;
-        a = x->mask ? mem_lookup(x->at[__builtin_ctz(x->mask)]) : NULL;
+    Alloc *a = lookup(w, low, high - low + x->bytes, store);
+    if (a) {
+        move_in(w, i, x, a, low, high - low + x->bytes, store);
+        return;
     }
-    w->mask = mask;
+    x->row = false;
+    while (left && !w->worker->stop) { /* one allocation after the other, or the lane that is wrong */
+        u32 same = 0;
+        a = locate(w, x->at[__builtin_ctz(left)], x->bytes, __builtin_ctz(left), store);
+        EACH(l, left)
+            same |= (u32)(a && x->at[l] - a->base <= a->size - x->bytes) << l;
+        x->mask = w->mask = same;
+        if (a)
+            move_in(w, i, x, a, a->base, a->size, store);
+        left &= ~same;
+    }
+    w->mask = x->mask = mask;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -181,60 +194,42 @@ static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool s
     }
 }
 
-/* The access is in bounds and aligned. */
-static void shared_piece(Warp *w, const Inst *i, u32 lane, u32 address, u32 bytes, u8 *data,
-                         bool store, bool row)
+/* Are all bytes of the lane set and no copy under way? */
+static inline bool state_good(const u8 *state, u32 bytes)
 {
-    Worker *k = w->worker;
-    u32 all = row ? bytes * 32 : bytes;
-    u8 *state = k->shared_state + address, *memory = k->shared + address;
-    u8 low = 255, high = 0;
-    for (u32 b = 0; b < all; b++) {
-        low = state[b] < low ? state[b] : low;
-        high = state[b] > high ? state[b] : high;
-    }
-    if (high > 1 || (low == 0 && !store)) {
-        for (u32 l = 0; l < (row ? 32 : 1); l++)
-            check_shared_state(w, (int)(lane + l), address + l * bytes, bytes, store);
-    }
-    if (sim_options.check_races && row)
-        race_shared_row(w, address, bytes, how_of(i, store), store ? data : NULL);
-    else if (sim_options.check_races)
-        race_shared(w, (int)lane, address, bytes, how_of(i, store), store ? data : NULL);
-    memcpy(store ? memory : data, store ? data : memory, all);
-    if (store)
-        memset(state, 1, all);
-}
-
-/* All lanes read the same bytes: one record stands for them. */
-static bool uniform(const Access *x)
-{
-    u64 wrong = 0;
-    for (int l = 0; l < 32; l++)
-        wrong |= x->at[l] ^ x->at[0];
-    return x->mask == FULL_WARP && !wrong;
+    u64 v = 0;
+    if (bytes == 16 && memcmp(state, "\1\1\1\1\1\1\1\1", 8))
+        return false;
+    state += bytes == 16 ? 8 : 0;
+    memcpy(&v, state, bytes < 8 ? bytes : 8);
+    return v == 0x0101010101010101ull >> (bytes < 8 ? 64 - 8 * bytes : 0);
 }
 
 static void move_shared(Warp *w, const Inst *i, Access *x, bool store)
 {
+    Worker *k = w->worker;
+    u64 high = 0;
     if (!aligned_lanes(w, x))
         return;
     EACH(l, x->mask)
-        if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes))
-            return;
+        high = x->at[l] > high ? x->at[l] : high;
+    if (high > k->launch->shared_bytes || x->bytes > k->launch->shared_bytes - high)
+        EACH(l, x->mask)
+            if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes))
+                return;
     if (i->class != SIM_C_ATOMIC)
         count_shared(w, x->at, x->bytes, x->row);
-    if (x->row) {
-        shared_piece(w, i, 0, (u32)x->at[0], x->bytes, x->data, store, true);
-    } else if (!store && uniform(x)) {
-        shared_piece(w, i, 0, (u32)x->at[0], x->bytes, x->data, false, false);
-        shared_piece(w, i, 1, (u32)x->at[0], x->bytes, x->data, false, false);
-        for (u32 l = 1; l < 32; l++)
-            memcpy(x->data + l * x->bytes, x->data, x->bytes);
-    } else {
+    EACH(l, x->mask)
+        if (!state_good(k->shared_state + x->at[l], x->bytes))
+            check_shared_state(w, (int)l, x->at[l], x->bytes, store);
+    if (sim_options.check_races)
+        race_shared(w, x->mask, x->at, x->bytes, how_of(i, store), x->row, store ? x->data : NULL);
+    copy_lanes(x, k->shared, 0, store);
+    if (store && x->row)
+        memset(k->shared_state + x->at[0], 1, 32 * x->bytes);
+    else if (store)
         EACH(l, x->mask)
-            shared_piece(w, i, l, (u32)x->at[l], x->bytes, x->data + l * x->bytes, store, false);
-    }
+            memset(k->shared_state + x->at[l], 1, x->bytes);
 }
 
 static void move_local(Warp *w, Access *x, bool store)
@@ -598,6 +593,15 @@ static void cp_commit(Warp *w, const Inst *i, void *out)
         w->committed[l]++;
 }
 
+static void deliver_race(Warp *w, const AsyncCopy *c)
+{
+    u64 address[32];
+    u8 data[32 * 16];
+    address[c->lane] = c->shared;
+    memcpy(data + c->lane * c->bytes, c->data, c->bytes);
+    race_shared(w, 1u << c->lane, address, c->bytes, ACC_WRITE, false, data);
+}
+
 /* Delivers what the lanes' `keep` newest committed groups do not hold. ~0u: also the uncommitted. */
 void async_deliver(Warp *w, u32 lanes, u32 keep)
 {
@@ -611,7 +615,7 @@ void async_deliver(Warp *w, u32 lanes, u32 keep)
             continue;
         }
         if (sim_options.check_races)
-            race_shared(w, (int)c->lane, c->shared, c->bytes, ACC_WRITE, c->data);
+            deliver_race(w, c);
         memcpy(k->shared + c->shared, c->data, c->bytes);
         memset(k->shared_state + c->shared, 1, c->bytes);
     }

@@ -11,7 +11,12 @@
 static bool members_ok(Warp *w, const Inst *i, int k, const char *what)
 {
     const u32 *members = src(w, i, k);
+    bool all = w->mask == FULL_WARP;
     w->sync_epoch++;
+    for (int l = 0; l < 32; l++)
+        all &= members[l] == FULL_WARP;
+    if (all)
+        return true;
     EACH(l, w->mask) {
         u32 absent = members[l] & w->alive & ~w->mask;
         if (!(members[l] >> l & 1))
@@ -34,34 +39,44 @@ static bool whole_warp(Warp *w, const char *what)
     return w->mask == FULL_WARP;
 }
 
+/* Source lane of each lane, and whether it lies in the lane's segment. */
+static u32 shfl_sources(const Inst *i, const u32 *b, const u32 *c, int *from)
+{
+    int ok[32];
+    LANES {
+        int segment = (int)(c[l] >> 8 & 31), clamp = (int)(c[l] & 31), n = (int)(b[l] & 31);
+        int high = (l & segment) | (clamp & ~segment);
+        int j = i->op == OP_UP ? l - n : i->op == OP_DOWN ? l + n : i->op == OP_BFLY ? l ^ n
+              : (l & segment) | (n & ~segment);
+        ok[l] = i->op == OP_UP ? j >= high : j <= high;
+        from[l] = ok[l] ? j : l;
+    }
+    u32 inside = 0;
+    for (int l = 0; l < 32; l++)
+        inside |= (u32)ok[l] << l;
+    return inside;
+}
+
 static void shfl(Warp *w, const Inst *i, void *out)
 {
-    const u32 *a = src(w, i, 0), *b = src(w, i, 1), *c = src(w, i, 2);
-    u32 result[32], inside = 0, all = w->mask;
+    const u32 *a = src(w, i, 0);
+    u32 result[32], inside, all = w->mask, *to = slot(w, i->dst[0]);
+    int from[32];
     (void)out;
     if (!members_ok(w, i, 3, "shfl"))
         return;
+    inside = shfl_sources(i, src(w, i, 1), src(w, i, 2), from);
     EACH(l, all) {
-        int segment = (int)(c[l] >> 8 & 31), clamp = (int)(c[l] & 31), lane = (int)l;
-        int high = (lane & segment) | (clamp & ~segment), n = (int)(b[l] & 31), j = lane;
-        bool ok = true;
-        switch (i->op) {
-        case OP_UP: j = lane - n, ok = j >= high; break;
-        case OP_DOWN: j = lane + n, ok = j <= high; break;
-        case OP_BFLY: j = lane ^ n, ok = j <= high; break;
-        default: j = (lane & segment) | (n & ~segment), ok = j <= high;
-        }
-        j = ok ? j : lane;
-        inside |= (u32)ok << l;
-        if (!(all >> j & 1))
-            finding(w, SIM_WARP_MASK, lane, 0, "shfl reads lane %d, which does not take part", j);
-        result[l] = a[j];
+        if (!(all >> from[l] & 1))
+            finding(w, SIM_WARP_MASK, (int)l, 0, "shfl reads lane %d, which does not take part",
+                    from[l]);
+        result[l] = a[from[l]];
     }
     EACH(l, all)
-        ((u32 *)slot(w, i->dst[0]))[l] = result[l];
+        to[l] = result[l];
     if (i->dst_pred) {
         u32 *p = slot(w, i->dst_pred);
-        *p = (*p & ~all) | inside;
+        *p = (*p & ~all) | (inside & all);
     }
 }
 

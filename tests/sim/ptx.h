@@ -295,14 +295,14 @@ void async_deliver(Warp *w, u32 lanes, u32 keep);
 
 /* check.c: race records. */
 enum { ACC_READ, ACC_WRITE, ACC_ATOMIC, ACC_STRONG_READ, ACC_STRONG_WRITE };
-void race_global(Warp *w, Alloc *a, int lane, u64 address, u32 bytes, int how, const u8 *fresh);
-void race_global_row(Warp *w, Alloc *a, u64 address, u32 lane_bytes, int how, const u8 *fresh);
-void race_shared(Warp *w, int lane, u32 address, u32 bytes, int how, const u8 *fresh);
-void race_shared_row(Warp *w, u32 address, u32 lane_bytes, int how, const u8 *fresh);
+/* lanes: which; row: all 32 at consecutive addresses; data: what a store will put, lane by lane. */
+void race_global(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
+                 const u8 *data);
+void race_shared(Warp *w, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
+                 const u8 *data);
 
 /* counters.c */
-void count_global(Warp *w, const Inst *i, const u64 *address, u32 bytes, bool store, bool row,
-                  Alloc *a);
+void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, Alloc *a);
 void count_shared(Warp *w, const u64 *address, u32 bytes, bool row);
 void counters_finish(Worker *k);
 
