@@ -677,13 +677,15 @@ static void json_put_string(Str *out, Span s) {
     str_add(out, "\"", 1);
 }
 
-// Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes.
+// Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes or less.
 typedef struct { char text[400]; } Quoted;
 static Quoted quoted(Span s) {
     Quoted q;
     Str out = { 0 };
-    json_put_string(&out, (Span){ s.p, s.n > 60 ? 60 : s.n });
-    snprintf(q.text, sizeof q.text, "%s%s", out.p, s.n > 60 ? "..." : "");
+    size_t n = s.n > 60 ? 60 : s.n;
+    while (n && n < s.n && (s.p[n] & 0xc0) == 0x80) n--;        // not inside a character
+    json_put_string(&out, (Span){ s.p, n });
+    snprintf(q.text, sizeof q.text, "%s%s", out.p, n < s.n ? "..." : "");
     free(out.p);
     return q;
 }
@@ -2059,16 +2061,16 @@ static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
 
 // Appends s with each maximal invalid part replaced by U+FFFD.
 static void utf8_repair(Span s, Str *out) {
-    for (size_t i = 0, from = 0; i <= s.n;) {
-        int32_t cp = 0;
-        size_t len = i < s.n ? utf8_next(s.p + i, s.n - i, &cp) : 1;
-        if (cp < 0 || i == s.n) {
-            str_add(out, s.p + from, i - from);
-            if (cp < 0) str_puts(out, "\uFFFD");
-            from = i + len;
-        }
-        i += len;
+    size_t from = 0;
+    for (size_t i = 0, len; i < s.n; i += len) {
+        int32_t cp;
+        len = utf8_next(s.p + i, s.n - i, &cp);
+        if (cp >= 0) continue;
+        str_add(out, s.p + from, i - from);
+        str_puts(out, "\uFFFD");
+        from = i + len;
     }
+    if (from < s.n) str_add(out, s.p + from, s.n - from);
 }
 
 typedef struct { int32_t cp; int cls; size_t n; } Char;     // n bytes; cls -1: the piece ends here
@@ -2208,15 +2210,21 @@ static void encode_text(Bpe *b, Span s) {
 
 // Added tokens, leftmost longest: those that are not `normalized`, then the others in what is left.
 static void encode_added(Bpe *b, Span s, int root) {
-    size_t from = 0;
-    if (root == 2) encode_text(b, s);
-    for (size_t i = 0; root < 2 && i <= s.n;) {
-        int id = i < s.n ? trie_find(b->t, root, (Span){ s.p + i, s.n - i }) : -1;
-        if (id >= 0 || i == s.n) encode_added(b, (Span){ s.p + from, i - from }, root + 1);
-        if (id >= 0) ids_add(b->out, id);
-        i += id >= 0 ? tok_bytes(b->t, id).n : 1;
-        if (id >= 0) from = i;
+    size_t from = 0, i = 0;
+    if (root == 2) {
+        encode_text(b, s);
+        return;
     }
+    while (i < s.n) {
+        int id = trie_find(b->t, root, span_from(s, i));
+        if (id >= 0) {
+            encode_added(b, (Span){ s.p + from, i - from }, root + 1);
+            ids_add(b->out, id);
+            from = i + tok_bytes(b->t, id).n;
+        }
+        i = id >= 0 ? from : i + 1;
+    }
+    encode_added(b, span_from(s, from), root + 1);
 }
 
 // Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
@@ -5647,7 +5655,7 @@ static bool nvrtc_open(Err *e) {
     X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) X(query_norm) \
     X(index_scores) X(index_topk) X(attend) X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) \
     X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) \
-    X(gather_rows)
+    X(gather_rows) X(gemm) X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
 #define KERNEL_ID(name) K_##name,
 #define KERNEL_NAME(name) #name,
 enum { KERNELS(KERNEL_ID) N_KERNELS };
@@ -5815,17 +5823,17 @@ typedef struct {
     GpuMat m;
     CuPtr x, q, qs, out, out_q, out_s;
     uint64_t ring_at;
-    int ring, ring_step, ldx, ldo, seg_n, seg_blocks, ksplit, block0;
+    int ring, ring_step, ldx, ldo, seg_n, seg_blocks, ksplit, block0, tile0, seg_tiles;
 } GpuTask;
 typedef struct { CuPtr ape, norm; uint64_t in_at, out_at; int ring, ratio; } GpuPool;
-typedef struct { CuPtr ids, weights, order, place, start, active, n_active, bad; } GpuRouting;
+typedef struct { CuPtr ids, weights, order, place, start, active, n_active, bad, tiles, n_tiles; } GpuRouting;
 typedef struct { CuPtr q, s, x; } GpuHidden;
 
 // Activations in FP32 and INT8 (q, scales s).
 typedef struct { CuPtr x, q, s; int k; } GpuAct;
 
 // Products that share a launch.
-typedef struct { CuPtr tasks; int n, blocks; } GpuProducts;
+typedef struct { CuPtr tasks; int n, blocks, tiles; } GpuProducts;
 
 // What the kernels need to know of a layer. Offsets are bytes into a session's memory on this device.
 typedef struct {
@@ -5850,7 +5858,8 @@ typedef struct {
     GpuProducts head, e_proj, h_proj;
     CuPtr inv_freq[2];
     CuPtr slots, slot[COUNT(((Device *)0)->cache)];
-    CuPtr rows, X, y, post_c, comb, part, kv, q, iq, iw, qh, iqh, scores, chosen, o_part, ml, gate, want, heads, logits, e, ex;
+    CuPtr rows, X, y, post_c, comb, part, kv, q, iq, iw, qh, iqh, scores, chosen, o_part, ml, gate, contribution;
+    CuPtr want, heads, logits, e, ex;
     GpuAct x, qr, o, u;
     GpuHidden h;
     GpuRouting r;
@@ -5861,7 +5870,13 @@ typedef struct {
     uint64_t *host_slots;
 } Cuda;
 
-enum { TILE = 8, HEAD_TILE = 32, MAX_SPLITS = 32 };    // rows of the decode kernels, of a block of logits; parts of attention
+enum {
+    TILE = 8,                   // rows that the streaming kernels take; more go through tensor-core tiles
+    TILE_T = 64, TILE_N = 128,  // rows of the batch and of the matrix in such a tile
+    TILE_SHARED = 3 * 16384,    // its shared memory
+    HEAD_TILE = 64,             // rows of logits at a time
+    MAX_SPLITS = 32,            // parts of attention
+};
 
 __attribute__((noreturn, cold))
 static void cuda_die(const Device *d, const char *call, CuResult r) {
@@ -6102,7 +6117,9 @@ static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuA
     GpuTask *t = list + p->n++;
     int seg_n = m->n / segments, split = split_columns(m, seg_n);
     *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = in->k, .ldo = m->n, .seg_n = seg_n,
-                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .ksplit = split, .block0 = p->blocks };
+                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .ksplit = split, .block0 = p->blocks,
+                    .tile0 = p->tiles, .seg_tiles = (seg_n + 127) / 128 };
+    p->tiles += t->seg_tiles * segments;
     p->blocks += t->seg_blocks * segments;
     return t;
 }
@@ -6250,6 +6267,8 @@ static void cuda_compile(Device *d) {
         r = cu.ModuleGetFunction(&g->fn[i], g->module, kernel_names[i]);
         if (r) die(1, "%s: kernels.cu has no kernel %s (%s)", d->name, kernel_names[i], cuda_error(r));
     }
+    const int tiled[] = { K_gemm, K_expert_up, K_expert_down };
+    for (size_t i = 0; i < COUNT(tiled); i++) CU(d, FuncSetAttribute, g->fn[tiled[i]], 8, TILE_SHARED);
     CU(d, FuncSetAttribute, g->fn[K_attend], 8, (int)attend_shared(d->c));      // 8: dynamic shared memory
     note("%s: kernels %s in %.2f s", d->name, cached ? "from the cache" : "compiled", now() - start);
     free(ptx);
@@ -6284,7 +6303,7 @@ static void cuda_buffers(Device *d) {
     const Config *c = d->c;
     size_t T = (size_t)d->max_rows + TILE, S = (size_t)c->hc_mult, D = (size_t)c->dim, A = (size_t)c->n_active;
     size_t H = (size_t)c->n_heads, K = (size_t)c->head_dim, E = (size_t)c->n_experts, V = (size_t)c->vocab;
-    size_t parts = T > TILE * MAX_SPLITS ? T : TILE * MAX_SPLITS, hidden = TILE * (A + 1) + TILE;
+    size_t parts = T > TILE * MAX_SPLITS ? T : TILE * MAX_SPLITS, hidden = T * (A + 1);
     g->rows = gpu_buffer(d, T, sizeof(Row));
     g->slots = gpu_buffer(d, COUNT(g->slot), sizeof(CuPtr));
     g->X = gpu_buffer(d, T * S * D, 4);
@@ -6313,6 +6332,9 @@ static void cuda_buffers(Device *d) {
     g->h.q = gpu_buffer(d, hidden * c->expert_dim, 1);
     g->h.s = gpu_buffer(d, hidden * c->expert_dim / 32, 4);
     if (g->h_float) g->h.x = gpu_buffer(d, hidden * c->expert_dim, 4);
+    g->contribution = gpu_buffer(d, hidden * D, 4);
+    g->r.tiles = gpu_buffer(d, T * A / TILE_T + E + T / TILE_T + 2, 16);
+    g->r.n_tiles = gpu_buffer(d, 1, 4);
     CuPtr *routing[] = { &g->r.ids, &g->r.weights, &g->r.order, &g->r.place, &g->r.start, &g->r.active, &g->r.n_active, &g->r.bad };
     for (size_t i = 0; i < COUNT(routing); i++) *routing[i] = gpu_buffer(d, T * A + E + 1, 4);
     g->host_rows = host_pinned(d, T * sizeof(Row));
@@ -6453,6 +6475,11 @@ static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3;
 
 static void gpu_products(Device *d, const GpuProducts *p, int T) {
     Cuda *g = d->impl;
+    if (T > TILE) {
+        LAUNCH(d, gemm, p->tiles, (T + TILE_T - 1) / TILE_T, 1, 256, TILE_SHARED, (void *)&p->tasks, (void *)&p->n, &T,
+               &g->rows, &g->slots);
+        return;
+    }
     int v = row_variant(T), B = 1 << v;
     gpu_launch(d, K_gemv_1 + v, (unsigned)p->blocks, (unsigned)((T + B - 1) / B), 1, 256, 0,
                (void *[]){ (void *)&p->tasks, (void *)&p->n, &T, &g->rows, &g->slots });
@@ -6522,26 +6549,42 @@ static void cuda_attn_out(Device *d, const Layer *l) {
     gpu_products(d, &gl->wo_b, ((Cuda *)d->impl)->T);
 }
 
-// The router and the experts work on tiles of up to 8 rows, one after the other: all of it happens in experts().
+// The router's product shares a launch with the shared expert when few rows stream: all of it happens in experts().
 static void cuda_route(Device *d, const Layer *l) { (void)d, (void)l; }
 
-static void cuda_experts(Device *d, const Layer *l) {
+static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     Cuda *g = d->impl;
     const Config *c = d->c;
-    GpuLayer *gl = gpu_layer(d, l);
-    int E = c->n_experts, A = c->n_active;
+    int T = g->T, E = c->n_experts, v = row_variant(T), zero = 0, place = T * c->n_active;
+    int active = place < E ? place : E;
     CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
-    for (int t = 0; t < g->T; t += TILE) {
-        int n = g->T - t < TILE ? g->T - t : TILE, end = t + n, v = row_variant(n), place = n * A;
-        int active = n * A < E ? n * A : E;
-        gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
-                   (void *[]){ &shared, &gl->gate.tasks, &t, &end, &g->h, &place });
-        LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &t, &n, &g->r);
-        gpu_launch(d, n == 1 ? K_expert_up_1 : K_expert_up_8, (unsigned)(c->expert_dim / 32), (unsigned)active, 1, 256, 0,
-                   (void *[]){ &gl->experts, &g->x.x, &g->x.q, &g->x.s, &t, &g->r, &g->h });
-        gpu_launch(d, n == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
-                   (void *[]){ &gl->experts, &g->h, &g->r, &t, &n, &g->y });
-    }
+    gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
+               (void *[]){ &shared, (void *)&gl->gate.tasks, &zero, &T, &g->h, &place });
+    LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
+    gpu_launch(d, T == 1 ? K_expert_up_1 : K_expert_up_8, (unsigned)(c->expert_dim / 32), (unsigned)active, 1, 256, 0,
+               (void *[]){ (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s, &g->r, &g->h });
+    gpu_launch(d, T == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
+               (void *[]){ (void *)&gl->experts, &g->h, &g->r, &T, &g->y });
+}
+
+static void experts_many(Device *d, const Layer *l, const GpuLayer *gl) {
+    Cuda *g = d->impl;
+    const Config *c = d->c;
+    int T = g->T, pairs = T * c->n_active, tiles = pairs / TILE_T + (pairs < c->n_experts ? pairs : c->n_experts);
+    tiles += (T + TILE_T - 1) / TILE_T;
+    gpu_products(d, &gl->gate, T);
+    LAUNCH(d, route, (T + 7) / 8, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
+    LAUNCH(d, group_rows, 1, 1, 1, 1024, 0, &T, &g->r);
+    LAUNCH(d, expert_up, (c->expert_dim + 63) / 64, tiles, 1, 256, TILE_SHARED, (void *)&gl->experts, &g->x.x, &g->x.q,
+           &g->x.s, &T, &g->r, &g->h);
+    LAUNCH(d, expert_down, (c->dim + TILE_N - 1) / TILE_N, tiles, 1, 256, TILE_SHARED, (void *)&gl->experts, &g->h, &g->r,
+           &g->contribution);
+    LAUNCH(d, expert_sum, (c->dim + 1023) / 1024, T, 1, 256, 0, &g->contribution, &g->r, &T, &g->y);
+}
+
+static void cuda_experts(Device *d, const Layer *l) {
+    if (((Cuda *)d->impl)->T <= TILE) experts_few(d, l, gpu_layer(d, l));
+    else experts_many(d, l, gpu_layer(d, l));
 }
 
 static void cuda_mtp_in(Device *d, const Mtp *m) {
