@@ -529,61 +529,69 @@ static void atomic(Warp *w, const Inst *i, void *out)
 /* ------------------------------------------------------------------------------------------------
  * cp.async */
 
-static void queue_copy(Warp *w, u32 lane, u32 shared, u32 bytes, const u8 *data)
+/* Source addresses, and the lanes that copy all their bytes or only some (the rest is zero). */
+static void async_sources(Warp *w, const Inst *i, Access *from, u32 *whole, u32 *part)
 {
-    w->async = xgrow(w->async, w->n_async, &w->cap_async, sizeof *w->async);
-    AsyncCopy *c = &w->async[w->n_async++];
-    *c = (AsyncCopy){.lane = lane, .shared = shared, .bytes = (u8)bytes,
-                     .group = w->committed[lane]};
-    memcpy(c->data, data, bytes);
+    const u64 *global = src(w, i, 1);
+    const u32 *size = i->n_src > 2 ? src(w, i, 2) : NULL;
+    *whole = *part = 0;
+    EACH(l, w->mask) {
+        u32 n = size ? size[l] : i->vec;
+        from->at[l] = global[l] + (u64)(int64_t)(int32_t)i->target;
+        *whole |= (u32)(n == i->vec) << l;
+        *part |= (u32)(n > 0 && n < i->vec) << l;
+        if (n > i->vec)
+            finding(w, SIM_CP_ASYNC, (int)l, from->at[l], "source size %u above the copy's %u", n,
+                    i->vec);
+    }
+    from->row = *whole == FULL_WARP;
+    for (u64 l = 0; l < 32 && from->row; l++)
+        from->row = from->at[l] == from->at[0] + l * from->bytes;
+    memset(from->data, 0, sizeof from->data);
 }
 
 /* Reads the source at once, marks the destination as under way; the bytes arrive at the wait. */
 static void cp_async(Warp *w, const Inst *i, void *out)
 {
     Access to, from;
-    const u64 *global = src(w, i, 1);
-    u32 all = w->mask, whole = 0, part = 0;
+    u32 all = w->mask, whole, part;
     (void)out;
     if (!all)
         return;
     to.bytes = from.bytes = i->vec;
     lane_addresses(w, i, &to);
-    for (u32 l = 0; l < 32; l++) {
-        u32 n = i->n_src > 2 ? ((u32 *)src(w, i, 2))[l] : i->vec;
+    EACH(l, all)
         if (i->wide_addr && space_of(to.at[l]) == SP_SHARED)
             to.at[l] &= 0xffffffff;
-        from.at[l] = global[l] + (u64)(int64_t)(int32_t)i->target;
-        whole |= (u32)(n == i->vec) << l;
-        part |= (u32)(n > 0 && n < i->vec) << l;
-        if (n > i->vec && all >> l & 1)
-            finding(w, SIM_CP_ASYNC, (int)l, to.at[l], "source size %u above the copy's %u", n,
-                    i->vec);
-    }
+    async_sources(w, i, &from, &whole, &part);
     if (!aligned_lanes(w, &to))
         return;
-    memset(from.data, 0, sizeof from.data);
-    w->mask = from.mask = all & whole;
-    from.row = w->mask == FULL_WARP;
-    for (u64 l = 0; l < 32 && from.row; l++)
-        from.row = from.at[l] == from.at[0] + l * from.bytes;
-    if (w->mask)
+    w->mask = from.mask = whole;
+    if (whole)
         move_global(w, i, &from, false);
-    for (u32 left = all & part; left && !w->worker->stop; left &= left - 1) {
-        u32 l = (u32)__builtin_ctz(left), n = ((u32 *)src(w, i, 2))[l];
+    w->mask = all;
+    EACH(l, part) {
+        u32 n = ((u32 *)src(w, i, 2))[l];
         Alloc *a = locate(w, from.at[l], n, (int)l, false);
         if (a)
             memcpy(from.data + l * from.bytes, a->host + (from.at[l] - a->base), n);
     }
-    w->mask = all;
-    count_shared(w, to.at, to.bytes, to.row);
-    EACH(l, all) {
+    EACH(l, all)
         if (w->worker->stop || !shared_in_bounds(w, (int)l, to.at[l], to.bytes))
             return;
-        check_shared_state(w, (int)l, to.at[l], to.bytes, true);
-        memset(w->worker->shared_state + to.at[l], 2, to.bytes);
-        queue_copy(w, l, (u32)to.at[l], to.bytes, from.data + l * from.bytes);
+    count_shared(w, to.at, to.bytes, to.row);
+    EACH(l, all) {
+        u8 *state = w->worker->shared_state + to.at[l];
+        if (memchr(state, 2, to.bytes))
+            check_shared_state(w, (int)l, to.at[l], to.bytes, true);
+        memset(state, 2, to.bytes);
     }
+    w->async = xgrow(w->async, w->n_async, &w->cap_async, sizeof *w->async);
+    AsyncCopy *c = &w->async[w->n_async++];
+    *c = (AsyncCopy){.lanes = all, .bytes = to.bytes, .row = to.row};
+    memcpy(c->shared, to.at, sizeof to.at);
+    memcpy(c->group, w->committed, sizeof c->group);
+    memcpy(c->data, from.data, sizeof c->data);
 }
 
 static void cp_commit(Warp *w, const Inst *i, void *out)
@@ -593,15 +601,6 @@ static void cp_commit(Warp *w, const Inst *i, void *out)
         w->committed[l]++;
 }
 
-static void deliver_race(Warp *w, const AsyncCopy *c)
-{
-    u64 address[32];
-    u8 data[32 * 16];
-    address[c->lane] = c->shared;
-    memcpy(data + c->lane * c->bytes, c->data, c->bytes);
-    race_shared(w, 1u << c->lane, address, c->bytes, ACC_WRITE, false, data);
-}
-
 /* Delivers what the lanes' `keep` newest committed groups do not hold. ~0u: also the uncommitted. */
 void async_deliver(Warp *w, u32 lanes, u32 keep)
 {
@@ -609,15 +608,19 @@ void async_deliver(Warp *w, u32 lanes, u32 keep)
     u32 kept = 0;
     for (u32 n = 0; n < w->n_async; n++) {
         AsyncCopy *c = &w->async[n];
-        bool ready = keep == ~0u || c->group + keep < w->committed[c->lane];
-        if (!(lanes >> c->lane & 1) || !ready) {
-            w->async[kept++] = *c;
-            continue;
+        u32 ready = 0;
+        EACH(l, c->lanes & lanes)
+            ready |= (u32)(keep == ~0u || c->group[l] + keep < w->committed[l]) << l;
+        if (sim_options.check_races && ready)
+            race_shared(w, ready, c->shared, c->bytes, ACC_WRITE, c->row && ready == FULL_WARP,
+                        c->data);
+        EACH(l, ready) {
+            memcpy(k->shared + c->shared[l], c->data + l * c->bytes, c->bytes);
+            memset(k->shared_state + c->shared[l], 1, c->bytes);
         }
-        if (sim_options.check_races)
-            deliver_race(w, c);
-        memcpy(k->shared + c->shared, c->data, c->bytes);
-        memset(k->shared_state + c->shared, 1, c->bytes);
+        c->lanes &= ~ready;
+        if (c->lanes && kept++ != n)
+            w->async[kept - 1] = *c;
     }
     w->n_async = kept;
 }

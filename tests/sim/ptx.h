@@ -185,9 +185,12 @@ typedef struct {
     u32 pc, mask;
 } Group;
 
+/* One cp.async of a warp: data on its way to shared memory. */
 typedef struct {
-    u32 lane, shared, group;
-    u8 bytes, data[16];
+    u32 lanes, bytes, group[32]; /* lanes that still wait; bytes and group of each */
+    u64 shared[32];
+    bool row;
+    u8 data[32 * 16];
 } AsyncCopy;
 
 typedef enum { W_RUN, W_BARRIER, W_DONE } WarpState;
