@@ -3,7 +3,8 @@
 // Compiled at run time by NVRTC without any header: 16-bit numbers are unsigned short, tensor-core and asynchronous-copy
 // instructions are inline PTX (7.4, sm_80 and later). The model's dimensions arrive as -D constants:
 //   DIM STREAMS HEADS HEAD_DIM ROPE_DIM Q_RANK O_GROUPS O_RANK WINDOW EXPERTS ACTIVE EXPERT_DIM
-//   INDEX_HEADS INDEX_DIM INDEX_TOPK HC_ITERS  HC_EPS NORM_EPS ROUTE_SCALE SWIGLU_LIMIT  FORMATS (bit mask)
+//   INDEX_HEADS INDEX_DIM INDEX_TOPK HC_ITERS  HC_EPS NORM_EPS ROUTE_SCALE SWIGLU_LIMIT
+// and the matrix formats that occur, bit masks: DENSE (all but these) GATE SHARED (shared expert) ROUTED (the others).
 // Letters as in dsv4.c: T rows of the batch, D dim, S streams, H heads, K head dim, E experts, A active, F expert dim.
 //
 // Rules. Every output has one fixed order of summation that does not depend on the batch it is computed in. Blocks never
@@ -44,6 +45,7 @@ struct Task {
     int seg_n, seg_blocks;  // rows and blocks of a segment
     int ksplit;             // warps that share a row: 1, 2, 4 or 8; a block has 32 / ksplit rows
     int block0;             // first block of this task in the grid
+    int tile0, seg_tiles;   // the same for the tiles of long batches: tiles of 128 rows
 };
 
 // ---------------------------------------------------------------------------
@@ -148,6 +150,29 @@ __device__ inline void quantize1(float v, s8 *q, float *scale) {
     *q = (s8)max(-127, min(127, __float2int_rn(v * r)));
     if ((threadIdx.x & 31) == 0) *scale = m / 127.f;
 }
+
+// c += a b with a 16 x 16, b 16 x 8 in BF16, c in FP32.
+__device__ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
+__device__ inline void mma_int8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ inline void cp_async16(u32 to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void cp_async4(u32 to, const void *from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
 // sin and cos of any angle up to 2^20: reduced by multiples of pi/2 in two exact steps, then polynomials (1 ulp).
 __device__ inline void sin_cos(float x, float &s, float &c) {
@@ -351,13 +376,13 @@ __device__ inline void dot_fp8(float (&acc)[R * B], const u8 *w, size_t pitch, c
 }
 
 // Rows n .. n+R-1 of m times B rows; one warp, or `ksplit` warps that each take a part k
-// of the columns. The sums go to part[r * B + b].
-template <int R, int B>
+// of the columns. The sums go to part[r * B + b]. FORMATS: those that m can have.
+template <int FORMATS, int R, int B>
 __device__ inline void dot_rows(float *part, const Matrix &m, int n, const In &in, const int (&row)[B],
                                 int k, int ksplit) {
     const int lane = threadIdx.x & 31, c = k * 32 + lane, step = ksplit * 32;
     float acc[R * B] = {};
-#define HAS(f) ((FORMATS >> (f) & 1) && m.fmt == (f))
+#define HAS(f) (FORMATS == 1 << (f) || ((FORMATS >> (f) & 1) && m.fmt == (f)))
     if (HAS(W_INT8)) {
         const u16 *s = (const u16 *)m.s + (size_t)(n / 128) * ((m.k + 127) / 128);
         dot_int8<R, B>(acc, m.w + (size_t)n * m.k, m.k, s, in, row, c, step, m.k / 16);
@@ -381,7 +406,7 @@ __device__ inline void dot_rows(float *part, const Matrix &m, int n, const In &i
 
 // matmul() of dsv4.c for B rows from t0 on. A block makes 32 / ksplit consecutive outputs of one task for B rows: its 8
 // warps take 4 matrix rows each, or share them. Reads (32 / ksplit) * k weights, writes (32 / ksplit) * B results.
-template <int B>
+template <int FORMATS, int B>
 __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int t0, int T, const Row *rows,
                                   const u64 *slots) {
     constexpr int R = B > 2 ? 2 : 4;
@@ -399,7 +424,7 @@ __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int
     for (int b = 0; b < B; b++) row[b] = t0 + b;
 #pragma unroll 1
     for (int r = 0; r < 4 && n + r < seg_n; r += R)
-        dot_rows<R, B>(part[warp] + r * B, m, seg * seg_n + n + r, in, row, warp % ksplit, ksplit);
+        dot_rows<FORMATS, R, B>(part[warp] + r * B, m, seg * seg_n + n + r, in, row, warp % ksplit, ksplit);
     __syncthreads();
     const int j = threadIdx.x % per, b = threadIdx.x / per, row_t = t0 + b;
     if (b >= B || base + j >= seg_n || row_t >= T) return;
@@ -417,16 +442,261 @@ __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int
 }
 
 // Blocks per multiprocessor that the registers must allow.
-#define ROW_BLOCKS(B) ((B) > 1 ? 2 : FORMATS >> W_FP8 ? 3 : 4)
+#define ROW_BLOCKS(B) ((B) > 1 ? 2 : DENSE >> W_FP8 ? 3 : 4)
 #define GEMV(B) \
 extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 gemv_##B(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) { \
-    gemv_block<B>(tasks, n_tasks, blockIdx.x, blockIdx.y * B, T, rows, slots); \
+    gemv_block<DENSE, B>(tasks, n_tasks, blockIdx.x, blockIdx.y * B, T, rows, slots); \
 }
 GEMV(1)
 GEMV(2)
 GEMV(4)
 GEMV(8)
+
+// ---------------------------------------------------------------------------
+// products for more than 8 rows: tensor-core tiles of 128 matrix rows x 64 batch rows
+
+enum { TILE_N = 128, TILE_T = 64, TILE_PITCH = TILE_N + 4, STAGES = 3, STAGE_BYTES = 16384 };
+
+// How a format travels through a stage of shared memory: columns per step, bytes of one matrix row and of one row of
+// activations. Integer formats: weights at 0, activations at 8192, their scales [2][64] at 12288, the weights' [2][128] at
+// 12800. Float formats: weights at 0, activations at 8192; the scales of FP8 [128] at 4096.
+template <int FMT> struct Step {
+    static constexpr bool INTEGER = FMT == W_INT8 || FMT == W_INT4 || FMT == W_FP4;
+    static constexpr int K = INTEGER ? 64 : FMT == W_F32 ? 16 : 32;
+    static constexpr int WB = FMT == W_INT4 || FMT == W_FP4 || FMT == W_FP8 ? 32 : 64;
+    static constexpr int AB = INTEGER || FMT == W_F32 ? 64 : 128;
+};
+
+// Chunks of 16 bytes are moved inside a row so that what a warp reads at once lies in different banks.
+template <int BYTES> __device__ inline int swizzle(int row, int chunk) {
+    return BYTES == 32 ? chunk ^ (row >> 2 & 1) : BYTES == 64 ? chunk ^ (row & 2) : chunk ^ (row & 1) * 4;
+}
+
+// Two matrices side by side: rows r < split of a tile are rows na + r of a, the others rows nb + r - split of b.
+struct Pair { Matrix a, b; int na, nb, split; };
+
+// The scale of column k of `columns` in a row; 0 past the end.
+template <int FMT> __device__ inline float weight_scale(const u8 *s, int columns, int row, int k) {
+    if (k >= columns) return 0;
+    const size_t block = (size_t)(row / 128) * ((columns + 127) / 128) + k / 128, group = (size_t)row * (columns / 32) + k / 32;
+    if (FMT == W_INT8) return bf16_to_float(((const u16 *)s)[block]);
+    if (FMT == W_INT4) return bf16_to_float(((const u16 *)s)[group]) * 0.0625f;
+    return FMT == W_FP4 ? e8m0_to_float(s[group]) * 0.25f : e8m0_to_float(s[block]);
+}
+
+__device__ inline void split_bf16(float a, float b, u32 &hi, u32 &lo) {
+    hi = pack_bf16(a, b);
+    lo = pack_bf16(a - lo_bf16(hi), b - hi_bf16(hi));
+}
+
+// Two groups of 32 columns of a warp's 32 x 32 part: exact integer sums of a group, scaled into acc. The sums start at
+// 1.5 * 2^23 as bits of a float, so that subtracting it converts them.
+template <int FMT>
+__device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g, int q) {
+    const u8 *act = stage + 8192;
+    const float *as = (const float *)(stage + 12288), *ws = (const float *)(stage + 12800);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        u32 a[2][4];
+        float w[2][2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {               // rows g, g + 8 of two 16-row tiles
+            const int r = rn + i * 8 + g, m = i >> 1, o = i & 1;
+            if (FMT == W_INT8) {
+                const uint2 v = *(const uint2 *)(stage + r * 64 + swizzle<64>(r, k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
+                a[m][o] = v.x, a[m][o + 2] = v.y;
+            } else {
+                const u32 v = *(const u32 *)(stage + r * 32 + swizzle<32>(r, k) * 16 + q * 4);
+                a[m][o] = FMT == W_FP4 ? fp4_bytes(v) : (v << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
+                a[m][o + 2] = FMT == W_FP4 ? fp4_bytes(v >> 16) : (v & 0xf0f0f0f0u) ^ 0x80808080u;
+            }
+            w[m][o] = ws[k * TILE_N + r];
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int t = rt + n * 8 + g;
+            const uint2 v = *(const uint2 *)(act + t * 64 + swizzle<64>(t, k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
+            const u32 b0 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x6420) : v.x;
+            const u32 b1 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x7531) : v.y;
+            const float2 s = *(const float2 *)(as + k * TILE_T + rt + n * 8 + q * 2);
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                int c[4] = { 0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000 };
+                mma_int8(c, a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    acc[m][n][i] = fmaf(__int_as_float(c[i]) - 12582912.f, (i & 1 ? s.y : s.x) * w[m][i >> 1], acc[m][n][i]);
+            }
+        }
+    }
+}
+
+// The same for float formats: activations as the sum of two BF16 numbers (16 bits of mantissa), FP32 weights too.
+template <int FMT>
+__device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g, int q) {
+    const u8 *act = stage + 8192;
+    const float *ws = (const float *)(stage + 4096);
+#pragma unroll
+    for (int k = 0; k < Step<FMT>::K / 16; k++) {
+        u32 a[2][4], al[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = rn + i * 8 + g, m = i >> 1, o = i & 1;
+            if (FMT == W_BF16) {
+                const uint2 v = *(const uint2 *)(stage + r * 64 + swizzle<64>(r, k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
+                a[m][o] = v.x, a[m][o + 2] = v.y;
+            } else if (FMT == W_FP8) {
+                const u32 v = *(const u32 *)(stage + r * 32 + swizzle<32>(r, k) * 16 + q * 4);
+                const float s = ws[r];
+                a[m][o] = pack_bf16(e4m3_raw(v, 0) * E4M3_SCALE * s, e4m3_raw(v, 1) * E4M3_SCALE * s);
+                a[m][o + 2] = pack_bf16(e4m3_raw(v, 2) * E4M3_SCALE * s, e4m3_raw(v, 3) * E4M3_SCALE * s);
+            } else {
+                const float4 v = *(const float4 *)(stage + r * 64 + swizzle<64>(r, q) * 16);
+                split_bf16(v.x, v.y, a[m][o], al[m][o]);
+                split_bf16(v.z, v.w, a[m][o + 2], al[m][o + 2]);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            constexpr int AB = Step<FMT>::AB;
+            const int t = rt + n * 8 + g;
+            const float4 v = *(const float4 *)(act + t * AB + swizzle<AB>(t, k * 4 + q) * 16);
+            u32 b0, b1, l0, l1;
+            split_bf16(v.x, v.y, b0, l0);
+            split_bf16(v.z, v.w, b1, l1);
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                mma_bf16(acc[m][n], a[m][0], a[m][1], a[m][2], a[m][3], l0, l1);
+                if (FMT == W_F32) mma_bf16(acc[m][n], al[m][0], al[m][1], al[m][2], al[m][3], b0, b1);
+                mma_bf16(acc[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
+            }
+        }
+    }
+}
+
+// One tile by 8 warps, each 32 x 32: out[t][n] in shared memory, pitch TILE_PITCH. row[64]: which rows of `in`. Weights and
+// activations come through a ring of three stages by asynchronous copies; what lies past the columns is zero.
+template <int FMT>
+__device__ inline void tile_product(const Pair &p, const In &in, const int *row, u8 *shared) {
+    constexpr int K = Step<FMT>::K, WB = Step<FMT>::WB, AB = Step<FMT>::AB, WN = TILE_N * WB / 4096, AN = TILE_T * AB / 4096;
+    constexpr bool INTEGER = Step<FMT>::INTEGER;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, k_all = p.a.k, steps = (k_all + K - 1) / K;
+    const size_t pitch = (size_t)k_all * WB / K;
+    const u8 *w_from[WN], *a_from[AN];
+    u32 w_to[WN], a_to[AN];
+#pragma unroll
+    for (int i = 0; i < WN; i++) {
+        const int r = (tid + i * 256) / (WB / 16), c = (tid + i * 256) % (WB / 16);
+        const bool first = r < p.split;
+        const int n = min(first ? p.na + r : p.nb + r - p.split, p.a.n - 1);
+        w_from[i] = (first ? p.a.w : p.b.w) + n * pitch + c * 16;
+        w_to[i] = r * WB + swizzle<WB>(r, c) * 16;
+    }
+#pragma unroll
+    for (int i = 0; i < AN; i++) {
+        const int t = (tid + i * 256) / (AB / 16), c = (tid + i * 256) % (AB / 16);
+        a_from[i] = (INTEGER ? (const u8 *)in.q + (size_t)row[t] * in.ld : (const u8 *)(in.x + (size_t)row[t] * in.ld)) + c * 16;
+        a_to[i] = 8192 + t * AB + swizzle<AB>(t, c) * 16;
+    }
+    const int sr = INTEGER ? tid >> 1 : tid & 127, sn = min(sr < p.split ? p.na + sr : p.nb + sr - p.split, p.a.n - 1);
+    const u8 *scales = sr < p.split ? p.a.s : p.b.s;
+    auto load = [&](int step) -> float {            // returns this thread's weight scale, to be stored later
+        const u32 to = shared_address(shared + step % STAGES * STAGE_BYTES);
+#pragma unroll
+        for (int i = 0; i < WN; i++) {
+            const int c = (tid + i * 256) % (WB / 16);
+            cp_async16(to + w_to[i], w_from[i] + (size_t)step * WB, (size_t)step * WB + c * 16 < pitch);
+        }
+#pragma unroll
+        for (int i = 0; i < AN; i++) {
+            const int c = (tid + i * 256) % (AB / 16);
+            cp_async16(to + a_to[i], a_from[i] + (size_t)step * AB, step * AB + c * 16 < k_all * (AB / K));
+        }
+        if (INTEGER && tid < 2 * TILE_T) {
+            const int group = step * 2 + (tid >> 6), t = tid & 63;
+            const float *s = in.qs + (size_t)row[t] * (in.ld >> 5);
+            cp_async4(to + 12288 + tid * 4, s + (group < k_all / 32 ? group : 0), group < k_all / 32);
+        }
+        if (INTEGER) return weight_scale<FMT>(scales, k_all, sn, step * K + (tid & 1) * 32);
+        return FMT == W_FP8 ? weight_scale<FMT>(scales, k_all, sn, step * K) : 0;
+    };
+    auto store_scale = [&](int step, float s) {
+        u8 *stage = shared + step % STAGES * STAGE_BYTES;
+        if (INTEGER) ((float *)(stage + 12800))[(tid & 1) * TILE_N + sr] = s;
+        else if (FMT == W_FP8 && tid < TILE_N) ((float *)(stage + 4096))[sr] = s;
+    };
+    float acc[2][4][4] = {};
+    const int rn = (warp & 3) * 32, rt = (warp >> 2) * 32;
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i < steps) store_scale(i, load(i));
+        cp_async_commit();
+    }
+    for (int i = 0; i < steps; i++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        float s = 0;
+        const bool more = i + STAGES - 1 < steps;
+        if (more) s = load(i + STAGES - 1);
+        cp_async_commit();
+        const u8 *stage = shared + i % STAGES * STAGE_BYTES;
+        if constexpr (INTEGER) tile_step_int<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3);
+        else tile_step_float<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3);
+        if (more) store_scale(i + STAGES - 1, s);
+    }
+    __syncthreads();
+    float *out = (float *)shared;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                out[(rt + n * 8 + (lane & 3) * 2 + (i & 1)) * TILE_PITCH + rn + m * 16 + (lane >> 2) + (i >> 1) * 8] = acc[m][n][i];
+    __syncthreads();
+}
+
+template <int FORMATS>
+__device__ inline void tile_any(const Pair &p, const In &in, const int *row, u8 *shared) {
+    const Matrix &m = p.a;
+    if constexpr (FORMATS >> W_INT8 & 1) if (HAS(W_INT8)) tile_product<W_INT8>(p, in, row, shared);
+    if constexpr (FORMATS >> W_INT4 & 1) if (HAS(W_INT4)) tile_product<W_INT4>(p, in, row, shared);
+    if constexpr (FORMATS >> W_FP4 & 1) if (HAS(W_FP4)) tile_product<W_FP4>(p, in, row, shared);
+    if constexpr (FORMATS >> W_FP8 & 1) if (HAS(W_FP8)) tile_product<W_FP8>(p, in, row, shared);
+    if constexpr (FORMATS >> W_BF16 & 1) if (HAS(W_BF16)) tile_product<W_BF16>(p, in, row, shared);
+    if constexpr (FORMATS >> W_F32 & 1) if (HAS(W_F32)) tile_product<W_F32>(p, in, row, shared);
+}
+
+// matmul() of dsv4.c for long batches: block (tile of one task, 64 rows). Reads 128 matrix rows once per 64 batch rows.
+extern "C" __global__ void __launch_bounds__(256, 2)
+gemm(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) {
+    extern __shared__ __align__(128) u8 shared[];
+    __shared__ int row[TILE_T];
+    int i = n_tasks - 1;
+    while (i > 0 && blockIdx.x < tasks[i].tile0) i--;
+    const Task *t = tasks + i;
+    const int tile = blockIdx.x - t->tile0, seg = tile / t->seg_tiles, base = (tile - seg * t->seg_tiles) * TILE_N;
+    const int seg_n = t->seg_n, t0 = blockIdx.y * TILE_T, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const Matrix m = t->m;
+    const In in = { t->x + (size_t)seg * m.k, t->q + (size_t)seg * m.k, t->qs + (size_t)seg * (m.k / 32), t->ldx };
+    if (threadIdx.x < TILE_T) row[threadIdx.x] = min(t0 + (int)threadIdx.x, T - 1);
+    __syncthreads();
+    const Pair p = { m, m, seg * seg_n + base, 0, TILE_N };
+    tile_any<DENSE | GATE>(p, in, row, shared);
+    for (int j = warp; j < TILE_T && t0 + j < T; j += 8) {
+        const size_t to = (size_t)(t0 + j) * t->ldo + seg * seg_n + base;
+        float *out = t->out + to;
+        if (t->ring) {
+            const Row r = rows[t0 + j];
+            out = (float *)(slots[r.slot] + t->ring_at + (u64)(r.pos % t->ring) * t->ring_step) + base;
+        }
+        for (int n = lane; n < TILE_N && base + n < seg_n; n += 32) {
+            const float v = ((const float *)shared)[j * TILE_PITCH + n];
+            if (t->out_q) quantize1(v, t->out_q + to + n, t->out_s + (to + n) / 32);
+            else out[n] = v;
+        }
+    }
+}
 
 // ---------------------------------------------------------------------------
 // embedding and hyper-connections
@@ -735,11 +1005,6 @@ query_norm(const float *q, const float *iq, const Row *rows, const float *inv_fr
 // ---------------------------------------------------------------------------
 // indexer
 
-__device__ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 constexpr int SCORE_KEYS = 128;     // keys per block, 32 per warp
 
 // index_scores() of dsv4.c: scores[t, w] = sum_h wt[t, h] relu(iq[t, h] . key[w]) for the visible w. Block (key block, row
@@ -888,14 +1153,6 @@ __device__ inline Span attention_span(int pos, int ratio, int max_splits) {
     s.splits = (s.total + s.len - 1) / s.len;
     return s;
 }
-
-__device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ inline void cp_async16(u32 to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
 __device__ inline void ldmatrix4(u32 (&r)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -1087,15 +1344,17 @@ struct Routing {
     int *active;        // [EXPERTS] experts that have rows, ascending
     int *n_active;      // [1]
     int *bad;           // [1] set to 1 if a number is not finite
+    int4 *tiles;        // long batches: {expert, first place, places, 0} of up to 64 places of one expert
+    int *n_tiles;       // [1]
 };
 
 // route() of dsv4.c: a warp per row: scores s = sqrt(softplus(z)), the ACTIVE largest of s + bias (ties to the lowest
 // index) or the token's row of tid2eid; weights s / sum * ROUTE_SCALE. Reads E scores a row.
 extern "C" __global__ void __launch_bounds__(256)
-route(const float *z, const float *bias, const long long *tid2eid, const Row *rows, int t0, int T, Routing out) {
+route(const float *z, const float *bias, const long long *tid2eid, const Row *rows, int T, Routing out) {
     constexpr int PER = (EXPERTS + 31) / 32;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, i = blockIdx.x * 8 + warp, t = t0 + i;
-    if (i < T) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = blockIdx.x * 8 + warp;
+    if (t < T) {
         float s[PER], rank[PER];
         bool finite = true;
 #pragma unroll
@@ -1137,8 +1396,8 @@ route(const float *z, const float *bias, const long long *tid2eid, const Row *ro
             if (lane == slot) weight = w, id = e;
         }
         if (lane < ACTIVE) {
-            out.ids[i * ACTIVE + lane] = id;
-            out.weights[i * ACTIVE + lane] = weight / sum * ROUTE_SCALE;
+            out.ids[t * ACTIVE + lane] = id;
+            out.weights[t * ACTIVE + lane] = weight / sum * ROUTE_SCALE;
         }
     }
     if (T > 8) return;                  // a long batch is sorted by group_rows
@@ -1190,15 +1449,15 @@ __device__ inline float swiglu(float g, float u, float weight) {
 }
 
 // Rows n0 .. n0+31 of w1 and w3 for `count` <= B activation rows; hidden row i goes to out row place + i.
-template <int B>
+template <int FORMATS, int B>
 __device__ inline void up_rows(float (*part)[8][32], const Matrix &w1, const Matrix &w3, int n0, const In &in,
                                const int (&row)[B], int count, const float *weights, Hidden out, int place) {
     constexpr int R = B > 2 ? 2 : 4;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll 1
     for (int r = 0; r < 4; r += R) {
-        dot_rows<R, B>(part[0][warp] + r * B, w1, n0 + warp * 4 + r, in, row, 0, 1);
-        dot_rows<R, B>(part[1][warp] + r * B, w3, n0 + warp * 4 + r, in, row, 0, 1);
+        dot_rows<FORMATS, R, B>(part[0][warp] + r * B, w1, n0 + warp * 4 + r, in, row, 0, 1);
+        dot_rows<FORMATS, R, B>(part[1][warp] + r * B, w3, n0 + warp * 4 + r, in, row, 0, 1);
     }
     __syncthreads();
     if (warp >= count) return;
@@ -1210,36 +1469,36 @@ __device__ inline void up_rows(float (*part)[8][32], const Matrix &w1, const Mat
 }
 
 // The first half of experts() for the routed experts: block (32 hidden rows, n-th active expert). Every expert's weights are
-// read once for all its rows. Row tile t0; MAX: rows at most.
+// read once for all its rows. MAX: rows at most.
 template <int MAX>
-__device__ inline void expert_up_block(const Matrix *experts, const In &in, int t0, const Routing &r, Hidden out) {
+__device__ inline void expert_up_block(const Matrix *experts, const In &in, const Routing &r, Hidden out) {
     __shared__ float part[2][8][32], weights[8];
     if (blockIdx.y >= *r.n_active) return;
     const int e = r.active[blockIdx.y], place = r.start[e], count = r.start[e + 1] - place, n0 = blockIdx.x * 32;
     const Matrix w1 = experts[e * 3], w3 = experts[e * 3 + 2];
     int row[8];
 #pragma unroll
-    for (int b = 0; b < MAX; b++) row[b] = t0 + r.order[place + min(b, count - 1)] / ACTIVE;
+    for (int b = 0; b < MAX; b++) row[b] = r.order[place + min(b, count - 1)] / ACTIVE;
     if (threadIdx.x < count) weights[threadIdx.x] = r.weights[r.order[place + threadIdx.x]];
     if (MAX == 1 || count == 1) {
         const int one[1] = { row[0] };
-        up_rows<1>(part, w1, w3, n0, in, one, count, weights, out, place);
+        up_rows<ROUTED, 1>(part, w1, w3, n0, in, one, count, weights, out, place);
     } else if (count == 2) {
         const int two[2] = { row[0], row[1] };
-        up_rows<2>(part, w1, w3, n0, in, two, count, weights, out, place);
+        up_rows<ROUTED, 2>(part, w1, w3, n0, in, two, count, weights, out, place);
     } else if (count <= 4) {
         const int four[4] = { row[0], row[1], row[2], row[3] };
-        up_rows<4>(part, w1, w3, n0, in, four, count, weights, out, place);
+        up_rows<ROUTED, 4>(part, w1, w3, n0, in, four, count, weights, out, place);
     } else {
-        up_rows<8>(part, w1, w3, n0, in, row, count, weights, out, place);
+        up_rows<ROUTED, 8>(part, w1, w3, n0, in, row, count, weights, out, place);
     }
 }
 
 #define EXPERT_UP(B) \
 extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
-expert_up_##B(const Matrix *experts, const float *x, const s8 *q, const float *qs, int t0, Routing r, Hidden out) { \
+expert_up_##B(const Matrix *experts, const float *x, const s8 *q, const float *qs, Routing r, Hidden out) { \
     const In in = { x, q, qs, DIM }; \
-    expert_up_block<B>(experts, in, t0, r, out); \
+    expert_up_block<B>(experts, in, r, out); \
 }
 EXPERT_UP(1)
 EXPERT_UP(8)
@@ -1252,13 +1511,13 @@ ffn_in_##B(const Matrix *shared, const Task *gate, int t0, int T, Hidden out, in
     constexpr int up = EXPERT_DIM / 32; \
     __shared__ float part[2][8][32]; \
     if (blockIdx.x >= up) { \
-        gemv_block<B>(gate, 1, blockIdx.x - up, t0, T, 0, 0); \
+        gemv_block<GATE, B>(gate, 1, blockIdx.x - up, t0, T, 0, 0); \
         return; \
     } \
     const In in = { gate->x, gate->q, gate->qs, DIM }; \
     int row[B]; \
     for (int b = 0; b < B; b++) row[b] = t0 + b; \
-    up_rows<B>(part, shared[0], shared[2], blockIdx.x * 32, in, row, min(B, T - t0), 0, out, place); \
+    up_rows<SHARED, B>(part, shared[0], shared[2], blockIdx.x * 32, in, row, min(B, T - t0), 0, out, place); \
 }
 FFN_IN(1)
 FFN_IN(2)
@@ -1266,7 +1525,7 @@ FFN_IN(4)
 FFN_IN(8)
 
 // `count` <= B hidden rows from `place` on times rows n .. n+7 of w2: part[place + b][8].
-template <int B>
+template <int FORMATS, int B>
 __device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int n, const In &in, int place, int count) {
     constexpr int R = B > 2 ? 2 : 4;
     const int lane = threadIdx.x & 31;
@@ -1275,17 +1534,17 @@ __device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int 
     for (int b = 0; b < B; b++) row[b] = place + min(b, count - 1);
 #pragma unroll 1
     for (int r = 0; r < 8; r += R) {
-        dot_rows<R, B>(tmp, w2, n + r, in, row, 0, 1);
+        dot_rows<FORMATS, R, B>(tmp, w2, n + r, in, row, 0, 1);
         __syncwarp();
         if (lane < R * count) part[(place + lane / R) * 8 + r + lane % R] = tmp[lane % R * B + lane / R];
         __syncwarp();
     }
 }
 
-// The second half of experts(): block = 8 rows of y for the whole tile. A warp takes one active expert (or the shared one, the
+// The second half of experts(): block = 8 rows of y for the whole batch. A warp takes one active expert (or the shared one, the
 // last) after the other, all its rows at once; then every y[t, n] is the sum over the row's slots in order plus the shared.
 template <int MAX>
-__device__ inline void expert_down_block(const Matrix *experts, Hidden h, const Routing &r, int t0, int T, float *y) {
+__device__ inline void expert_down_block(const Matrix *experts, Hidden h, const Routing &r, int T, float *y) {
     __shared__ float part[MAX * (ACTIVE + 1) * 8], tmp[8][32];
     const int warp = threadIdx.x >> 5, n = blockIdx.x * 8, sources = *r.n_active + 1;
     const In in = { h.x, h.q, h.s, EXPERT_DIM };
@@ -1294,26 +1553,124 @@ __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const 
         const int e = routed ? r.active[i] : EXPERTS;
         const int place = routed ? r.start[e] : T * ACTIVE, count = routed ? r.start[e + 1] - place : T;
         const Matrix w2 = experts[e * 3 + 1];
-        if (MAX == 1 || count == 1) down_rows<1>(part, tmp[warp], w2, n, in, place, count);
-        else if (count == 2) down_rows<2>(part, tmp[warp], w2, n, in, place, count);
-        else if (count <= 4) down_rows<4>(part, tmp[warp], w2, n, in, place, count);
-        else down_rows<8>(part, tmp[warp], w2, n, in, place, count);
+        if (MAX == 1 || count == 1) down_rows<SHARED | ROUTED, 1>(part, tmp[warp], w2, n, in, place, count);
+        else if (count == 2) down_rows<SHARED | ROUTED, 2>(part, tmp[warp], w2, n, in, place, count);
+        else if (count <= 4) down_rows<SHARED | ROUTED, 4>(part, tmp[warp], w2, n, in, place, count);
+        else down_rows<SHARED | ROUTED, 8>(part, tmp[warp], w2, n, in, place, count);
     }
     __syncthreads();
     const int t = threadIdx.x / 8, j = threadIdx.x % 8;
     if (t >= T || n + j >= DIM) return;
     float v = 0;
     for (int slot = 0; slot < ACTIVE; slot++) v += part[r.place[t * ACTIVE + slot] * 8 + j];
-    y[(size_t)(t0 + t) * DIM + n + j] = v + part[(T * ACTIVE + t) * 8 + j];
+    y[(size_t)t * DIM + n + j] = v + part[(T * ACTIVE + t) * 8 + j];
 }
 
 #define EXPERT_DOWN(B) \
 extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
-expert_down_##B(const Matrix *experts, Hidden h, Routing r, int t0, int T, float *y) { \
-    expert_down_block<B>(experts, h, r, t0, T, y); \
+expert_down_##B(const Matrix *experts, Hidden h, Routing r, int T, float *y) { \
+    expert_down_block<B>(experts, h, r, T, y); \
 }
 EXPERT_DOWN(1)
 EXPERT_DOWN(8)
+
+// ---------------------------------------------------------------------------
+// mixture of experts, more than 8 rows
+
+// group_experts() of dsv4.c in one block, a thread per expert: sorts the pairs by expert, stable, and cuts them (and the shared
+// expert's rows after them) into tiles of 64 places.
+extern "C" __global__ void __launch_bounds__(1024)
+group_rows(int T, Routing r) {
+    __shared__ int ids[1024], tmp[32], total;
+    const int e = threadIdx.x, n = T * ACTIVE;
+    int start = 0, at = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int base = 0; base < n; base += 1024) {
+            __syncthreads();
+            if (base + e < n) ids[e] = r.ids[base + e];
+            __syncthreads();
+            for (int j = 0; j < min(1024, n - base); j++) {
+                if (ids[j] != e) continue;
+                if (pass) r.order[at] = base + j, r.place[base + j] = at;
+                at++;
+            }
+        }
+        if (pass) continue;
+        start = block_scan(at, tmp) - at;
+        const int count = at, tiles = (count + TILE_T - 1) / TILE_T, first = block_scan(tiles, tmp) - tiles;
+        if (e == 1023) total = first + tiles;
+        for (int i = 0; i < tiles; i++)
+            r.tiles[first + i] = make_int4(e, start + i * TILE_T, min(TILE_T, count - i * TILE_T), 0);
+        at = start;
+    }
+    __syncthreads();
+    const int shared = (T + TILE_T - 1) / TILE_T;
+    for (int i = e; i < shared; i += 1024)
+        r.tiles[total + i] = make_int4(EXPERTS, n + i * TILE_T, min(TILE_T, T - i * TILE_T), 0);
+    if (e == 0) *r.n_tiles = total + shared;
+}
+
+// The first half of experts(): block (64 hidden rows, tile): w1 and w3 side by side, SwiGLU, route weight, quantised.
+extern "C" __global__ void __launch_bounds__(256, 2)
+expert_up(const Matrix *experts, const float *x, const s8 *q, const float *qs, int T, Routing r, Hidden out) {
+    extern __shared__ __align__(128) u8 shared[];
+    __shared__ int row[TILE_T];
+    __shared__ float weight[TILE_T];
+    if (blockIdx.y >= *r.n_tiles) return;
+    const int4 tile = r.tiles[blockIdx.y];
+    const int n0 = blockIdx.x * 64, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, i = threadIdx.x;
+    if (i < TILE_T) {
+        const int place = tile.y + min(i, tile.z - 1), pair = tile.x < EXPERTS ? r.order[place] : 0;
+        row[i] = tile.x < EXPERTS ? pair / ACTIVE : place - T * ACTIVE;
+        weight[i] = tile.x < EXPERTS ? r.weights[pair] : 1.f;
+    }
+    __syncthreads();
+    const Pair p = { experts[tile.x * 3], experts[tile.x * 3 + 2], n0, n0, 64 };
+    const In in = { x, q, qs, DIM };
+    tile_any<SHARED | ROUTED>(p, in, row, shared);
+    for (int j = warp; j < tile.z; j += 8) {
+        const float *c = (const float *)shared + j * TILE_PITCH;
+        for (int n = lane; n < 64 && n0 + n < EXPERT_DIM; n += 32) {
+            const size_t to = (size_t)(tile.y + j) * EXPERT_DIM + n0 + n;
+            const float h = swiglu(c[n], c[64 + n], weight[j]);
+            if (out.x) out.x[to] = h;
+            quantize1(h, out.q + to, out.s + to / 32);
+        }
+    }
+}
+
+// The second half: block (128 rows of w2, tile): each place's contribution to its row.
+extern "C" __global__ void __launch_bounds__(256, 2)
+expert_down(const Matrix *experts, Hidden h, Routing r, float *contribution) {
+    extern __shared__ __align__(128) u8 shared[];
+    __shared__ int row[TILE_T];
+    if (blockIdx.y >= *r.n_tiles) return;
+    const int4 tile = r.tiles[blockIdx.y];
+    const int n0 = blockIdx.x * TILE_N, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (threadIdx.x < TILE_T) row[threadIdx.x] = tile.y + min((int)threadIdx.x, tile.z - 1);
+    __syncthreads();
+    const Matrix m = experts[tile.x * 3 + 1];
+    const Pair p = { m, m, n0, 0, TILE_N };
+    const In in = { h.x, h.q, h.s, EXPERT_DIM };
+    tile_any<SHARED | ROUTED>(p, in, row, shared);
+    for (int j = warp; j < tile.z; j += 8)
+        for (int n = lane; n < TILE_N && n0 + n < DIM; n += 32)
+            contribution[(size_t)(tile.y + j) * DIM + n0 + n] = ((const float *)shared)[j * TILE_PITCH + n];
+}
+
+// combine_rows() of dsv4.c: y[t] = the contributions of its experts in the order they were chosen, then the shared one.
+extern "C" __global__ void __launch_bounds__(256)
+expert_sum(const float *contribution, Routing r, int T, float *y) {
+    const int t = blockIdx.y, d = (blockIdx.x * 256 + threadIdx.x) * 4;
+    if (d >= DIM) return;
+    float4 v = make_float4(0, 0, 0, 0);
+    for (int slot = 0; slot <= ACTIVE; slot++) {
+        const int place = slot < ACTIVE ? r.place[t * ACTIVE + slot] : T * ACTIVE + t;
+        const float4 c = *(const float4 *)(contribution + (size_t)place * DIM + d);
+        v = make_float4(v.x + c.x, v.y + c.y, v.z + c.z, v.w + c.w);
+    }
+    *(float4 *)(y + (size_t)t * DIM + d) = v;
+}
 
 // ---------------------------------------------------------------------------
 // the draft layer
