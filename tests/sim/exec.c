@@ -110,7 +110,8 @@ float approx_result(const Warp *w, float x, int lane)
 /* ------------------------------------------------------------------------------------------------
  * control flow */
 
-/* Ends the running group's turn at its PC (if it still has lanes) and continues with the lowest. */
+/* Ends the running group's turn at its PC (if it still has lanes) and continues with the lowest.
+ * Groups that are parked run only when no other is left; meeting another group unparks them. */
 void regroup(Warp *w)
 {
     if (w->active) {
@@ -118,23 +119,42 @@ void regroup(Warp *w)
         while (k < w->n_waiting && w->waiting[k].pc != w->pc)
             k++;
         if (k == w->n_waiting)
-            w->waiting[w->n_waiting++] = (Group){w->pc, 0};
+            w->waiting[w->n_waiting++] = (Group){w->pc, 0, w->parking};
+        else
+            w->waiting[k].parked = false;
         w->waiting[k].mask |= w->active;
     }
     int low = 0;
-    for (int k = 1; k < w->n_waiting; k++)
-        if (w->waiting[k].pc < w->waiting[low].pc)
+    for (int k = 1; k < w->n_waiting; k++) {
+        const Group *g = &w->waiting[k], *best = &w->waiting[low];
+        if (g->parked != best->parked ? best->parked : g->pc < best->pc)
             low = k;
+    }
     w->next_pc = ~0u;
     w->active = 0;
+    w->parking = false;
     if (!w->n_waiting)
         return;
     w->pc = w->waiting[low].pc;
     w->active = w->waiting[low].mask;
+    w->forced = w->waiting[low].parked;
     w->waiting[low] = w->waiting[--w->n_waiting];
     for (int k = 0; k < w->n_waiting; k++)
-        if (w->waiting[k].pc < w->next_pc)
+        if (w->waiting[k].pc > w->pc && w->waiting[k].pc < w->next_pc)
             w->next_pc = w->waiting[k].pc;
+}
+
+bool park(Warp *w)
+{
+    Worker *k = w->worker;
+    if (w->forced || !w->n_waiting)
+        return false;
+    k->warp_count[w->pc]--; /* not executed after all */
+    k->lane_count[w->pc] -= (u32)__builtin_popcount(w->mask);
+    w->parking = true;
+    w->next_pc = 0;
+    w->pc--; /* the loop adds one */
+    return true;
 }
 
 static void count_branch(Warp *w)
@@ -156,9 +176,11 @@ void run_bra(Warp *w, const Inst *i, void *out)
     if (!w->mask)
         return;
     count_branch(w);
+    if (w->n_waiting && i->target <= w->pc)
+        w->next_pc = 0; /* back to where others may be parked */
     if (rest) {
         w->worker->count.divergent++;
-        w->waiting[w->n_waiting++] = (Group){w->pc + 1, rest};
+        w->waiting[w->n_waiting++] = (Group){w->pc + 1, rest, false};
         w->active = w->mask;
         w->next_pc = 0;
     }
@@ -240,8 +262,7 @@ static inline void merge64(u64 *to, const u64 *from, u32 mask)
  * copy is then as unset as its source (compilers copy undefined values). */
 static void check_init(Warp *w, const Inst *i)
 {
-    bool copy = i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1;
-    for (int k = 0; k < i->n_src && !copy; k++) {
+    for (int k = 0; k < i->n_src && !i->copy_init; k++) {
         u32 unset = w->mask & ~w->init[i->src[k] / 32];
         if (unset)
             finding(w, SIM_UNINIT, __builtin_ctz(unset), 0, "register operand %d was never written",
@@ -252,7 +273,7 @@ static void check_init(Warp *w, const Inst *i)
 static void note_init(Warp *w, const Inst *i)
 {
     u32 set = w->mask;
-    if (i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1)
+    if (i->copy_init)
         set &= w->init[i->src[0] / 32];
     for (int k = 0; k < i->n_dst; k++)
         w->init[i->dst[k] / 32] |= set;
@@ -373,7 +394,8 @@ static void init_warp(Worker *k, int index)
     w->alive = w->members;
     w->active = 0;
     w->n_waiting = 1;
-    w->waiting[0] = (Group){0, w->members};
+    w->waiting[0] = (Group){0, w->members, false};
+    w->parking = w->forced = false;
     w->next_pc = 0;
     w->state = W_RUN;
     w->branches = 0;

@@ -647,11 +647,8 @@ static void ldmatrix(Warp *w, const Inst *i, void *out)
     u32 n = i->vec;
     u16 value[4][8][8]; /* matrix, row, column */
     (void)out;
-    if (w->mask != FULL_WARP) {
-        if (w->mask)
-            finding(w, SIM_WARP_MASK, -1, 0, "ldmatrix needs all 32 lanes");
+    if (!whole_warp(w, "ldmatrix"))
         return;
-    }
     x.bytes = 16;
     lane_addresses(w, i, &x);
     if (i->space == SP_GENERIC)

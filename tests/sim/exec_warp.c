@@ -12,11 +12,14 @@ static bool members_ok(Warp *w, const Inst *i, int k, const char *what)
 {
     const u32 *members = src(w, i, k);
     bool all = w->mask == FULL_WARP;
-    w->sync_epoch++;
     for (int l = 0; l < 32; l++)
         all &= members[l] == FULL_WARP;
+    w->sync_epoch++;
     if (all)
         return true;
+    EACH(l, w->mask)
+        if (members[l] & w->alive & ~w->active && park(w))
+            return false;
     EACH(l, w->mask) {
         u32 absent = members[l] & w->alive & ~w->mask;
         if (!(members[l] >> l & 1))
@@ -32,8 +35,10 @@ static bool members_ok(Warp *w, const Inst *i, int k, const char *what)
     return w->mask != 0;
 }
 
-static bool whole_warp(Warp *w, const char *what)
+bool whole_warp(Warp *w, const char *what)
 {
+    if (w->mask && w->active != w->alive && park(w))
+        return false;
     if (w->mask && w->mask != FULL_WARP)
         finding(w, SIM_WARP_MASK, -1, 0, "%s needs all 32 lanes, has %08x", what, w->mask);
     return w->mask == FULL_WARP;
@@ -197,7 +202,7 @@ static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait)
     u32 lane = (u32)__builtin_ctz(w->mask | 1u << 31);
     u32 id = ((u32 *)src(w, i, 0))[lane];
     u32 count = i->n_src > count_at ? ((u32 *)src(w, i, (int)count_at))[lane] : 0;
-    if (!w->mask)
+    if (!w->mask || (w->active != w->alive && park(w)))
         return;
     if (w->mask != w->alive) {
         finding(w, SIM_BARRIER, -1, 0, "barrier in divergent code: lanes %08x of %08x are here",
@@ -243,6 +248,8 @@ static void bar_red(Warp *w, const Inst *i, void *out)
     Barrier *b = &w->worker->barriers[((u32 *)src(w, i, 0))[0] & 15];
     u32 p = src_mask(w, i, 2);
     (void)out;
+    if (w->mask && w->active != w->alive && park(w))
+        return;
     b->any |= (p & w->mask) != 0;
     b->all |= (~p & w->mask) != 0;
     b->popc += (u32)__builtin_popcount(p & w->mask);

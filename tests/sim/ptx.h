@@ -91,6 +91,7 @@ struct Inst {
     bool fence;          /* acquire / release */
     bool high;           /* .hi */
     bool check_init, note_init; /* a source / destination needs run-time tracking */
+    bool copy_init;      /* the result is as unset as the source, which is tracked */
     int64_t imm;         /* address offset, barrier, cp.async size */
     u32 target;          /* branch target */
     int line, src_file, src_line;
@@ -181,8 +182,10 @@ u64 bits_prefix(const u8 *bits, u64 first, u64 count); /* number of set bits at 
 /* ------------------------------------------------------------------------------------------------
  * running */
 
+/* Lanes at a PC. Parked: they stand before an instruction that needs lanes of other groups too. */
 typedef struct {
     u32 pc, mask;
+    bool parked;
 } Group;
 
 /* One cp.async of a warp: data on its way to shared memory. */
@@ -209,6 +212,7 @@ struct Warp {
     int index;         /* within the block */
     u32 bar_id, bar_count, carry;
     bool yield;
+    bool parking, forced; /* park the running group; nobody is left to wait for */
     u64 branches;
     u32 sync_epoch;    /* advanced by warp-level synchronisation */
     u32 committed[32]; /* cp.async groups per lane */
@@ -292,6 +296,10 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     __attribute__((format(printf, 5, 6)));
 
 void regroup(Warp *w); /* after a change of control flow: continue with the lowest PC */
+/* For an instruction that needs lanes which are elsewhere: true if the group now waits for them. */
+bool park(Warp *w);
+/* exec_warp.c: are all 32 lanes here? If not: parked, or a finding. */
+bool whole_warp(Warp *w, const char *what);
 
 /* exec_mem.c: delivers the asynchronous copies that group `keep` newest ones do not cover. */
 void async_deliver(Warp *w, u32 lanes, u32 keep);

@@ -683,6 +683,18 @@ static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed)
             add_writes(i, now);
         }
     }
+    for (bool more = true; more;) { /* a copy's source is tracked if the copy is */
+        more = false;
+        for (u32 x = 0; x < c->n_inst; x++) {
+            Inst *i = &c->inst[x];
+            bool copy = i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1;
+            if (copy && tracked[i->dst[0] / 32] && is_register(fixed, i->src[0])) {
+                more |= !tracked[i->src[0] / 32];
+                tracked[i->src[0] / 32] = 1;
+            }
+            i->copy_init = copy && tracked[i->src[0] / 32];
+        }
+    }
     for (u32 x = 0; x < c->n_inst; x++) {
         Inst *i = &c->inst[x];
         for (int k = 0; k < i->n_dst; k++)

@@ -921,6 +921,25 @@ static void parse_file(Parser *p)
         next(p);
 }
 
+/* Notes all functions, so that they can be called before their text. */
+static void find_functions(Parser *p)
+{
+    Parser start = *p;
+    while (p->tok != TOK_END) {
+        const char *text = p->p;
+        int line = p->read_line;
+        if (accept_word(p, ".func"))
+            parse_func(p, text, line);
+        else
+            next(p);
+    }
+    p->p = start.p;
+    p->line = start.line;
+    p->read_line = start.read_line;
+    p->tok = start.tok;
+    memcpy(p->word, start.word, sizeof p->word);
+}
+
 static void parse_top(Parser *p)
 {
     bool external = false;
@@ -974,6 +993,7 @@ int sim_module_load(int device, const char *ptx, size_t size, SimModule **module
         next(p);
         if (p->tok != TOK_WORD || strcmp(p->word, ".version"))
             ptx_fail(p, "PTX must begin with .version");
+        find_functions(p);
         while (p->tok != TOK_END)
             parse_top(p);
         *module = m;

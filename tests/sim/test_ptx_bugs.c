@@ -103,6 +103,16 @@ static const Case cases[] = {
      "ld.relaxed.gpu.global.u32 %r11, [%d1];", 0, 0, 0},
     {"barrier in divergent code", SIM_BARRIER, "divergent", "$ bar.sync 0;", "@%p1", "@!%p7", 1, 32,
      0},
+    {"barrier that some lanes reach by a jump back", SIM_BARRIER, "ended",
+     "@%p1 bra MEET; bra OTHER;\nMEET: bar.sync 0; bra END;\nOTHER: add.u32 %r10, %r0, 1;\n"
+     "st.shared.u32 [%r6], %r10; bra $;\nEND:", "END", "MEET", 1, 32, 0},
+    {"shuffle that some lanes reach by a jump back", SIM_WARP_MASK, "not here",
+     "mov.u32 %r11, 0; @%p1 bra MEET; bra OTHER;\n"
+     "MEET: shfl.sync.idx.b32 %r11, %r0, 5, 31, 0xffffffff; bra END;\nOTHER: add.u32 %r10, %r0, 1;\n"
+     "bra $;\nEND: bar.warp.sync 0xffffffff;", "END", "MEET", 1, 32, 0},
+    {"copy of a register on some paths", SIM_UNINIT, "never written",
+     "mov.b32 %r11, 0; setp.lt.u32 %p4, %r0, $; @%p4 mov.b32 %r10, %r11;\n"
+     "add.u32 %r12, %r10, %r10;", "2", "99", 1, 3, 0},
     {"barrier after threads have ended", SIM_BARRIER, "ended",
      "setp.lt.u32 %p4, %r0, $;\n @%p4 ret;\n bar.sync 0;", "16", "0", 0, 0, 0},
     {"barrier that a warp never reaches", SIM_BARRIER, "dead lock",
@@ -313,7 +323,7 @@ static void run_damaged(void)
 {
     char log[500], text[8192];
     SimModule *m;
-    const Case *c = &cases[34];
+    const Case *c = &cases[37];
     strcpy(text, kernel_text(c->body, c->good));
     size_t n = strlen(text);
     uint32_t x = 12345;
