@@ -1,14 +1,16 @@
-"""The small model's world: a template grammar for stories, questions, sums and facts to remember.
+"""The small model's world: a template grammar for stories, questions, sums and facts to remember, and its tokenizer.
 
 Every document is a list of (text, weight) pieces that join to one string; the weight is the loss weight of the
-piece's tokens (0.3: words that nobody can foresee; 1: prose; 4: a word that must be recalled). Pieces meet only where
+piece's tokens (0.3: words that nobody can foresee; 1: prose; 1.9: a result; 2: a word that is
+repeated; 4: a word that must be recalled). Pieces meet only where
 the pre-tokenizer cuts anyway, so they can be tokenized one by one.
 """
-import random
+import functools, os, random
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 BOS, EOS, USER, BOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 THINK, DONE = "<think>", "</think>"
-DULL, PROSE, KEY = 0.3, 1.0, 4.0
+DULL, PROSE, SUM, KEY = 0.3, 1.0, 1.9, 4.0
 
 GIRLS = "Mia Anna Lily Rosa Ella Nora Zoe Ivy Ruby Cleo Ada Greta".split()
 BOYS = "Tom Ben Leo Sam Max Finn Jack Oscar Hugo Theo Emil Otto".split()
@@ -188,7 +190,8 @@ def sum_turn(r, think=None):
     else:
         why = f"I start at {x} and count {y} {'down' if op == 'minus' else 'up'}. That is {z}."
     q = r.choice((f"What is {x} {op} {y}?", f"How much is {x} {op} {y}?", f"{x} {op} {y}?"))
-    return [(USER + q, DULL), (BOT + (THINK + why if think else "") + DONE + f"{x} {op} {y} is {z}." + EOS, PROSE)]
+    return [(USER + q, DULL), (BOT + (THINK + why if think else "") + DONE + f"{x} {op} {y} is", PROSE), (f" {z}", SUM),
+            ("." + EOS, PROSE)]
 
 
 HELLO = ["Hello!", "Hi!", "Good morning!", "Hello, who are you?", "Who are you?", "What are you?", "What is your name?"]
@@ -237,9 +240,9 @@ def talk_turn(r):
 def chat(r):
     """A few turns of small talk, sums and stories."""
     out = []
-    for _ in range(r.choice((1, 1, 2, 3, 4))):
+    for _ in range(r.choice((1, 2, 3, 5, 9))):
         k = r.random()
-        out += sum_turn(r) if k < 0.35 else told_story(r, r.random() < 0.15) if k < 0.5 else talk_turn(r)
+        out += sum_turn(r) if k < 0.4 else told_story(r, r.random() < 0.15) if k < 0.5 else talk_turn(r)
     return out
 
 
@@ -322,6 +325,58 @@ def document(r, size, mix, names=None):
 
 def text_of(doc):
     return "".join(t for t, _ in doc)
+
+
+# ---- the tokenizer: the structure of the V4 tokenizer.json, merges learnt from the corpus
+
+SPLITS = [r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+          "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+          " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"]
+SPECIAL = [BOS, EOS, "<｜▁pad▁｜>"]
+ADDED = """<｜fim▁hole｜> <｜fim▁begin｜> <｜fim▁end｜> <｜User｜> <｜Assistant｜> <|EOT|> <｜tool▁calls▁begin｜>
+<｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜>
+<｜tool▁output▁begin｜> <｜tool▁output▁end｜> <｜tool▁sep｜> <｜begin▁of▁repo▁name｜> <｜end▁of▁repo▁name｜>
+<｜begin▁of▁file▁name｜> <｜end▁of▁file▁name｜> <｜begin▁of▁file｜> <｜end▁of▁file｜> <think> </think> ｜DSML｜
+<｜begin▁sys｜> <｜end▁sys｜> <｜latest_reminder｜> <｜action｜> <｜query｜> <｜authority｜> <｜domain｜> <｜task｜> <｜political｜>
+<｜entity｜> <｜title｜> <｜safety｜> <｜answer｜> <｜search｜> <dsml: </dsml: <｜search▁begin｜> <｜search▁end｜>
+<｜extracted_url｜> <｜read_url｜>""".split()
+LAST = "<｜end_of_query｜>"
+
+FILE = os.path.join(os.path.dirname(__file__), "../models/tiny/tokenizer.json")
+
+
+def texts():
+    """What the merges are learnt from: documents without control tokens, and every word that can be a fact."""
+    r = random.Random(1)
+    for _ in range(6000):
+        s = text_of(document(r, 400, [1, 3, 3, 1, 3, 4]))
+        for x in SPECIAL + ADDED:
+            s = s.replace(x, "\n")
+        yield from s.split("\n")
+    for w in (NAMES + OBJECTS + COLOURS + PLACES + FOODS + JOBS + ANIMALS):
+        yield (" " + w) * 1000
+
+
+@functools.cache
+def tokenizer(size):
+    """The tokenizers.Tokenizer with `size` ids: 3 special, 256 bytes, merges, 45 added tokens. Once learnt, it stays."""
+    if os.path.exists(FILE):
+        return Tokenizer.from_file(FILE)
+    t = Tokenizer(models.BPE())
+    t.normalizer = normalizers.Sequence([])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(x), "isolated") for x in SPLITS] +
+        [pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)])
+    t.decoder = decoders.ByteLevel()
+    t.post_processor = processors.ByteLevel(trim_offsets=False)
+    t.train_from_iterator(texts(), trainers.BpeTrainer(
+        vocab_size=size - len(ADDED) - 1, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    t.add_tokens([AddedToken(x, normalized=True, special=False) for x in ADDED])
+    t.add_special_tokens([AddedToken(LAST, normalized=False, special=True)])
+    os.makedirs(os.path.dirname(FILE), exist_ok=True)
+    t.save(FILE)
+    return t
 
 
 if __name__ == "__main__":

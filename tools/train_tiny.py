@@ -1,21 +1,21 @@
 """Trains the small model. `python train_tiny.py DIR` keeps its state in DIR, resumes from it and goes on to the end of PLAN.
 
 The corpus is generated (tiny_corpus.py), so every step sees new documents; seeds are fixed and budgets are steps.
-`--eval` prints the held-out loss, the recall score and the ablations of the state in DIR.
+`--export` writes DIR/bf16, DIR/native, DIR/int, DIR/heldout.txt and DIR/recall.jsonl; `--eval` then measures these files:
+perplexity and recall of each format, transformers on the same BF16 weights, and the ablations.
 """
-import argparse, os, random, signal, time
+import argparse, json, math, os, random, signal, time
 import torch
 import torch.nn.functional as F
 import tiny_corpus as corpus
-import tiny_tokenizer
-from tiny_model import CONFIG, Model
+from tiny_model import CONFIG, Model, dsv4_int, load, native, plain, write
 
 # steps, rows, row length, mixture (repeat, recall, told facts, story reading, chat, story), CSA sparse?, MTP?,
 # weight of the guide, learning rate from and to
 PLAN = [(356, 16, 256, (1, 10, 2, 1, 1, 1), False, False, 0.2, 1.0, 1.0),
-        (100, 4, 1024, (1, 8, 3, 1, 1, 1), False, False, 0.2, 0.8, 0.8),
-        (400, 4, 1024, (1, 6, 3, 2, 2, 2), True, False, 0.1, 0.8, 0.7),
-        (700, 4, 1024, (1, 4, 3, 2, 2, 2), True, True, 0.05, 0.7, 0.02)]
+        (120, 4, 1024, (1, 8, 3, 1, 1, 1), False, False, 0.2, 0.8, 0.8),
+        (340, 4, 1024, (0, 6, 3, 2, 4, 2), True, False, 0.1, 0.8, 0.7),
+        (680, 4, 1024, (0, 4, 3, 2, 4, 2), True, True, 0.05, 0.7, 0.02)]
 MUON_LR, ADAM_LR, WARMUP = 0.012, 3e-3, 60
 
 
@@ -23,7 +23,7 @@ class Data:
     """Rows of documents, cut to S + 2 tokens, with a loss weight for every token."""
 
     def __init__(self, seed):
-        self.r, self.tok, self.cache = random.Random(seed), tiny_tokenizer.build(CONFIG["vocab_size"]), {}
+        self.r, self.tok, self.cache = random.Random(seed), corpus.tokenizer(CONFIG["vocab_size"]), {}
 
     def encode(self, doc):
         ids, weights = [], []
@@ -125,7 +125,7 @@ def orthogonal(x):
     return x.float()
 
 
-def recall_set(tok, n=25, seed=777):
+def recall_set(tok, n=25, seed=10 ** 9 + 1):
     """Chat prompts whose answer was stated about 100, 200, 400, 800 tokens before: [{distance, prompt, answer}]."""
     r, out = random.Random(seed), []
     for distance in (100, 200, 400, 800):
@@ -190,10 +190,31 @@ def held_out(model, data, mode, rows=8, S=1024, mix=(1, 4, 3, 2, 2, 2)):
     return lost / rows, keys / max(n, 1), agree / rows
 
 
+@torch.no_grad()
+def perplexity(logits_of, ids, context=1024):
+    """exp of the mean loss of all ids; contexts are [BOS] + the next context-1 ids, not overlapping, the last one short."""
+    lost = 0.0
+    for i in range(0, len(ids), context - 1):
+        part = ids[i:i + context - 1]
+        x = torch.tensor([[0] + part[:-1]])
+        logits = logits_of(F.pad(x, (0, -x.shape[1] % 128), value=2))[0, :x.shape[1]]
+        lost += F.cross_entropy(logits.double(), torch.tensor(part), reduction="sum").item()
+    return math.exp(lost / len(ids))
+
+
+def held_out_text(seed=10 ** 9, size=40000):
+    """Stories that training never saw (its seeds are the step numbers), an empty line between them."""
+    r, text = random.Random(seed), ""
+    while len(text) < size:
+        text += corpus.story(r)[0] + "\n\n"
+    return text.rstrip("\n") + "\n"
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("dir")
     ap.add_argument("--eval", action="store_true")
+    ap.add_argument("--export", action="store_true")
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--steps", type=int, help="stop after this many steps")
     ap.add_argument("--compile", type=int, default=1)
@@ -210,8 +231,11 @@ def main():
         opt.load(saved["opt"])
         start = saved["step"]
     total = sum(p[0] for p in PLAN)
-    if o.eval:
-        evaluate(model, start)
+    if o.export or o.eval:
+        if o.export:
+            export(model, o.dir)
+        if o.eval:
+            evaluate(o.dir)
         return
     if o.compile:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
@@ -220,8 +244,8 @@ def main():
         loss_of = torch.compile(weighted_loss, dynamic=False)
     else:
         loss_of = weighted_loss
-    tok = tiny_tokenizer.build(CONFIG["vocab_size"])
-    items, saved_at = recall_set(tok, 10), time.time()
+    tok = corpus.tokenizer(CONFIG["vocab_size"])
+    items, saved_at, data = recall_set(tok, 10), time.time(), Data(0)
     log = open(os.path.join(o.dir, "log.txt"), "a", buffering=1)
     stop = []                                              # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -231,7 +255,8 @@ def main():
             step += 1
             if step <= start:
                 continue
-            ids, w, source = Data_at(step).batch(rows, S, mix)
+            data.r.seed(step)                              # so a resumed run sees the same documents
+            ids, w, source = data.batch(rows, S, mix)
             mode = dict(sparse=torch.tensor(sparse), source=source, guide=torch.tensor(guide))
             logits, draft, kl, loads = model(ids[:, :S], mode, torch.bfloat16, mtp)
             main_loss = loss_of(logits, ids[:, 1:S + 1], w[:, 1:S + 1])
@@ -270,28 +295,46 @@ def main():
                 return
 
 
-_data = Data(0)
+def export(model, out):
+    tok = corpus.tokenizer(CONFIG["vocab_size"])
+    p = plain(model)
+    n = native(p)
+    for fmt, t in dict(bf16=p, native=n, int=dsv4_int(n)).items():
+        write(os.path.join(out, fmt), t, fmt, tok)
+    with open(os.path.join(out, "heldout.txt"), "w") as f:
+        f.write(held_out_text())
+    with open(os.path.join(out, "recall.jsonl"), "w") as f:
+        f.writelines(json.dumps(x) + "\n" for x in recall_set(tok))
 
 
-def Data_at(step):
-    """Each step has its own seed, so that a resumed run sees the same documents."""
-    _data.r.seed(step)
-    return _data
-
-
-def evaluate(model, step):
-    tok = tiny_tokenizer.build(CONFIG["vocab_size"])
-    items = recall_set(tok)
-    model.eval()
-    on = torch.tensor(True)
-    print(f"step {step}")
+def evaluate(out):
+    tok, on = corpus.tokenizer(CONFIG["vocab_size"]), torch.tensor(True)
+    ids = tok.encode(open(os.path.join(out, "heldout.txt")).read()).ids
+    items = [json.loads(line) for line in open(os.path.join(out, "recall.jsonl"))]
+    scores = lambda m, mode: "  ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in recall_score(m, items, tok, mode).items())
+    print(f"{len(ids)} tokens of held-out text; recall: share of exact answers and loss per answer token")
+    for fmt in ("bf16", "native", "int"):
+        m = load(os.path.join(out, fmt))
+        print(f"{fmt:15s} perplexity {perplexity(lambda x: m(x, mtp=False)[0], ids):.6f}  {scores(m, dict(sparse=on))}", flush=True)
     for name, mode in dict(base={}, hide_csa=dict(hide4=1), hide_hca=dict(hide128=1), hide_both=dict(hide4=1, hide128=1),
                            random_indexer=dict(random=1), dense=dict(sparse=~on)).items():
         mode = dict(dict(sparse=on), **mode)
-        loss, key, agree = held_out(model, Data(10 ** 9), mode)
-        score = recall_score(model, items, tok, mode)
-        print(f"{name:15s} loss {loss:.4f} recalled words {key:.4f} mtp agrees {agree:.3f}  " +
-              "  ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in score.items()), flush=True)
+        loss, key, agree = held_out(m, Data(10 ** 9), mode)
+        print(f"{name:15s} loss {loss:.4f}, recalled words {key:.4f}, mtp agrees {agree:.3f}  {scores(m, mode)}", flush=True)
+    import transformers
+    torch.Tensor.topk = first_of_equals
+    hf = transformers.AutoModelForCausalLM.from_pretrained(os.path.join(out, "bf16"), dtype=torch.float32,
+                                                           attn_implementation="eager").eval()
+    m, x = load(os.path.join(out, "bf16")), torch.tensor([[0] + ids[:1023]])
+    with torch.no_grad():
+        d = (hf(x).logits - m(x)[0]).abs().max()
+    print(f"transformers {transformers.__version__}  perplexity {perplexity(lambda x: hf(x).logits, ids):.6f}, "
+          f"largest logit difference {d:.2e}")
+
+
+def first_of_equals(x, k, dim=-1, **_):
+    """topk where of equal values the first wins, as in dsv4: index scores are often exactly 0, and transformers then takes any."""
+    return torch.return_types.topk(tuple(y.narrow(dim, 0, k) for y in x.sort(dim=dim, descending=True, stable=True)))
 
 
 if __name__ == "__main__":
