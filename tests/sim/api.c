@@ -47,43 +47,43 @@ __attribute__((noreturn)) static void bad_setting(const char *name, const char *
     exit(2);
 }
 
+/* A number, with K, M or G behind it (powers of 1024). */
+static bool parse_number(const char *s, uint64_t *value) {
+    char *end;
+    *value = strtoull(s, &end, 0);
+    int shift = *end == 'K' ? 10 : *end == 'M' ? 20 : *end == 'G' ? 30 : 0;
+    bool good = end != s && *s != '-' && *value <= UINT64_MAX >> shift && !end[shift > 0];
+    *value <<= shift;
+    return good;
+}
+
 /* ------------------------------------------------------------------------------------------------
  * SIM_FAULT: comma-separated list, README.md has the forms */
 
 typedef struct {
-    char what[64];    /* a function, or launch, oom, lost, missing, corrupt */
-    long long nth;    /* which call / operation; bytes for oom */
-    int device, code;
-    long long seen;
+    char what[64];      /* a function, or launch, oom, lost, missing, corrupt */
+    uint64_t nth, seen; /* which call or operation; bytes for oom */
+    int device, code;   /* -1: any, the usual one */
 } Fault;
 
 static Fault faults[32];
 static int n_faults;
 
-/* "cuMemAlloc_v2:3=2", "launch:5=700", "oom:1000000", "lost:1:20=719", "missing:cuGraphLaunch" */
+/* NAME[:A[:B]][=CODE], such as "cuMemAlloc_v2:3=2", "oom:1:2G", "missing:cuGraphLaunch" */
 static void parse_fault(char *item) {
-    Fault f = { .nth = 1, .code = -1 };
-    char *code = strchr(item, '='), *num = strchr(item, ':');
-    if (code) {
-        *code = 0;
-        f.code = atoi(code + 1);
-    }
-    if (num) *num++ = 0;
-    snprintf(f.what, sizeof f.what, "%s", item);
-    if (num && !strcmp(item, "missing")) {
-        snprintf(f.what, sizeof f.what, "missing %.50s", num);
-    } else if (num && !strcmp(item, "lost")) {
-        f.device = atoi(num);
-        num = strchr(num, ':');
-        if (num) f.nth = atoll(num + 1);
-    } else if (num) {
-        char *unit;
-        f.nth = strtoll(num, &unit, 0);
-        f.nth <<= *unit == 'K' ? 10 : *unit == 'M' ? 20 : *unit == 'G' ? 30 : 0;
-    }
-    bool special = !strcmp(item, "launch") || !strcmp(item, "oom") || !strcmp(item, "lost") ||
-                   !strcmp(item, "missing") || !strcmp(item, "corrupt");
-    if (f.nth < 1 || !(special || known_symbol(item))) bad_setting("SIM_FAULT", item);
+    Fault f = { .device = -1, .nth = 1, .code = -1 };
+    char *code = strchr(item, '='), *rest = item, *name = strsep(&rest, ":");
+    char *a = strsep(&rest, ":"), *b = rest;
+    bool lost = !strcmp(name, "lost"), oom = !strcmp(name, "oom");
+    bool missing = !strcmp(name, "missing");
+    if (code) *code++ = 0, f.code = atoi(code);
+    snprintf(f.what, sizeof f.what, missing ? "%.12s %.50s" : "%.50s", name, a ? a : "");
+    if (a && (lost || b)) f.device = atoi(a);
+    if (lost || (oom && b)) a = b;
+    if (a && !missing && !parse_number(a, &f.nth)) bad_setting("SIM_FAULT", a);
+    if (!f.nth || !(lost || oom || missing || !strcmp(name, "launch") ||
+                    !strcmp(name, "corrupt") || known_symbol(name)))
+        bad_setting("SIM_FAULT", name);
     if (n_faults < 32) faults[n_faults++] = f;
 }
 
@@ -112,11 +112,12 @@ CUresult fault_lost(int device) {
     return OK;
 }
 
-bool fault_memory(uint64_t bytes) {
+bool fault_memory(int device, uint64_t bytes) {
     for (int i = 0; i < n_faults; i++) {
-        if (strcmp(faults[i].what, "oom")) continue;
-        faults[i].seen += (long long)bytes;
-        if (faults[i].seen > faults[i].nth) return true;
+        Fault *f = &faults[i];
+        if (strcmp(f->what, "oom") || (f->device >= 0 && f->device != device)) continue;
+        f->seen += bytes;
+        if (f->seen > f->nth) return true;
     }
     return false;
 }
@@ -136,16 +137,26 @@ bool fault_corrupt(void) {
 /* ------------------------------------------------------------------------------------------------
  * configuration */
 
-/* A number from the environment, with K, M or G behind it (powers of 1024). */
 static uint64_t env_number(const char *name, uint64_t usual, uint64_t max) {
     const char *s = getenv(name);
-    if (!s || !*s) return usual;
-    char *end;
-    unsigned long long v = strtoull(s, &end, 0);
-    int shift = *end == 'K' ? 10 : *end == 'M' ? 20 : *end == 'G' ? 30 : 0;
-    if (shift) end++;
-    if (end == s || *end || *s == '-' || v > max >> shift) bad_setting(name, s);
-    return (uint64_t)v << shift;
+    uint64_t v = usual;
+    if (s && *s && (!parse_number(s, &v) || v > max)) bad_setting(name, s);
+    return v;
+}
+
+/* Memory of each device: one size for all, or a list of which the last goes on. */
+static void env_memory(void) {
+    const char *env = getenv("SIM_MEM");
+    char *list = strdup(env && *env ? env : "24G"), *next = list;
+    uint64_t bytes = 0;
+    for (int d = 0; d < SIM_MAX_DEVICES; d++) {
+        char *item = next ? strsep(&next, ",") : NULL;
+        if (item && (!parse_number(item, &bytes) || bytes > (uint64_t)1 << 40))
+            bad_setting("SIM_MEM", item);
+        config.memory[d] = bytes;
+        if (d < config.devices) sim_mem_limit(d, bytes);
+    }
+    free(list);
 }
 
 /* "8.6" -> 86 */
@@ -177,7 +188,7 @@ __attribute__((constructor)) static void load_config(void) {
     const char *name = getenv("SIM_NAME"), *list = getenv("SIM_FAULT");
     load_options();
     config.devices = (int)env_number("SIM_DEVICES", 1, SIM_MAX_DEVICES);
-    config.memory = env_number("SIM_MEM", (uint64_t)24 << 30, (uint64_t)1 << 40);
+    env_memory();
     config.peer = env_number("SIM_PEER", 0, 1);
     config.driver = (int)env_number("SIM_DRIVER", 13000, 99999);
     config.trace = env_number("SIM_TRACE", 0, 1);
@@ -185,7 +196,6 @@ __attribute__((constructor)) static void load_config(void) {
     config.report = getenv("SIM_REPORT");
     snprintf(config.name, sizeof config.name, "%.60s (SIMULATED)",
              name && *name ? name : "NVIDIA GeForce RTX 3090");
-    for (int d = 0; d < config.devices; d++) sim_mem_limit(d, config.memory);
     char *copy = list ? strdup(list) : NULL, *next = copy;
     for (char *item; next && (item = strsep(&next, ","));)
         if (*item) parse_fault(item);
@@ -292,7 +302,7 @@ EXPORT CUresult cuDeviceGetName(char *name, int size, CUdevice dev) {
 
 EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev) {
     CUresult r = enter_device(__func__, dev, bytes);
-    if (!r) *bytes = config.memory;
+    if (!r) *bytes = config.memory[dev];
     return leave(r);
 }
 

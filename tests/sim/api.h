@@ -79,7 +79,7 @@ enum {
 
 typedef struct {
     int devices;
-    uint64_t memory;    /* bytes of each device */
+    uint64_t memory[SIM_MAX_DEVICES]; /* bytes */
     char name[96];      /* ends in "(SIMULATED)" */
     bool peer, trace;
     int driver;         /* 13000 */
@@ -248,7 +248,7 @@ void misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* What SIM_FAULT asks for. */
 CUresult fault_launch(void);           /* this kernel launch faults with ..., or OK */
 CUresult fault_lost(int device);       /* this operation finds the device gone, or OK */
-bool fault_memory(uint64_t bytes);     /* this allocation does not fit any more */
+bool fault_memory(int device, uint64_t bytes);     /* this allocation does not fit any more */
 bool fault_missing(const char *symbol);
 bool fault_corrupt(void);              /* this copy between devices damages a byte */
 

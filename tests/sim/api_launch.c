@@ -81,7 +81,8 @@ static void verbose_log(const Module *m, char *log, size_t size) {
     for (int i = 0; i < m->n_funcs && n < size; i++) {
         const SimKernel *k = m->funcs[i].kernel;
         int w = snprintf(log + n, size - n, "info: %s: about %d registers, %u bytes shared, "
-                         "%u bytes local\n", k->name, k->registers, k->shared_bytes, k->local_bytes);
+                         "%u bytes local\n", k->name, k->registers, k->shared_bytes,
+                         k->local_bytes);
         n += w > 0 ? (size_t)w : 0;
     }
 }
@@ -362,5 +363,9 @@ CUresult work_kernel(const Work *w, double *us) {
     }
     r = sim_launch(&l, &counters);
     *us = stats_launch(w->func->stats, w, &counters);
+    if (config.trace)
+        fprintf(stderr, "sim: device %d ran %s<<<(%u,%u,%u), (%u,%u,%u), %u>>>, computed %.2f us\n",
+                w->ctx->device, l.kernel->name, l.grid[0], l.grid[1], l.grid[2], l.block[0],
+                l.block[1], l.block[2], l.dynamic_shared, *us);
     return r;
 }

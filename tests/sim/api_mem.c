@@ -57,7 +57,7 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     CUresult r = enter(__func__, UNSAFE);
     uint64_t p = 0;
     if (!r && (!address || !bytes)) r = E_INVALID_VALUE;
-    if (!r && fault_memory(bytes)) r = E_OUT_OF_MEMORY;
+    if (!r && fault_memory(cur()->device, bytes)) r = E_OUT_OF_MEMORY;
     if (!r) r = sim_mem_alloc(cur()->device, bytes, &p);
     if (!r) *address = p;
     return leave(r);

@@ -114,7 +114,7 @@ static void case_init(void) {
     IS(v, 49152);
     size_t total = 0;
     GOOD(cuDeviceTotalMem_v2(&total, 2));
-    IS(total, 1 << 20);
+    IS(total, 3 << 20);
     GOOD(cuDriverGetVersion(&v));
     IS(v, 12040);
     GOOD(cuDeviceCanAccessPeer(&v, 0, 1));
@@ -752,6 +752,9 @@ static void case_fault_memory(void) {
     alloc(1000);
     IS(cuMemAlloc_v2(&p, 25), 2);
     IS(cuMemAlloc_v2(&p, 1), 2);
+    setup(2);
+    GOOD(cuCtxSetCurrent(ctx[1]));
+    alloc(1000);
 }
 
 static void case_fault_corrupt(void) {
@@ -832,8 +835,8 @@ static void case_report(void) {
     IS(strstr(k, "\"threads\": 2048,") != NULL, 1);
     IS(strstr(k, "\"unique_load_bytes\": 8192,") != NULL, 1);
     IS(strstr(k, "\"unique_store_bytes\": 8192,") != NULL, 1);
-    IS(strstr(k, "\"4\": {\"warp\": 64, \"lane\": 2048, \"bytes\": 8192, \"sectors\": 256}") != NULL,
-       1);
+    IS(strstr(k, "\"4\": {\"warp\": 64, \"lane\": 2048, \"bytes\": 8192, \"sectors\": 256}")
+       != NULL, 1);
     IS(strstr(k, "\"RTX 3090\": {\"total\": 6.000000") != NULL, 1);
     IS(strstr(text, "computed, not measured") != NULL, 1);
     /* 16 MB stored: bound by 0.85 of the card's bandwidth */
@@ -858,8 +861,8 @@ static const struct {
     void (*run)(void);
     int seeds;              /* 0: one run; n: right with each of n seeds; -n: wrong with some */
 } cases[] = {
-    { "init", "SIM_DEVICES=3 SIM_NAME=Test_card SIM_CC=8.9 SIM_MEM=1M SIM_DRIVER=12040 SIM_PEER=1",
-      case_init, 0 },
+    { "init", "SIM_DEVICES=3 SIM_NAME=Test_card SIM_CC=8.9 SIM_MEM=1M,3M SIM_DRIVER=12040 "
+      "SIM_PEER=1", case_init, 0 },
     { "none", "SIM_DEVICES=0", case_none, 0 },
     { "contexts", "SIM_DEVICES=2", case_contexts, 0 },
     { "errors", "", case_errors, 0 },
@@ -883,7 +886,7 @@ static const struct {
     { "fault_call", "SIM_FAULT=cuMemAlloc_v2:3=2", case_fault_call, 0 },
     { "fault_launch", "SIM_FAULT=launch:2=719", case_fault_launch, 0 },
     { "fault_lost", "SIM_DEVICES=2 SIM_FAULT=lost:1:2", case_fault_lost, 0 },
-    { "fault_memory", "SIM_FAULT=oom:1024", case_fault_memory, 0 },
+    { "fault_memory", "SIM_DEVICES=2 SIM_FAULT=oom:0:1K", case_fault_memory, 0 },
     { "fault_corrupt", "SIM_DEVICES=2 SIM_FAULT=corrupt:2", case_fault_corrupt, 0 },
     { "threads", "SIM_DEVICES=2", case_threads, 8 },
     { "report", "", case_report, 0 },
