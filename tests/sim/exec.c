@@ -11,7 +11,7 @@
 #include <unistd.h>
 #include <xmmintrin.h>
 
-enum { TURN = 4096 }; /* taken branches before another warp of the block gets its turn */
+enum { MAX_WORKERS = 16, TURN = 4096 }; /* taken branches before another warp of the block gets its turn */
 
 SimOptions sim_options = {
     .strict = true, .check_init = true, .check_races = true, .count_unique = true,
@@ -427,6 +427,16 @@ static void report_deadlock(Worker *k)
     }
 }
 
+/* What a worker needs, kept from launch to launch: launches come one at a time and are often short.
+ * Fresh memory is zero, memory that is used again is not. */
+typedef struct {
+    void *at[11];
+    size_t size[11];
+    u32 serial;
+} Pool;
+
+static Pool pools[MAX_WORKERS];
+
 static void run_block(Worker *k, u32 index)
 {
     const unsigned *grid = k->launch->in->grid;
@@ -434,7 +444,11 @@ static void run_block(Worker *k, u32 index)
     k->ctaid[0] = index % grid[0];
     k->ctaid[1] = index / grid[0] % grid[1];
     k->ctaid[2] = index / grid[0] / grid[1];
-    k->serial++;
+    if ((++k->serial & 0x3fff) == 0) { /* the records hold 14 bits of it */
+        memset(k->shared_writes, 0, ((Pool *)k->pool)->size[6]);
+        memset(k->shared_reads, 0, ((Pool *)k->pool)->size[7]);
+        k->serial++;
+    }
     k->epoch = 0;
     k->fenced = false;
     memset(k->barriers, 0, sizeof k->barriers);
@@ -458,13 +472,39 @@ static void run_block(Worker *k, u32 index)
     k->count.threads += k->launch->n_threads;
 }
 
-static void *aligned(size_t bytes)
+static void *from_pool(Pool *pool, int which, size_t bytes)
 {
-    void *p = NULL;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64))
-        abort();
-    memset(p, 0, bytes);
-    return p;
+    if (pool->size[which] < bytes || !pool->at[which]) {
+        free(pool->at[which]);
+        pool->size[which] = (bytes | 63) + 1;
+        pool->at[which] = aligned_alloc(64, pool->size[which]);
+        if (!pool->at[which])
+            abort();
+        memset(pool->at[which], 0, pool->size[which]);
+    }
+    return pool->at[which];
+}
+
+static void get_memory(Worker *k, Pool *pool)
+{
+    const SimCode *c = k->code;
+    size_t warps = (size_t)k->n_warps, shared = (k->launch->shared_bytes + 63) & ~63u;
+    k->warps = from_pool(pool, 0, warps * sizeof *k->warps);
+    k->frames = from_pool(pool, 1, warps * c->frame_bytes + 64);
+    k->inits = from_pool(pool, 2, warps * (c->frame_bytes / 32 + 8) * 4);
+    k->locals = from_pool(pool, 3, warps * 32 * ((c->local_bytes + 15) & ~15u));
+    k->shared = from_pool(pool, 4, shared);
+    k->shared_state = from_pool(pool, 5, shared);
+    k->shared_writes = from_pool(pool, 6, shared * 2);
+    k->shared_reads = from_pool(pool, 7, shared * 2);
+    k->warp_count = from_pool(pool, 8, c->n_inst * 8);
+    k->lane_count = from_pool(pool, 9, c->n_inst * 8);
+    k->cache = from_pool(pool, 10, c->n_inst * sizeof *k->cache);
+    memset(k->warps, 0, warps * sizeof *k->warps);
+    memset(k->warp_count, 0, c->n_inst * 8);
+    memset(k->lane_count, 0, c->n_inst * 8);
+    memset(k->cache, 0, c->n_inst * sizeof *k->cache);
+    k->serial = pool->serial;
 }
 
 static void *worker_main(void *arg)
@@ -472,20 +512,8 @@ static void *worker_main(void *arg)
     Worker *k = arg;
     Launch *launch = k->launch;
     const SimCode *c = k->code;
-    u32 shared = (launch->shared_bytes + 63) & ~63u;
-    u32 local = ((c->local_bytes + 15) & ~15u) * 32;
     k->n_warps = (int)((launch->n_threads + 31) / 32);
-    k->warps = aligned((size_t)k->n_warps * sizeof *k->warps);
-    k->frames = aligned((size_t)k->n_warps * c->frame_bytes + 64);
-    k->inits = aligned((size_t)k->n_warps * (c->frame_bytes / 32 + 8) * 4);
-    k->locals = aligned((size_t)k->n_warps * local);
-    k->shared = aligned(shared);
-    k->shared_state = aligned(shared);
-    k->shared_writes = aligned(shared * 2);
-    k->shared_reads = aligned(shared * 2);
-    k->warp_count = aligned(c->n_inst * 8);
-    k->lane_count = aligned(c->n_inst * 8);
-    k->cache = aligned(c->n_inst * sizeof *k->cache);
+    get_memory(k, k->pool);
     for (int n = 0; n < k->n_warps; n++) {
         k->warps[n].worker = k;
         k->warps[n].index = n;
@@ -502,10 +530,7 @@ static void *worker_main(void *arg)
     counters_finish(k);
     for (int n = 0; n < k->n_warps; n++)
         free(k->warps[n].async);
-    void *all[] = {k->warps, k->frames, k->inits, k->locals, k->shared, k->shared_state,
-                   k->shared_writes, k->shared_reads, k->warp_count, k->lane_count, k->cache};
-    for (size_t n = 0; n < sizeof all / sizeof *all; n++)
-        free(all[n]);
+    ((Pool *)k->pool)->serial = k->serial;
     return NULL;
 }
 
@@ -518,12 +543,14 @@ static int n_workers(const Launch *launch)
     int n = sim_options.threads ? sim_options.threads : cpus > 4 ? 4 : (int)cpus;
     u64 work = (u64)launch->n_blocks * launch->n_threads;
     n = n > (int)launch->n_blocks ? (int)launch->n_blocks : n;
-    return n < 1 || work < 512 ? 1 : n > 16 ? 16 : n;
+    return n < 1 || work < 512 ? 1 : n > MAX_WORKERS ? MAX_WORKERS : n;
 }
 
 static u32 *shuffled(u32 n)
 {
-    u32 *order = aligned((size_t)n * sizeof *order);
+    u32 *order = malloc((size_t)n * sizeof *order);
+    if (!order)
+        abort();
     for (u32 k = 0; k < n; k++) {
         u32 j = (u32)(mix64(sim_options.seed * 31 + k) % (k + 1));
         order[k] = order[j];
@@ -561,8 +588,8 @@ int sim_launch(const SimLaunch *in, SimCounters *counters)
     static u32 number;
     Launch launch = {.in = in, .kernel = in->kernel, .code = in->kernel->code,
                      .device = in->kernel->module->device};
-    Worker workers[16] = {0};
-    pthread_t threads[16];
+    Worker workers[MAX_WORKERS] = {0};
+    pthread_t threads[MAX_WORKERS];
     int error = check_limits(in, &launch);
     if (error)
         return error;
@@ -571,9 +598,9 @@ int sim_launch(const SimLaunch *in, SimCounters *counters)
     launch.number = ++number;
     mem_prepare_launch(launch.number);
     launch.order = sim_options.seed ? shuffled(launch.n_blocks) : NULL;
-    int n = n_workers(&launch), started = 1;
+    int n = launch.code->global_atomics ? 1 : n_workers(&launch), started = 1;
     for (int k = 0; k < n; k++)
-        workers[k] = (Worker){.launch = &launch, .code = launch.code};
+        workers[k] = (Worker){.launch = &launch, .code = launch.code, .pool = &pools[k]};
     while (started < n && !pthread_create(&threads[started], NULL, worker_main, &workers[started]))
         started++;
     worker_main(&workers[0]);

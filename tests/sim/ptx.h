@@ -133,6 +133,7 @@ typedef struct SimCode {
     u32 special[SR_COUNT]; /* frame offsets, 0: unused */
     u32 static_shared, local_bytes;
     bool track_init;
+    bool global_atomics;   /* one worker, so that their order is always the same */
 } SimCode;
 
 struct SimModule {
@@ -229,6 +230,7 @@ typedef struct {
 /* One CPU thread at work on blocks of a launch. */
 struct Worker {
     struct Launch *launch;
+    void *pool;
     const SimCode *code;
     SimCounters count;
     u64 *warp_count, *lane_count; /* per instruction */

@@ -540,6 +540,7 @@ void decode_instruction(Parser *p, u32 guard, bool flip)
     i = &p->code->inst[at];
     choose_handler(p, i, f, opcode);
     check_vector(p, i, f);
+    p->code->global_atomics |= i->class == SIM_C_ATOMIC && i->space != SP_SHARED;
     if (reads_clock(p->code, i)) {
         if (strncmp(opcode, "mov.", 4))
             ptx_fail(p, "clock registers can only be moved");

@@ -8,7 +8,7 @@ SIM_HDR   := $(wildcard $(SIM_DIR)/*.h)
 SIM_OBJ   := $(SIM_SRC:$(SIM_DIR)/%.c=$(SIM_OUT)/%.o)
 SIM_LIB   := $(SIM_OUT)/libcuda.so.1
 # No contraction: the simulator's own C must round exactly as the PTX says.
-SIM_FLAGS := -std=gnu11 -O3 -g -march=x86-64-v3 -ffp-contract=off -fno-strict-aliasing \
+SIM_FLAGS := -std=gnu11 -O3 -g -march=x86-64-v3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-strict-aliasing \
              -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Werror $(SIM_SAN)
 
 .PHONY: sim sim-test
