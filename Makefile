@@ -34,7 +34,7 @@ fuzz: $(FUZZ)
 build/fuzz/fuzz_%: tests/fuzz_%.c dsv4.c
 	@mkdir -p $(dir $@)
 	clang $(STD) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-	    -Wno-unused-function -DDSV4_NO_MAIN -o $@ $< -ldl -lm
+	    -Wno-unused-function -o $@ $< $(wildcard apps/*.c) -ldl -lm
 
 -include tests/sim/sim.mk
 

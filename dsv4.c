@@ -53,12 +53,7 @@
 
 typedef uint16_t bf16;      // the upper half of a float32
 
-// An error that a caller may want to survive (a server request, a fuzz target): one line of text.
-// Functions that can fail take an Err* and return false / NULL after fail().
-typedef struct { char text[512]; } Err;
-
-__attribute__((format(printf, 2, 3)))
-static bool fail(Err *e, const char *fmt, ...) {
+bool fail(Err *e, const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(e->text, sizeof e->text, fmt, ap);
@@ -69,9 +64,8 @@ static bool fail(Err *e, const char *fmt, ...) {
 }
 
 // One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that fail, one speaks.
-__attribute__((noreturn, format(printf, 2, 3)))
-static void die(int code, const char *fmt, ...) {
-    static atomic_flag dying = ATOMIC_FLAG_INIT;
+void die(int code, const char *fmt, ...) {
+    atomic_flag dying = ATOMIC_FLAG_INIT;
     char line[2048];
     va_list ap;
     while (atomic_flag_test_and_set(&dying)) pause();
@@ -84,8 +78,7 @@ static void die(int code, const char *fmt, ...) {
 }
 
 // One fact `# ...` on stderr.
-__attribute__((format(printf, 1, 2)))
-static void note(const char *fmt, ...) {
+void note(const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     fputs("# ", stderr);
@@ -95,24 +88,18 @@ static void note(const char *fmt, ...) {
 }
 
 // Sizes from files saturate: an overflow becomes SIZE_MAX, which no file and no allocation can satisfy.
-static size_t cmul(size_t a, size_t b) { size_t r; return __builtin_mul_overflow(a, b, &r) ? SIZE_MAX : r; }
-static size_t cadd(size_t a, size_t b) { size_t r; return __builtin_add_overflow(a, b, &r) ? SIZE_MAX : r; }
+size_t cmul(size_t a, size_t b) { size_t r; return __builtin_mul_overflow(a, b, &r) ? SIZE_MAX : r; }
+size_t cadd(size_t a, size_t b) { size_t r; return __builtin_add_overflow(a, b, &r) ? SIZE_MAX : r; }
 
 // Zeroed memory for n items of `size` bytes, 64-byte aligned; never NULL. Free with free().
-static void *xalloc(size_t n, size_t size) {
+void *xalloc(size_t n, size_t size) {
     size_t bytes = cadd(cmul(n, size), 63) & ~(size_t)63;
     void *p = bytes > PTRDIFF_MAX ? NULL : aligned_alloc(64, bytes ? bytes : 64);
     if (!p) die(1, "out of memory: %zu items of %zu bytes", n, size);
     return memset(p, 0, bytes ? bytes : 64);
 }
 
-// Bytes somebody else owns. Not terminated; may hold NUL.
-typedef struct { const char *p; size_t n; } Span;
-
-// A growing byte string. p is always NUL-terminated once something was added. Release with free(s.p).
-typedef struct { char *p; size_t n, cap; } Str;
-
-static void str_add(Str *s, const void *p, size_t n) {
+void str_add(Str *s, const void *p, size_t n) {
     if (cadd(s->n, cadd(n, 1)) > s->cap) {
         s->cap = cadd(cmul(s->cap, 2), cadd(n, 64));
         s->p = realloc(s->p, s->cap);
@@ -121,20 +108,20 @@ static void str_add(Str *s, const void *p, size_t n) {
     if (n) memcpy(s->p + s->n, p, n);
     s->p[s->n += n] = 0;
 }
-static void str_puts(Str *s, const char *z) { str_add(s, z, strlen(z)); }
-static bool span_is(Span s, const char *z) { return s.n == strlen(z) && !memcmp(s.p, z, s.n); }
-static Span span_of(const char *z) { return (Span){ z, strlen(z) }; }
-static Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
+void str_puts(Str *s, const char *z) { str_add(s, z, strlen(z)); }
+bool span_is(Span s, const char *z) { return s.n == strlen(z) && !memcmp(s.p, z, s.n); }
+Span span_of(const char *z) { return (Span){ z, strlen(z) }; }
+Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
 
 // Seconds on a clock that never jumps.
-static double now(void) {
+double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
 // A file mapped read-only and private. An empty file gives n = 0.
-static bool map_file(const char *path, Span *out, Err *e) {
+bool map_file(const char *path, Span *out, Err *e) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) {
@@ -280,7 +267,7 @@ typedef struct {
 // Decodes the code point at p[0..n), n > 0, and returns how many bytes it takes. Broken bytes give
 // *cp = -1 and the length of their maximal subpart (Unicode 3.9: what becomes one U+FFFD); a
 // sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
-static size_t utf8_next(const char *p, size_t n, int32_t *cp) {
+size_t utf8_next(const char *p, size_t n, int32_t *cp) {
     const uint8_t *s = (const uint8_t *)p;
     size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
                  s[0] < 0xf0 ? 3 : 4;
@@ -298,7 +285,7 @@ static size_t utf8_next(const char *p, size_t n, int32_t *cp) {
     return len ? len : 1;
 }
 
-static void utf8_put(Str *out, uint32_t c) {
+void utf8_put(Str *out, uint32_t c) {
     char b[4];
     size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
     for (size_t i = n - 1; i > 0; i--, c >>= 6) b[i] = (char)(0x80 | (c & 63));
@@ -306,27 +293,17 @@ static void utf8_put(Str *out, uint32_t c) {
     str_add(out, b, n);
 }
 
-static Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
+Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
 
-static bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
+bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
 
 // Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
-static void *grow(void *list, size_t n, size_t size) {
+void *grow(void *list, size_t n, size_t size) {
     if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
     if (!list) die(1, "out of memory: %zu items of %zu bytes", n, size);
     memset((char *)list + n * size, 0, size);
     return list;
 }
-
-// A set of strings, each with a number: tensor names, token texts, the keys of one object. Keys are
-// copied. Release with map_free.
-typedef struct { size_t at, n; uint64_t hash; int64_t value; } MapEntry;
-typedef struct {
-    Str text;               // all keys, one after the other
-    MapEntry *entries;      // [n] in the order they were added
-    uint32_t *slots;        // [cap] entry + 1, 0 = empty; cap is a power of two
-    size_t n, cap;
-} Map;
 
 static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
     uint64_t h = 0xcbf29ce484222325u;
@@ -334,7 +311,7 @@ static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
     return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
 }
 
-static Span map_key(const Map *m, size_t i) {
+Span map_key(const Map *m, size_t i) {
     return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
 }
 
@@ -359,13 +336,13 @@ static void map_rehash(Map *m) {
 }
 
 // The entry of key, or NULL. The pointer is good until the next map_add.
-static MapEntry *map_find(const Map *m, Span key) {
+MapEntry *map_find(const Map *m, Span key) {
     uint32_t *slot = m->cap ? map_slot(m, key, hash_bytes(key)) : NULL;
     return slot && *slot ? &m->entries[*slot - 1] : NULL;
 }
 
 // False, and nothing changed, if the key is there already.
-static bool map_add(Map *m, Span key, int64_t value) {
+bool map_add(Map *m, Span key, int64_t value) {
     if (m->n == m->cap / 2) map_rehash(m);
     uint64_t hash = hash_bytes(key);
     uint32_t *slot = map_slot(m, key, hash);
@@ -377,38 +354,20 @@ static bool map_add(Map *m, Span key, int64_t value) {
     return true;
 }
 
-static void map_free(Map *m) {
+void map_free(Map *m) {
     free(m->text.p);
     free(m->entries);
     free(m->slots);
     *m = (Map){ 0 };
 }
 
-// A pull parser: the caller asks for what it expects. The first error is kept in *e with its byte
-// offset; from then on every call returns false, so loops end by themselves, and json_end() tells:
-//     Json j = json_open(text, "config.json", &e);
-//     for (json_object(&j); json_member(&j, &key);)
-//         if (span_is(str_span(&key), "hidden_size")) json_int(&j, 1, INT_MAX, &dim);
-//         else json_skip(&j);
-//     bool ok = json_end(&j);
-// Nothing recurses on the input. At most 64 levels, and 4300 bytes a number (Python's limit too).
-enum { JSON_DEPTH = 64, JSON_NUMBER = 4300 };
-typedef struct {
-    const char *start, *p, *end;
-    const char *name;           // what the text is, for errors
-    Err *e;
-    bool bad;
-    int depth;                  // containers open
-    uint64_t objects, begun;    // bit d: the container at depth d+1 is an object; was begun
-} Json;
-
-static Json json_open(Span text, const char *name, Err *e) {
+Json json_open(Span text, const char *name, Err *e) {
     return (Json){ .start = text.p, .p = text.p, .end = text.p + text.n, .name = name, .e = e };
 }
 
 // Keeps the first error of a text, with its place; callers use it too. Returns false.
 __attribute__((format(printf, 2, 3)))
-static bool json_fail(Json *j, const char *fmt, ...) {
+bool json_fail(Json *j, const char *fmt, ...) {
     char what[400];
     if (j->bad) return false;
     va_list ap;
@@ -420,12 +379,12 @@ static bool json_fail(Json *j, const char *fmt, ...) {
 }
 
 // The first byte of the next token, 0 at the end of the text or after an error.
-static char json_peek(Json *j) {
+char json_peek(Json *j) {
     while (j->p < j->end && *j->p && strchr(" \n\r\t", *j->p)) j->p++;
     return j->bad || j->p == j->end ? 0 : *j->p;
 }
 
-static bool json_expected(Json *j, const char *what) {
+bool json_expected(Json *j, const char *what) {
     char c = json_peek(j);
     if (j->p == j->end) return json_fail(j, "expected %s, found the end of the text", what);
     if (c < 33 || c > 126) return json_fail(j, "expected %s, found byte 0x%02x", what, (uint8_t)c);
@@ -441,11 +400,11 @@ static bool json_begin(Json *j, char open, const char *what) {
     j->p++;
     return true;
 }
-static bool json_object(Json *j) { return json_begin(j, '{', "an object"); }
-static bool json_array(Json *j) { return json_begin(j, '[', "an array"); }
+bool json_object(Json *j) { return json_begin(j, '{', "an object"); }
+bool json_array(Json *j) { return json_begin(j, '[', "an array"); }
 
 // Moves to the next item of the innermost array. False after the last one (and ']') or on error.
-static bool json_item(Json *j) {
+bool json_item(Json *j) {
     if (j->bad || !j->depth) return false;
     uint64_t bit = 1ull << (j->depth - 1);
     char close = j->objects & bit ? '}' : ']', c = json_peek(j);
@@ -499,7 +458,7 @@ static bool json_escape(Json *j, uint32_t *out) {
 }
 
 // Replaces *out by the decoded string; out = NULL only checks it.
-static bool json_string(Json *j, Str *out) {
+bool json_string(Json *j, Str *out) {
     if (json_peek(j) != '"') return json_expected(j, "a string");
     if (out) out->n = 0, str_add(out, "", 0);
     for (j->p++;;) {
@@ -524,7 +483,7 @@ static bool json_string(Json *j, Str *out) {
 
 // Moves to the next member of the innermost object and puts its name in *key (NULL: not wanted).
 // False after the last one (and '}') or on error. Duplicates are the caller's business: map_add.
-static bool json_member(Json *j, Str *key) {
+bool json_member(Json *j, Str *key) {
     if (!json_item(j) || !json_string(j, key)) return false;
     if (json_peek(j) != ':') return json_expected(j, "':'");
     j->p++;
@@ -543,7 +502,7 @@ static void json_digits(Json *j) {
 }
 
 // The text of a number as it stands; *whole: it has neither fraction nor exponent.
-static bool json_number(Json *j, Span *raw, bool *whole) {
+bool json_number(Json *j, Span *raw, bool *whole) {
     char c = json_peek(j);
     if (c != '-' && (c < '0' || c > '9')) return json_expected(j, "a number");
     const char *from = j->p;
@@ -571,7 +530,7 @@ static double json_to_double(Span raw) {
     return strtod(text, NULL);
 }
 
-static bool json_double(Json *j, double *out) {
+bool json_double(Json *j, double *out) {
     Span raw;
     bool whole;
     if (!json_number(j, &raw, &whole)) return false;
@@ -582,7 +541,7 @@ static bool json_double(Json *j, double *out) {
 }
 
 // An integer written without fraction or exponent, lo <= *out <= hi.
-static bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out) {
+bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out) {
     Span raw;
     bool whole, fits = true;
     int64_t v = 0;
@@ -610,9 +569,9 @@ static bool json_word(Json *j, const char *word) {
 }
 
 // Consumes a null if that is what comes next.
-static bool json_null(Json *j) { return json_word(j, "null"); }
+bool json_null(Json *j) { return json_word(j, "null"); }
 
-static bool json_bool(Json *j, bool *out) {
+bool json_bool(Json *j, bool *out) {
     bool yes = json_word(j, "true");
     if (!yes && !json_word(j, "false")) return json_expected(j, "true or false");
     *out = yes;
@@ -620,7 +579,7 @@ static bool json_bool(Json *j, bool *out) {
 }
 
 // Passes over the next value, whatever it is, and checks it.
-static bool json_skip(Json *j) {
+bool json_skip(Json *j) {
     int base = j->depth;
     do {
         if (j->depth > base) {
@@ -641,7 +600,7 @@ static bool json_skip(Json *j) {
 }
 
 // The text of the next value, checked, as it stands: json_inside reads it later.
-static bool json_raw(Json *j, Span *out) {
+bool json_raw(Json *j, Span *out) {
     json_peek(j);
     const char *from = j->p;
     if (!json_skip(j)) return false;
@@ -650,20 +609,20 @@ static bool json_raw(Json *j, Span *out) {
 }
 
 // Reads a value that json_raw gave; places in errors still count from the start of the whole text.
-static Json json_inside(const Json *j, Span raw) {
+Json json_inside(const Json *j, Span raw) {
     Json in = json_open(raw, j->name, j->e);
     in.start = j->start;
     return in;
 }
 
 // True if the whole text was read without an error and nothing but white space is left.
-static bool json_end(Json *j) {
+bool json_end(Json *j) {
     json_peek(j);
     return !j->bad && (j->p == j->end || json_expected(j, "the end of the text"));
 }
 
 // A string as Python's json.dumps(x, ensure_ascii=False) writes it; s is valid UTF-8.
-static void json_put_string(Str *out, Span s) {
+void json_put_string(Str *out, Span s) {
     str_add(out, "\"", 1);
     for (size_t i = 0; i < s.n; i++) {
         static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
@@ -678,8 +637,7 @@ static void json_put_string(Str *out, Span s) {
 }
 
 // Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes or less.
-typedef struct { char text[400]; } Quoted;
-static Quoted quoted(Span s) {
+Quoted quoted(Span s) {
     Quoted q;
     Str out = { 0 };
     size_t n = s.n > 60 ? 60 : s.n;
@@ -709,7 +667,6 @@ static void json_put_double(Str *out, double v) {
     str_puts(out, text);
 }
 
-static bool json_dump(Json *j, Str *out);
 
 // Of equal keys the last value stands at the first one's place.
 static void json_dump_object(Json *j, Str *out) {
@@ -748,7 +705,7 @@ static void json_dump_number(Json *j, Str *out) {
 
 // Appends the next value as Python's json.dumps(json.loads(text), ensure_ascii=False) writes it.
 // Recursion is bounded by JSON_DEPTH.
-static bool json_dump(Json *j, Str *out) {
+bool json_dump(Json *j, Str *out) {
     char c = json_peek(j);
     Str s = { 0 };
     Span raw;
@@ -2267,734 +2224,6 @@ static void utf8_finish(Utf8 *u, Str *out) {
 // Streams one token; with `skip_special` those marked so (BOS, EOS, not <think>) are left out.
 static void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out) {
     if (!(skip_special && t->flags[id] & TOK_SPECIAL)) utf8_feed(u, tok_bytes(t, id), out);
-}
-// ---------------------------------------------------------------------------
-// chat format: messages -> prompt text; what the model writes -> reasoning, content, tool calls.
-// Its two generations, "v4" and "0731", differ in the effort prefix. Tags are text until tokenized.
-
-#define BOS_TEXT "<｜begin▁of▁sentence｜>"
-#define EOS_TEXT "<｜end▁of▁sentence｜>"
-#define DSML "｜DSML｜"
-#define CALLS_START "\n\n<" DSML "tool_calls"
-#define CALLS_END "</" DSML "tool_calls>"
-
-typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL, ROLE_DEVELOPER, ROLE_REMINDER,
-               N_ROLES } Role;
-static const char *const role_names[] = { "system", "user", "assistant", "tool", "developer",
-                                          "latest_reminder" };
-typedef enum { EFFORT_NONE, EFFORT_LOW, EFFORT_HIGH, EFFORT_MAX, N_EFFORTS } Effort;
-static const char *const effort_names[] = { "none", "low", "high", "max" };
-
-typedef struct {
-    bool release_0731;          // the generation
-    bool thinking;
-    bool keep_thinking;         // old reasoning stays in the prompt; with tools it always does
-    bool no_bos;
-    Effort effort;              // thinking mode only
-} ChatOptions;
-
-typedef struct { bool is_result; Str text, id; } Block;
-
-// One turn. Users and tool results in a row are blocks of one user turn; other roles have one.
-typedef struct {
-    Role role;
-    Block *blocks;
-    size_t n_blocks;
-    Str reasoning;
-    Str extra;                  // follows the content: tools and response format, or tool calls
-    Map calls;                  // assistant: call id -> position
-    char task[40];              // the token of a quick task, "" if none
-    bool has_calls, has_tools, no_eos, context;
-} Turn;
-
-typedef struct { Turn *turns; size_t n; } Chat;        // start with { 0 }, release with chat_free
-
-static void chat_cut(Chat *c, size_t n) {               // keeps the first n turns
-    while (c->n > n) {
-        Turn *t = &c->turns[--c->n];
-        for (size_t i = 0; i < t->n_blocks; i++) {
-            free(t->blocks[i].text.p);
-            free(t->blocks[i].id.p);
-        }
-        free(t->blocks);
-        free(t->reasoning.p);
-        free(t->extra.p);
-        map_free(&t->calls);
-    }
-}
-
-static void chat_free(Chat *c) {
-    chat_cut(c, 0);
-    free(c->turns);
-    *c = (Chat){ 0 };
-}
-
-// Appends a message whose text is known: the terminal's chat. Users in a row become one turn.
-static Turn *chat_say(Chat *c, Role role, Span content, Span reasoning, bool context) {
-    Turn *last = c->n ? &c->turns[c->n - 1] : NULL;
-    bool user = role == ROLE_USER || role == ROLE_TOOL;
-    bool open = user && last && last->role == ROLE_USER && last->context == context;
-    if (!open || (role == ROLE_USER && last->task[0])) {
-        c->turns = grow(c->turns, c->n, sizeof *c->turns);
-        last = &c->turns[c->n++];
-        last->role = user ? ROLE_USER : role;
-        last->context = context;
-    }
-    last->blocks = grow(last->blocks, last->n_blocks, sizeof *last->blocks);
-    Block *b = &last->blocks[last->n_blocks++];
-    b->is_result = role == ROLE_TOOL;
-    str_add(&b->text, content.p, content.n);
-    str_add(&last->reasoning, reasoning.p, reasoning.n);
-    return last;
-}
-
-// ---- reading messages
-
-// The text of a content: a string, null, or a list of parts joined by empty lines. Of parts other
-// than text a tool result keeps the type; elsewhere they are refused.
-static void read_content(Json *j, bool tool_result, Str *out) {
-    if (json_peek(j) != '[') {
-        json_string(j, out);
-        return;
-    }
-    Str key = { 0 }, type = { 0 }, text = { 0 };
-    json_array(j);
-    for (int i = 0; json_item(j); i++) {
-        type.n = text.n = 0;
-        for (json_object(j); json_member(j, &key);) {
-            if (str_is(&key, "type")) json_string(j, &type);
-            else if (str_is(&key, "text") && json_peek(j) == '"') json_string(j, &text);
-            else json_skip(j);
-        }
-        if (i) str_puts(out, "\n\n");
-        bool is_text = str_is(&type, "text");
-        if (!is_text && !tool_result)
-            json_fail(j, "content part of type %s: only text", quoted(str_span(&type)).text);
-        if (!is_text) str_puts(out, "[Unsupported ");
-        str_add(out, is_text ? text.p : type.p, is_text ? text.n : type.n);
-        if (!is_text) str_puts(out, "]");
-    }
-    free(key.p);
-    free(type.p);
-    free(text.p);
-}
-
-static const char tools_head[] =
-    "## Tools\n\n"
-    "You have access to a set of tools to help answer the user's question. You can invoke tools by "
-    "writing a \"<" DSML "tool_calls>\" block like the following:\n\n"
-    "<" DSML "tool_calls>\n"
-    "<" DSML "invoke name=\"$TOOL_NAME\">\n"
-    "<" DSML "parameter name=\"$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE"
-    "</" DSML "parameter>\n...\n</" DSML "invoke>\n"
-    "<" DSML "invoke name=\"$TOOL_NAME2\">\n...\n</" DSML "invoke>\n" CALLS_END "\n\n"
-    "String parameters should be specified as is and set `string=\"true\"`. For all other types "
-    "(numbers, booleans, arrays, objects), pass the value in JSON format and set "
-    "`string=\"false\"`.\n\n"
-    "If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning "
-    "inside <think>...</think> BEFORE any tool calls or final response.\n\n"
-    "Otherwise, output directly after </think> with tool calls or final response.\n\n"
-    "### Available Tool Schemas\n\n";
-static const char tools_tail[] =
-    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool "
-    "calls.\n";
-static const char format_head[] =
-    "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
-
-// Appends the tools block for a list of OpenAI tools. An empty list gives nothing, and false.
-static bool read_tools(Json *j, Str *out) {
-    Str key = { 0 };
-    size_t n = 0;
-    for (json_array(j); json_item(j); n++) {
-        bool found = false;
-        str_puts(out, n ? "\n" : "\n\n");
-        if (n == 0) str_puts(out, tools_head);
-        for (json_object(j); json_member(j, &key);) {
-            bool is_function = str_is(&key, "function") && !found;
-            if (is_function && json_peek(j) != '{') json_expected(j, "a function object");
-            if (is_function) found = json_dump(j, out);
-            else json_skip(j);
-        }
-        if (!found) json_fail(j, "tool without a function");
-    }
-    if (n) str_puts(out, tools_tail);
-    free(key.p);
-    return n > 0;
-}
-
-static void add_param(Str *out, Span key, const char *is_string, Span value) {
-    str_puts(out, "<" DSML "parameter name=\"");
-    str_add(out, key.p, key.n);
-    str_puts(out, "\" string=\"");
-    str_puts(out, is_string);
-    str_puts(out, "\">");
-    str_add(out, value.p, value.n);
-    str_puts(out, "</" DSML "parameter>");
-}
-
-// The arguments of a call as DSML parameters: strings as they are, other values as JSON. Text that
-// is not JSON becomes one parameter, as the publisher's encoder does; a JSON non-object is refused.
-static bool add_arguments(Span arguments, Str *out, Err *e) {
-    Str clean = { 0 }, key = { 0 }, value = { 0 };      // clean: without duplicate keys
-    Json j = json_open(arguments, "arguments", e);
-    if (!json_dump(&j, &clean) || !json_end(&j)) {
-        add_param(out, span_of("arguments"), "true", arguments);
-        free(clean.p);
-        return true;
-    }
-    j = json_open(str_span(&clean), "arguments", e);
-    json_object(&j);
-    for (int i = 0; json_member(&j, &key); i++) {
-        bool is_string = json_peek(&j) == '"';
-        value.n = 0;
-        if (is_string) json_string(&j, &value);
-        else json_dump(&j, &value);
-        if (i) str_puts(out, "\n");
-        add_param(out, str_span(&key), is_string ? "true" : "false", str_span(&value));
-    }
-    bool ok = json_end(&j);
-    free(clean.p);
-    free(key.p);
-    free(value.p);
-    return ok;
-}
-
-// Appends the calls block for a list of OpenAI tool calls and notes their ids.
-static void read_calls(Json *j, Turn *t) {
-    Str key = { 0 }, name = { 0 }, id = { 0 }, args = { 0 };
-    int64_t n = 0;
-    for (json_array(j); json_item(j); n++) {
-        bool named = false, argued = false;
-        args.n = id.n = 0;
-        for (json_object(j); json_member(j, &key);) {
-            if (str_is(&key, "id") && json_peek(j) == '"') json_string(j, &id);
-            else if (!str_is(&key, "function")) json_skip(j);
-            else for (json_object(j); json_member(j, &key);) {
-                if (str_is(&key, "name")) named = json_string(j, &name);
-                else if (!str_is(&key, "arguments")) json_skip(j);
-                else if (json_peek(j) == '"') argued = json_string(j, &args);
-                else args.n = 0, argued = json_dump(j, &args);
-            }
-        }
-        if (!named || !argued) json_fail(j, "tool call without a name or arguments");
-        if (j->bad) break;
-        if (id.n) map_add(&t->calls, str_span(&id), n);
-        if (id.n) map_find(&t->calls, str_span(&id))->value = n;
-        str_puts(&t->extra, n ? "\n" : CALLS_START ">\n");
-        str_puts(&t->extra, "<" DSML "invoke name=\"");
-        str_add(&t->extra, name.p, name.n);
-        str_puts(&t->extra, "\">\n");
-        if (!add_arguments(str_span(&args), &t->extra, j->e)) j->bad = true;
-        str_puts(&t->extra, "\n</" DSML "invoke>");
-    }
-    t->has_calls = n > 0;
-    if (n) str_puts(&t->extra, "\n" CALLS_END);
-    free(key.p);
-    free(name.p);
-    free(id.p);
-    free(args.p);
-}
-
-// ROLE_..., or EFFORT_... by name; -1 and an error if there is none.
-static int read_name(Json *j, const char *what, const char *const *names, int n) {
-    Str s = { 0 };
-    int i = 0;
-    if (!json_string(j, &s)) i = n;
-    while (i < n && !str_is(&s, names[i])) i++;
-    if (i == n) json_fail(j, "unknown %s %s", what, quoted(str_span(&s)).text);
-    free(s.p);
-    return i < n ? i : -1;
-}
-
-// Turns to a value kept by json_raw; false if it is absent or null, or after an error.
-static bool open_value(Json *in, const Json *j, Span raw) {
-    if (in->bad || !raw.p) return false;
-    *in = json_inside(j, raw);
-    return !json_null(in);
-}
-
-static void add_response_format(Json *j, Str *out) {
-    Str text = { 0 };
-    if (json_dump(j, &text) && !str_is(&text, "{}")) {
-        str_puts(out, "\n\n");
-        str_puts(out, format_head);
-        str_add(out, text.p, text.n);
-    }
-    free(text.p);
-}
-
-// One message object. On an error j->bad is set.
-static void read_message(Chat *c, Json *j, bool context) {
-    static const char *const tasks[] = { "action", "query", "authority", "domain", "title",
-                                         "read_url" };
-    static const char *const keys[] = { "role", "content", "reasoning_content", "tools",
-                                        "response_format", "tool_calls", "tool_call_id", "task",
-                                        "wo_eos" };
-    enum { K_ROLE, K_CONTENT, K_REASONING, K_TOOLS, K_FORMAT, K_CALLS, K_ID, K_TASK, K_NO_EOS,
-           N_KEYS };
-    Span raw[N_KEYS] = { { 0 } };
-    Str key = { 0 }, content = { 0 }, reasoning = { 0 }, unused = { 0 };
-    for (json_object(j); json_member(j, &key);) {
-        int k = 0;
-        while (k < N_KEYS && !str_is(&key, keys[k])) k++;
-        if (k < N_KEYS) json_raw(j, &raw[k]);
-        else json_skip(j);
-    }
-    free(key.p);
-    if (!raw[K_ROLE].p) json_fail(j, "message without a role");
-    if (j->bad) return;
-    Json in = json_inside(j, raw[K_ROLE]);
-    int role = read_name(&in, "role", role_names, N_ROLES);
-    bool assistant = role == ROLE_ASSISTANT, tool = role == ROLE_TOOL;
-    bool user = tool || role == ROLE_USER;              // tools on these count for nothing
-    bool has_extra = role == ROLE_SYSTEM || role == ROLE_DEVELOPER;
-    if (open_value(&in, j, raw[K_CONTENT])) read_content(&in, tool, &content);
-    if (assistant && open_value(&in, j, raw[K_REASONING])) json_string(&in, &reasoning);
-    if (role == ROLE_DEVELOPER && !content.n) json_fail(&in, "developer message without content");
-    if (!in.bad) {
-        Turn *t = chat_say(c, (Role)role, str_span(&content), str_span(&reasoning), context);
-        Str *extra = has_extra ? &t->extra : &unused;
-        Block *block = &t->blocks[t->n_blocks - 1];
-        if (!user && open_value(&in, j, raw[K_TOOLS])) t->has_tools |= read_tools(&in, extra);
-        if (has_extra && open_value(&in, j, raw[K_FORMAT])) add_response_format(&in, extra);
-        if (assistant && open_value(&in, j, raw[K_CALLS])) read_calls(&in, t);
-        if (tool && open_value(&in, j, raw[K_ID])) json_string(&in, &block->id);
-        if (open_value(&in, j, raw[K_NO_EOS])) json_bool(&in, &t->no_eos);
-        if (t->n_blocks == 1 && open_value(&in, j, raw[K_TASK])) {
-            int task = read_name(&in, "task", tasks, sizeof tasks / sizeof *tasks);
-            if (task >= 0) snprintf(t->task, sizeof t->task, "<｜%s｜>", tasks[task]);
-        }
-    }
-    j->bad = in.bad;
-    free(content.p);
-    free(reasoning.p);
-    free(unused.p);
-}
-
-// The first system message, where tools and formats given apart from the messages go; a new one in
-// front if there is none.
-static Turn *system_turn(Chat *c) {
-    for (size_t i = 0; i < c->n; i++)
-        if (c->turns[i].role == ROLE_SYSTEM) return &c->turns[i];
-    chat_say(c, ROLE_SYSTEM, span_of(""), span_of(""), c->n && c->turns[0].context);
-    Turn t = c->turns[c->n - 1];
-    memmove(c->turns + 1, c->turns, (c->n - 1) * sizeof t);
-    c->turns[0] = t;
-    return c->turns;
-}
-
-// Reads a list of messages, or an object with `messages` and perhaps `context` (messages already in
-// the prompt), `tools`, `response_format`, `thinking`, `reasoning_effort`, `drop_thinking`,
-// `add_bos`, `release` ("v4", "0731"). Appends to *c, sets what is given in *o. `name`: for errors.
-static bool chat_read(Chat *c, ChatOptions *o, Span text, const char *name, Err *e) {
-    static const char *const releases[] = { "v4", "0731" };
-    Json j = json_open(text, name, e), in = j;
-    Span context = { 0 }, messages = { 0 }, tools = { 0 }, format = { 0 };
-    Str key = { 0 };
-    bool flag = false;
-    if (json_peek(&j) == '[') json_raw(&j, &messages);
-    else for (json_object(&j); json_member(&j, &key);) {
-        Span k = str_span(&key);
-        if (span_is(k, "messages")) json_raw(&j, &messages);
-        else if (span_is(k, "context")) json_raw(&j, &context);
-        else if (span_is(k, "tools")) json_raw(&j, &tools);
-        else if (span_is(k, "response_format")) json_raw(&j, &format);
-        else if (span_is(k, "thinking")) json_bool(&j, &o->thinking);
-        else if (span_is(k, "release")) o->release_0731 = read_name(&j, key.p, releases, 2) == 1;
-        else if (span_is(k, "reasoning_effort")) {
-            int effort = json_null(&j) ? 0 : read_name(&j, key.p, effort_names, N_EFFORTS);
-            o->effort = effort < 0 ? EFFORT_NONE : (Effort)effort;
-        } else if (span_is(k, "drop_thinking")) o->keep_thinking = json_bool(&j, &flag) && !flag;
-        else if (span_is(k, "add_bos")) o->no_bos = json_bool(&j, &flag) && !flag;
-        else json_skip(&j);
-    }
-    free(key.p);
-    if (json_end(&j) && !messages.p) json_fail(&j, "no messages");
-    Span lists[] = { context, messages };
-    in.bad = j.bad;
-    for (int i = 0; i < 2; i++)
-        if (open_value(&in, &j, lists[i]))
-            for (json_array(&in); json_item(&in);) read_message(c, &in, i == 0);
-    if (open_value(&in, &j, tools)) {
-        Turn *t = system_turn(c);
-        t->has_tools |= read_tools(&in, &t->extra);
-    }
-    if (open_value(&in, &j, format)) add_response_format(&in, &system_turn(c)->extra);
-    return !in.bad;
-}
-
-// ---- messages -> prompt
-
-static const char effort_x[] =
-    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
-    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
-    "edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
-    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
-    "unchecked.\n\n";
-static const char effort_y[] =
-    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
-    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: "
-    "exhaustively decompose the problem into its most fundamental components, trace every causal "
-    "chain to its root, and resolve the underlying cause rather than any surface symptom.\n"
-    "Do not stop reasoning until you have independently verified the solution from multiple angles "
-    "and are certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
-
-// The prefix of a generation and effort; NULL: the publisher's encoder refuses it.
-static const char *effort_prefix(bool release_0731, Effort effort) {
-    if (effort == EFFORT_MAX) return release_0731 ? effort_y : effort_x;
-    if (effort == EFFORT_HIGH) return release_0731 ? effort_x : "";
-    return effort == EFFORT_NONE || release_0731 ? "" : NULL;
-}
-
-typedef struct { int64_t place; size_t from; } Slot;
-static int by_place(const void *a, const void *b) {
-    const Slot *x = a, *y = b;
-    return x->place != y->place ? (x->place > y->place) - (x->place < y->place) :
-           (x->from > y->from) - (x->from < y->from);
-}
-
-// Puts the tool results of a turn into the order of the calls they answer; texts stay in place.
-static void order_results(Turn *t, const Map *calls) {
-    Slot *slots = xalloc(t->n_blocks, sizeof *slots);
-    Block *old = xalloc(t->n_blocks, sizeof *old);
-    size_t n = 0;
-    memcpy(old, t->blocks, t->n_blocks * sizeof *old);
-    for (size_t i = 0; i < t->n_blocks; i++) {
-        const MapEntry *e = map_find(calls, str_span(&old[i].id));
-        if (old[i].is_result) slots[n++] = (Slot){ e ? e->value : 0, i };
-    }
-    qsort(slots, n, sizeof *slots, by_place);
-    for (size_t i = 0, k = 0; i < t->n_blocks; i++)
-        if (old[i].is_result) t->blocks[i] = old[slots[k++].from];
-    free(slots);
-    free(old);
-}
-
-static void render_turn(const Turn *t, bool with_reasoning, Str *out) {
-    bool user = t->role == ROLE_USER || t->role == ROLE_DEVELOPER;
-    if (user) str_puts(out, "<｜User｜>");
-    if (t->role == ROLE_REMINDER) str_puts(out, "<｜latest_reminder｜>");
-    if (with_reasoning) {
-        str_add(out, t->reasoning.p, t->reasoning.n);
-        str_puts(out, "</think>");
-    }
-    for (size_t i = 0; i < t->n_blocks; i++) {
-        const Block *b = &t->blocks[i];
-        if (i && user) str_puts(out, "\n\n");
-        if (b->is_result) str_puts(out, "<tool_result>");
-        str_add(out, b->text.p, b->text.n);
-        if (b->is_result) str_puts(out, "</tool_result>");
-    }
-    str_add(out, t->extra.p, t->extra.n);
-    if (t->role == ROLE_ASSISTANT && !t->no_eos) str_puts(out, EOS_TEXT);
-}
-
-// Appends the prompt for a chat. Turns marked `context` are not written, but count for the others.
-static bool chat_render(Chat *c, const ChatOptions *o, Str *out, Err *e) {
-    const char *prefix = effort_prefix(o->release_0731, o->effort);
-    bool drop = !o->keep_thinking, context = c->n && c->turns[0].context;
-    const Map *calls = NULL;
-    size_t users = 0, n = 0;                            // users: past the last user's turn
-    if (o->thinking && !prefix)
-        return fail(e, "reasoning effort %s: the v4 encoding has none, high and max",
-                    effort_names[o->effort]);
-    for (size_t i = 0; i < c->n; i++) {
-        Turn *t = &c->turns[i];
-        if (t->has_tools) drop = false;
-        if (t->role == ROLE_USER || t->role == ROLE_DEVELOPER) users = i + 1;
-        if (t->has_calls) calls = &t->calls;
-        if (t->role == ROLE_USER && calls && calls->n) order_results(t, calls);
-    }
-    size_t *kept = xalloc(c->n, sizeof *kept);          // old developer turns go with old reasoning
-    for (size_t i = 0; i < c->n; i++)
-        if (!(o->thinking && drop && i + 1 < users && c->turns[i].role == ROLE_DEVELOPER))
-            kept[n++] = i;
-    if (!o->no_bos && !context) str_puts(out, BOS_TEXT);
-    if (o->thinking && n && !context) str_puts(out, prefix);
-    for (size_t k = 0; k < n; k++) {
-        const Turn *t = &c->turns[kept[k]], *before = k ? &c->turns[kept[k - 1]] : NULL;
-        const Turn *next = k + 1 < n ? &c->turns[kept[k + 1]] : NULL;
-        bool reasoning = o->thinking && t->role == ROLE_ASSISTANT && (!drop || kept[k] >= users);
-        if (t->context) continue;
-        render_turn(t, reasoning && !(before && before->task[0]), out);
-        if (next && next->role != ROLE_ASSISTANT && next->role != ROLE_REMINDER) continue;
-        bool action = !strcmp(t->task, "<｜action｜>");
-        if (action || (!t->task[0] && (t->role == ROLE_USER || t->role == ROLE_DEVELOPER))) {
-            bool think = o->thinking && (action || !drop || kept[k] + 1 >= users);
-            str_puts(out, think ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>");
-        }
-        str_puts(out, t->task);
-    }
-    free(kept);
-    return true;
-}
-
-// ---- what the model writes
-
-typedef struct { Str name, arguments; } Call;           // arguments: JSON text
-typedef struct { Str reasoning, content; Call *calls; size_t n_calls; } Reply;
-
-static void reply_free(Reply *r) {
-    for (size_t i = 0; i < r->n_calls; i++) {
-        free(r->calls[i].name.p);
-        free(r->calls[i].arguments.p);
-    }
-    free(r->calls);
-    free(r->reasoning.p);
-    free(r->content.p);
-    *r = (Reply){ 0 };
-}
-
-static bool starts_with(Span s, const char *z) {
-    size_t n = strlen(z);
-    return s.n >= n && !memcmp(s.p, z, n);
-}
-
-static size_t find(Span s, const char *z) {             // SIZE_MAX: not there
-    const char *at = s.n ? memmem(s.p, s.n, z, strlen(z)) : NULL;
-    return at ? (size_t)(at - s.p) : SIZE_MAX;
-}
-
-static bool eat(Span *s, const char *z) {
-    bool there = starts_with(*s, z);
-    if (there) *s = span_from(*s, strlen(z));
-    return there;
-}
-
-// What stands before the next `stop`; *s then begins behind it.
-static bool take_until(Span *s, const char *stop, Span *before) {
-    size_t at = find(*s, stop);
-    if (at == SIZE_MAX) return false;
-    *before = (Span){ s->p, at };
-    *s = span_from(*s, at + strlen(stop));
-    return true;
-}
-
-// `KEY" string="true|false">VALUE</...parameter>` and a newline: one more member of the arguments.
-static bool parse_param(Span *s, Map *keys, Str *arguments, Err *e) {
-    Span key, value, at = *s;
-    bool is_string = false;
-    bool ok = take_until(s, "\" string=\"", &key) &&
-              ((is_string = eat(s, "true\">")) || eat(s, "false\">")) &&
-              take_until(s, "</" DSML "parameter", &value) && eat(s, ">\n");
-    if (!ok) return fail(e, "bad parameter %s", quoted(at).text);
-    if (!map_add(keys, key, 0)) return fail(e, "parameter %s twice", quoted(key).text);
-    if (keys->n > 1) str_puts(arguments, ", ");
-    json_put_string(arguments, key);
-    str_puts(arguments, ": ");
-    if (is_string) json_put_string(arguments, value);
-    else str_add(arguments, value.p, value.n);
-    return true;
-}
-
-// The calls behind CALLS_START, up to and with CALLS_END.
-static bool parse_calls(Span *s, Reply *r, Err *e) {
-    bool ok = eat(s, ">\n");
-    while (ok && !eat(s, CALLS_END)) {
-        Span at = *s, name;
-        ok = eat(s, "<" DSML "invoke name=\"") && take_until(s, "\">\n", &name);
-        if (!ok) return fail(e, "bad tool call %s", quoted(at).text);
-        eat(s, "\n");                       // without parameters there is an empty line
-        r->calls = grow(r->calls, r->n_calls, sizeof *r->calls);
-        Call *call = &r->calls[r->n_calls++];
-        Map keys = { 0 };
-        str_add(&call->name, name.p, name.n);
-        str_puts(&call->arguments, "{");
-        while (ok && eat(s, "<" DSML "parameter name=\""))
-            ok = parse_param(s, &keys, &call->arguments, e);
-        str_puts(&call->arguments, "}");
-        map_free(&keys);
-        if (!ok) return false;
-        at = *s;
-        if (!eat(s, "</" DSML "invoke>\n"))
-            return fail(e, "unfinished tool call %s", quoted(at).text);
-    }
-    return ok || fail(e, "bad tool calls %s", quoted(*s).text);
-}
-
-// The publisher's strict reading of a whole completion that ends with EOS as text: no repairs.
-// *r must be { 0 }; reply_free it in any case.
-static bool reply_parse(Span s, bool thinking, Reply *r, Err *e) {
-    static const char *const never[] = { BOS_TEXT, EOS_TEXT, "<think>", "</think>", DSML };
-    Span part;
-    if (thinking) {
-        if (!take_until(&s, "</think>", &part) || find(part, CALLS_START) != SIZE_MAX)
-            return fail(e, "missing </think>");
-        str_add(&r->reasoning, part.p, part.n);
-    }
-    bool calls = find(s, CALLS_START) < find(s, EOS_TEXT);
-    if (!take_until(&s, calls ? CALLS_START : EOS_TEXT, &part)) return fail(e, "missing " EOS_TEXT);
-    str_add(&r->content, part.p, part.n);
-    if (calls && !parse_calls(&s, r, e)) return false;
-    if (calls) eat(&s, EOS_TEXT);
-    if (s.n) return fail(e, "text behind the end: %s", quoted(s).text);
-    for (size_t i = 0; i < sizeof never / sizeof *never; i++)
-        if (find(str_span(&r->reasoning), never[i]) != SIZE_MAX ||
-            find(str_span(&r->content), never[i]) != SIZE_MAX)
-            return fail(e, "unexpected %s in the text", never[i]);
-    return true;
-}
-
-// The forgiving reader follows a completion piece by piece. It tells reasoning and content as soon
-// as no tag can be hidden in them, and each call when it is complete. Set state and on_event first.
-typedef enum { EV_REASONING, EV_CONTENT, EV_CALL } Event;
-typedef void (*OnEvent)(void *arg, Event kind, Span text, Span arguments);  // EV_CALL: name, JSON
-typedef struct {
-    enum { IN_CONTENT, IN_REASONING, IN_CALLS } state;
-    OnEvent on_event;
-    void *arg;
-    Str held;               // text not yet understood
-    bool open;              // a call is being read
-    Call call;
-    Map keys;               // of the open call; of a repeated parameter the first value counts
-} Reader;
-
-static void reader_free(Reader *r) {
-    free(r->held.p);
-    free(r->call.name.p);
-    free(r->call.arguments.p);
-    map_free(&r->keys);
-    *r = (Reader){ 0 };
-}
-
-static void tell(Reader *r, Event kind, Span text) {
-    if (text.n) r->on_event(r->arg, kind, text, span_of(""));
-}
-
-// How many bytes at the end of s may be the beginning of tag.
-static size_t tag_begun(Span s, const char *tag) {
-    size_t k = strlen(tag) - 1;
-    if (k > s.n) k = s.n;
-    while (k && memcmp(s.p + s.n - k, tag, k)) k--;
-    return k;
-}
-
-// Which DSML tag s begins with, after white space: its index, -1 none, -2 not known yet.
-enum { TAG_CALLS, TAG_INVOKE, TAG_PARAM };
-static const char *const dsml_words[] = { "tool_calls", "invoke", "parameter" };
-static int dsml_word(Span s) {
-    int undecided = -1;
-    while (s.n && (s.p[0] == ' ' || s.p[0] == '\n')) s = span_from(s, 1);
-    for (int i = 0; i < 3; i++) {
-        if (starts_with(s, dsml_words[i])) return i;
-        if (s.n < strlen(dsml_words[i]) && !memcmp(s.p, dsml_words[i], s.n)) undecided = -2;
-    }
-    return undecided;
-}
-
-static void end_call(Reader *r) {
-    if (r->open) {
-        str_puts(&r->call.arguments, "}");
-        r->on_event(r->arg, EV_CALL, str_span(&r->call.name), str_span(&r->call.arguments));
-    }
-    r->open = false;
-    r->call.name.n = r->call.arguments.n = 0;
-    map_free(&r->keys);
-}
-
-// A value that should be JSON and is not stays a string.
-static void add_value(Reader *r, Span key, bool is_string, Span value) {
-    Err unused;
-    if (!r->open || !map_add(&r->keys, key, 0)) return;
-    if (r->keys.n > 1) str_puts(&r->call.arguments, ", ");
-    json_put_string(&r->call.arguments, key);
-    str_puts(&r->call.arguments, ": ");
-    Json j = json_open(value, "value", &unused);
-    if (!is_string && json_skip(&j) && json_end(&j)) str_add(&r->call.arguments, value.p, value.n);
-    else json_put_string(&r->call.arguments, value);
-}
-
-static Span attribute(Span tag, const char *start) {    // NAME="value"
-    Span value = span_of("");
-    if (take_until(&tag, start, &value) && !take_until(&tag, "\"", &value)) value = tag;
-    return value;
-}
-
-// Each of these looks at the held text, acts, and returns how much is done with; 0: more is needed.
-static size_t read_reasoning(Reader *r, Span s) {
-    size_t at = find(s, "</think>");
-    bool found = at != SIZE_MAX;
-    if (!found) at = s.n - tag_begun(s, "</think>");
-    tell(r, EV_REASONING, (Span){ s.p, at });
-    if (found) r->state = IN_CONTENT;
-    return found ? at + strlen("</think>") : at;
-}
-
-static size_t read_content_text(Reader *r, Span s) {
-    size_t at = find(s, "<" DSML), newlines = 0;
-    int word = -1;
-    if (at == SIZE_MAX) {
-        size_t a = tag_begun(s, "\n\n<" DSML), b = tag_begun(s, "<" DSML);
-        at = s.n - (a > b ? a : b);
-    } else {
-        Span rest = span_from(s, at + strlen("<" DSML));
-        word = dsml_word(rest);
-        if (word == -1 || word == TAG_PARAM) {
-            at = s.n - rest.n;                          // not a tag of ours: text
-            word = -1;
-        } else if (at >= 2 && !memcmp(s.p + at - 2, "\n\n", 2)) newlines = 2;
-    }
-    tell(r, EV_CONTENT, (Span){ s.p, at - newlines });
-    if (word >= 0) r->state = IN_CALLS;
-    return word >= 0 ? at : at - newlines;
-}
-
-static size_t read_calls_tag(Reader *r, Span s) {
-    size_t start = find(s, "<"), end = find(s, ">"), at = 0;
-    if (start) return start == SIZE_MAX ? s.n : start;  // between tags nothing counts
-    if (end == SIZE_MAX) return 0;
-    Span tag = { s.p + 1, end - 1 }, rest = span_from(s, end + 1);
-    bool closing = eat(&tag, "/"), empty = tag.n && tag.p[tag.n - 1] == '/';
-    int word = eat(&tag, DSML) ? dsml_word(tag) : -1;
-    if (word == TAG_PARAM && !closing) {
-        int next = -1;
-        while (!empty && next < 0) {                    // the value ends at our next closing tag
-            size_t n = find(span_from(rest, at), "</" DSML);
-            if (n == SIZE_MAX) return 0;
-            next = dsml_word(span_from(rest, at + n + strlen("</" DSML)));
-            if (next == -2) return 0;
-            at += next < 0 ? n + 1 : n;
-        }
-        bool is_string = !span_is(attribute(tag, "string=\""), "false");
-        add_value(r, attribute(tag, "name=\""), is_string, (Span){ rest.p, at });
-    } else if (word == TAG_CALLS || word == TAG_INVOKE) {
-        end_call(r);
-        if (word == TAG_CALLS && closing) r->state = IN_CONTENT;
-        if (word == TAG_INVOKE && !closing) {
-            Span name = attribute(tag, "name=\"");
-            str_add(&r->call.name, name.p, name.n);
-            str_puts(&r->call.arguments, "{");
-            r->open = true;
-            if (empty) end_call(r);
-        }
-    }
-    return end + 1 + at;
-}
-
-// Takes the next piece of text: whole characters, as tok_decode gives them.
-static void reader_feed(Reader *r, Span piece) {
-    size_t done = 0, n = 1;
-    int state = -1;
-    str_add(&r->held, piece.p, piece.n);
-    while (done < r->held.n && (n || (int)r->state != state)) {
-        Span s = span_from(str_span(&r->held), done);
-        state = (int)r->state;
-        n = state == IN_REASONING ? read_reasoning(r, s) :
-            state == IN_CONTENT ? read_content_text(r, s) : read_calls_tag(r, s);
-        done += n;
-    }
-    memmove(r->held.p, r->held.p + done, r->held.n -= done);
-}
-
-// The end of the completion: what was held back is text. False if it broke off inside the tool
-// calls; an unfinished call is not told.
-static bool reader_finish(Reader *r) {
-    if (r->state != IN_CALLS)
-        tell(r, r->state == IN_REASONING ? EV_REASONING : EV_CONTENT, str_span(&r->held));
-    r->held.n = 0;
-    return r->state != IN_CALLS;
 }
 // ---------------------------------------------------------------------------
 // sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what

@@ -30,15 +30,6 @@
 
 #define MANIFEST ".dsv4-convert"
 
-__attribute__((format(printf, 2, 3)))
-static bool fail(Dsv4Error *e, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(e->text, sizeof e->text, fmt, ap);
-    va_end(ap);
-    return false;
-}
-
 static void *need(void *p) {
     if (!p) dsv4_die(1, "convert: out of memory");
     return p;
@@ -277,6 +268,7 @@ typedef struct {
     Dsv4Error *error;
     uint64_t total, did, before;    // bytes of DST; before: from earlier runs
     double start, shown;
+    bool terminal;
 } Job;
 
 // The digits of a number at p[0..n), as far as they go; -1 if there are none or too many.
@@ -532,7 +524,12 @@ static bool fetch(Worker *w, const Piece *p, const Dsv4Tensor *t, uint64_t from,
 // Writes bytes of the new file, or (--verify) compares them with what is there.
 static bool emit(Worker *w, const Piece *p, uint64_t at, const void *bytes, size_t n) {
     w->bytes += n;
-    if (!w->job->checking) return write_fd(p->file->out, p->file->part, at, bytes, n, &w->error);
+    if (!w->job->checking) {
+        if (!write_fd(p->file->out, p->file->part, at, bytes, n, &w->error)) return false;
+        // the disk writes while we convert, so that the final sync has little left to do
+        sync_file_range(p->file->out, (off_t)at, (off_t)n, SYNC_FILE_RANGE_WRITE);
+        return true;
+    }
     if (!read_fd(p->file->out, p->file->path, at, w->check, n, &w->error)) return false;
     if (!memcmp(w->check, bytes, n)) return true;
     size_t i = 0;
@@ -630,23 +627,15 @@ static bool same_header(const Shard *file, int fd, const char *path, Dsv4Error *
     return ok;
 }
 
-// Reserves the whole file at once: a full disk shows before work is done, not after.
-static bool start_part(Shard *file, Dsv4Error *e) {
-    file->out = open(file->part, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (file->out < 0) return fail(e, "%s: %s", file->part, strerror(errno));
-    while (fallocate(file->out, 0, 0, (off_t)file->size))
-        if (errno == EOPNOTSUPP || errno == ENOSYS) break;
-        else if (errno != EINTR)
-            return fail(e, "%s: cannot reserve %llu bytes: %s", file->part,
-                        (unsigned long long)file->size, strerror(errno));
-    return write_fd(file->out, file->part, 0, file->header, file->header_size, e);
-}
-
 static bool open_file(const Job *job, Shard *file, Dsv4Error *e) {
     file->pending = 1;
     file->in = open(file->from, O_RDONLY | O_CLOEXEC);
     if (file->in < 0) return fail(e, "%s: %s", file->from, strerror(errno));
-    if (!job->checking) return start_part(file, e);
+    if (!job->checking) {
+        file->out = open(file->part, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (file->out < 0) return fail(e, "%s: %s", file->part, strerror(errno));
+        return write_fd(file->out, file->part, 0, file->header, file->header_size, e);
+    }
     file->out = open(file->path, O_RDONLY | O_CLOEXEC);
     if (file->out < 0) return fail(e, "%s: %s", file->path, strerror(errno));
     posix_fadvise(file->out, 0, 0, POSIX_FADV_DONTNEED);    // see what the disk holds
@@ -702,7 +691,7 @@ static bool next_piece(Job *job, Piece *p) {
 // On a terminal a line that overwrites itself, elsewhere a line per shard. Holds the lock.
 static void show_progress(Job *job, const Shard *finished) {
     double t = seconds(), rate = (double)(job->did - job->before) / (t - job->start + 1e-9);
-    bool terminal = isatty(2);
+    bool terminal = job->terminal;
     if (terminal ? !finished && t - job->shown < 0.2 : !finished) return;
     job->shown = t;
     double left = rate > 0 ? (double)(job->total - job->did) / rate : 0;
@@ -751,6 +740,7 @@ static bool run(Job *job, bool checking, Dsv4Error *e) {
     job->file = 0;
     job->did = job->before = 0;
     job->error = e;
+    job->terminal = isatty(2);
     for (int i = 0; i < job->n_files && !checking; i++)
         if (job->files[i].done) job->before += job->files[i].size;
     job->did = job->before;

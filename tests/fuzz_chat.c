@@ -1,11 +1,7 @@
 // The first byte says what the rest is: a chat to render, or a completion for both readers. However a
 // completion is cut into pieces, the forgiving reader must tell the same.
 #define DSV4_NO_MAIN
-#ifndef FRAGMENTS
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 static void on_event(void *arg, Event kind, Span text, Span arguments) {
     Str *s = (Str *)arg + kind;

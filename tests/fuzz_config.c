@@ -1,11 +1,7 @@
 // Any bytes as config.json. What is accepted must be consistent, and no product of dimensions that
 // belong together may leave an int.
 #define DSV4_NO_MAIN
-#ifndef FRAGMENTS
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 static void fits(int64_t a, int64_t b, int64_t c) {
     if (a < 0 || b < 0 || c < 0 || a * b * c > INT_MAX) abort();

@@ -1,10 +1,6 @@
 // Any bytes as JSON: skip and dump must agree, and what dump writes must read back to itself.
 #define DSV4_NO_MAIN
-#ifndef FRAGMENTS
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     Err e;

@@ -1,11 +1,7 @@
 // Any bytes as a shard (first byte not 'I') or, behind an 'I', as an index beside one good shard. What
 // is accepted must hold: names found again, data inside the file, without holes or overlap.
 #define DSV4_NO_MAIN
-#ifndef FRAGMENTS
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 static char dir[] = "/tmp/dsv4-fuzz-XXXXXX";
 

@@ -1,10 +1,6 @@
 // Any bytes as tokenizer.json. If it loads, the file itself is encoded and decoded: nothing may be lost.
 #define DSV4_NO_MAIN
-#ifndef FRAGMENTS
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     Err e;
