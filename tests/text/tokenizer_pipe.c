@@ -2,12 +2,8 @@
 // Frames on stdin, native byte order: uint32 kind, uint32 n, then n bytes of text (kind 0: encode, added
 // tokens recognised; 1: encode as plain text) or n int32 ids (2: decode, 3: decode without special
 // tokens). Answer: uint32 n, then n int32 ids or n bytes.
-#ifndef FRAGMENTS
 #define DSV4_NO_MAIN
 #include "../../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 static void answer(const void *p, size_t n, size_t size) {
     uint32_t count = (uint32_t)n;

@@ -1,12 +1,9 @@
 // Unit test of JSON, tokenizer, chat format and sampler.
 // usage: unit_text VECTORS_DIR TOKENIZER_JSON   (tests/golden/text and the real tokenizer; without the
 // tokenizer the tests that need it are left out)
-#ifndef FRAGMENTS
 #define DSV4_NO_MAIN
 #include "../../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
+#include "../../apps/chat.c"
 
 static int passed, failed;
 
