@@ -171,7 +171,13 @@ static void touch_lanes(Warp *w, u64 *writes, u64 *reads, u32 lanes, const u64 *
     u64 tag = base_tag(w, shared) | 15, mask = shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
     u64 settled = (tag & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
     bool plain = bytes >= 4 && (how == ACC_READ || how == ACC_WRITE);
+    u64 last = ~0ull;
+    u32 same = 0;
     EACH(l, lanes) {
+        same = address[l] == last ? same + 1 : 0;
+        last = address[l];
+        if (how == ACC_READ && same > 1)
+            continue; /* a third reader in the warp changes nothing */
         u64 at = address[l] - base, lane = (u64)(u32)(w->index * 32 + (int)l) << S_TID;
         if (!plain || !touch_quick(writes + at / 4, reads + at / 4, tag | lane, bytes / 4,
                                    how == ACC_READ, mask, settled))
