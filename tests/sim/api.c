@@ -87,7 +87,7 @@ static void parse_fault(char *item) {
     if (n_faults < 32) faults[n_faults++] = f;
 }
 
-/* Counts an event of a kind; the fault whose turn has come, or NULL. */
+/* Counts one more call or operation of a kind; the fault whose turn has come, or NULL. */
 static Fault *fault_now(const char *what) {
     for (int i = 0; i < n_faults; i++)
         if (!strcmp(faults[i].what, what) && ++faults[i].seen == faults[i].nth) return &faults[i];
@@ -209,6 +209,7 @@ Ctx *cur(void) {
     return self.depth ? self.stack[self.depth - 1] : NULL;
 }
 
+/* A current context that is alive, and that no kernel has broken. */
 static CUresult context_rules(void) {
     Ctx *c = cur();
     if (!c) return E_INVALID_CONTEXT;
@@ -216,6 +217,7 @@ static CUresult context_rules(void) {
     return c->sticky;
 }
 
+/* An injected fault comes before every rule, as a failing driver would. */
 CUresult enter(const char *name, int needs) {
     pthread_mutex_lock(&sim_lock);
     self.call = name;
@@ -236,6 +238,7 @@ CUresult leave(CUresult r) {
     return r;
 }
 
+/* Flags have to be 0. NVRTC calls this too, when it finds a driver. */
 EXPORT CUresult cuInit(unsigned flags) {
     CUresult r = enter(__func__, ANY);
     if (!r && flags) r = E_INVALID_VALUE;
@@ -274,6 +277,7 @@ EXPORT CUresult cuProfilerStop(void) {
 /* ------------------------------------------------------------------------------------------------
  * devices */
 
+/* enter() for calls that take a device ordinal and return something through `out`. */
 static CUresult enter_device(const char *name, int dev, const void *out) {
     CUresult r = enter(name, INIT);
     if (!r && !out) r = E_INVALID_VALUE;
@@ -322,7 +326,8 @@ EXPORT CUresult cuDeviceGetPCIBusId(char *id, int size, CUdevice dev) {
     return leave(r);
 }
 
-/* Attributes as a GA102 card reports them; number -> value. -1: known, but not listed here. */
+/* Attributes as a GA102 card reports them, by CUdevice_attribute; -1: not listed. SIM_CC changes the
+ * capability alone. 99 registering host memory works, 113 but not read-only. */
 static int attribute(int which, int dev) {
     static const int table[][2] = {
         { 1, 1024 }, { 2, 1024 }, { 3, 1024 }, { 4, 64 },          /* block: threads, x, y, z */
@@ -384,6 +389,7 @@ Ctx *device_ctx(int device) {
                                                                                 : NULL;
 }
 
+/* A context that was reset starts afresh, without the fault that it had. */
 static void ctx_start(Ctx *c, int device) {
     c->obj.type = T_CTX;
     c->device = device;
@@ -411,6 +417,7 @@ static void ctx_end(Ctx *c) {
     c->retained = 0;
 }
 
+/* The first retain creates the context, the last release ends it; it does not become current. */
 EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *ctx, CUdevice dev) {
     CUresult r = enter_device(__func__, dev, ctx);
     if (!r) {
@@ -459,6 +466,7 @@ static CUresult push(Ctx *c) {
     return OK;
 }
 
+/* Replaces the top of the thread's stack; NULL removes it. */
 EXPORT CUresult cuCtxSetCurrent(CUcontext ctx) {
     CUresult r = enter(__func__, INIT);
     if (!r && ctx && (!obj_ok(ctx, T_CTX) || !ctx->retained)) r = E_INVALID_CONTEXT;
@@ -494,6 +502,7 @@ EXPORT CUresult cuCtxGetDevice(CUdevice *dev) {
     return leave(r);
 }
 
+/* The place where a kernel's fault usually comes to light. */
 EXPORT CUresult cuCtxSynchronize(void) {
     CUresult r = enter(__func__, UNSAFE);
     if (!r) {
@@ -531,6 +540,7 @@ EXPORT CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
     return leave(r);
 }
 
+/* One direction: kernels of the current device may use the peer's memory. */
 EXPORT CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned flags) {
     CUresult r = enter(__func__, CTX);
     if (!r && (!obj_ok(peer, T_CTX) || !peer->retained || peer == cur())) r = E_INVALID_CONTEXT;

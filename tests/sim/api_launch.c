@@ -14,6 +14,8 @@ typedef struct {
     bool verbose;
 } JitLogs;
 
+/* Takes what matters from the option list: the log buffers. Option numbers are CUjit_option; sizes
+ * arrive as the pointer's value, and the slot of a size receives how much was written. */
 static CUresult jit_options(unsigned n, const CUjit_option *options, void **values, JitLogs *logs) {
     if (n && (!options || !values)) return E_INVALID_VALUE;
     for (unsigned i = 0; i < n; i++) {
@@ -31,6 +33,7 @@ static CUresult jit_options(unsigned n, const CUjit_option *options, void **valu
     return OK;
 }
 
+/* Text and its NUL, cut to the buffer. */
 static void put_log(char *buffer, size_t size, void **slot, const char *text) {
     size_t n = strlen(text) + 1;
     if (!buffer || !size) n = 0;
@@ -62,6 +65,7 @@ static CUresult check_image(const char *image, char *log, size_t size) {
     return E_NO_BINARY_FOR_GPU;
 }
 
+/* Without attribute 8 static and dynamic shared memory together may take 48 KB. */
 static void make_functions(Module *m) {
     m->n_funcs = sim_module_n_kernels(m->sim);
     m->funcs = zalloc((size_t)m->n_funcs * sizeof *m->funcs);
@@ -76,6 +80,7 @@ static void make_functions(Module *m) {
     }
 }
 
+/* What ptxas -v would say (option 12), with the registers estimated. */
 static void verbose_log(const Module *m, char *log, size_t size) {
     size_t n = 0;
     for (int i = 0; i < m->n_funcs && n < size; i++) {
@@ -87,6 +92,8 @@ static void verbose_log(const Module *m, char *log, size_t size) {
     }
 }
 
+/* Errors as the driver's compiler gives them: 200 no PTX at all, 209 for another device, 218 does
+ * not compile (the log says where), 222 newer PTX than this driver knows. */
 static CUresult load(CUmodule *module, const char *image, unsigned n, const CUjit_option *options,
                      void **values) {
     char log[4096] = "";
@@ -121,6 +128,7 @@ EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned
 API(UNSAFE, cuModuleLoadData, (CUmodule *module, const void *image),
     load(module, image, 0, NULL, NULL))
 
+/* Waits for the kernels of the module that are still to run. */
 EXPORT CUresult cuModuleUnload(CUmodule m) {
     CUresult r = enter(__func__, UNSAFE);
     if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
@@ -163,6 +171,8 @@ EXPORT CUresult cuModuleGetGlobal_v2(CUdeviceptr *address, size_t *bytes, CUmodu
 /* ------------------------------------------------------------------------------------------------
  * functions */
 
+/* CUfunction_attribute: 0 threads, 1 shared, 2 constant, 3 local bytes, 4 registers, 5 PTX and 6
+ * machine version, 8 and 9 as below. */
 static CUresult function_attribute(int *value, int which, const Func *f) {
     const SimKernel *k = f->kernel;
     switch (which) {
@@ -214,6 +224,7 @@ int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
     return occupancy_blocks(k->registers, threads, k->shared_bytes + dynamic_shared);
 }
 
+/* 0 for a block that could not be launched. */
 EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction f, int threads,
                                                             size_t dynamic_shared) {
     CUresult r = enter(__func__, CTX);
@@ -227,6 +238,8 @@ EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunct
 /* ------------------------------------------------------------------------------------------------
  * launches */
 
+/* The limits of compute capability 8.6; a block that has too many threads for the registers or for
+ * .maxntid is "out of resources", everything else an invalid value. */
 static CUresult check_shape(const Func *f, const unsigned grid[3], const unsigned block[3],
                             uint32_t shared) {
     static const unsigned grid_max[3] = { 0x7FFFFFFF, 65535, 65535 };
@@ -283,6 +296,7 @@ static CUresult pack(const SimKernel *k, void **params, void **extra, void **out
     return OK;
 }
 
+/* A kernel launch as work, for a stream or a graph node. On error nothing is held. */
 CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[3],
                           uint32_t shared, void **params, void **extra, Work *work) {
     *work = (Work){ .kind = W_KERNEL, .func = f, .shared = shared };
@@ -294,6 +308,7 @@ CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[
     return r ? r : pack(f->kernel, params, extra, &work->owned);
 }
 
+/* A cooperative launch has to fit on the device as a whole. */
 static CUresult launch(Func *f, const unsigned grid[3], const unsigned block[3], uint32_t shared,
                        CUstream h, void **params, void **extra, bool cooperative) {
     Stream *s;

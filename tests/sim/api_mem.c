@@ -53,6 +53,7 @@ EXPORT CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
     return leave(r);
 }
 
+/* The memory holds poison and counts as never written. */
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     CUresult r = enter(__func__, UNSAFE);
     uint64_t p = 0;
@@ -83,6 +84,7 @@ static size_t pages(uint64_t bytes) {
     return (size_t)((bytes + 4095) & ~(uint64_t)4095);
 }
 
+/* Makes a range known to kernels and copies. */
 static CUresult host_add(uint64_t base, uint64_t bytes, unsigned flags, bool registered) {
     if (sim_mem_host_add((void *)(uintptr_t)base, bytes)) return E_HOST_MEMORY_ALREADY_REGISTERED;
     HostRange *h = zalloc(sizeof *h);
@@ -91,6 +93,7 @@ static CUresult host_add(uint64_t base, uint64_t bytes, unsigned flags, bool reg
     return OK;
 }
 
+/* Forgets a range that was made or registered here. */
 static CUresult host_remove(uint64_t base, bool registered, CUresult unknown) {
     HostRange **at = &host_ranges;
     while (*at && (*at)->base != base) at = &(*at)->next;
@@ -151,6 +154,7 @@ EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *p, unsi
     return leave(r);
 }
 
+/* By CUpointer_attribute. */
 static CUresult pointer_attribute(void *out, int which, uint64_t p) {
     SimRange range = { .base = 0 };
     if (!sim_mem_find(p, &range) || range.freed) return E_INVALID_VALUE;
@@ -230,7 +234,8 @@ static void *bytes_at(uint64_t p, int device) {
     return device >= 0 ? sim_mem_ptr(p) : (void *)(uintptr_t)p;
 }
 
-/* Runs when its turn has come. */
+/* Runs when its turn has come. Bytes that nothing wrote are reported when they reach the host; from
+ * device to device they only carry their mark along. */
 CUresult work_copy(const Work *w) {
     char why[200] = "";
     if ((w->dst_dev >= 0 && sim_mem_check(w->dst, w->bytes, why, sizeof why)) ||

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <string.h>
 
+/* Codes that this library gives or that a test may want to inject. */
 static const struct { int code; const char *name, *text; } errors[] = {
     { 0, "CUDA_SUCCESS", "no error" },
     { 1, "CUDA_ERROR_INVALID_VALUE", "invalid argument" },

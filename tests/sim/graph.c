@@ -73,6 +73,7 @@ EXPORT CUresult cuGraphDestroy(CUgraph graph) {
     return leave(r);
 }
 
+/* Fills up to *n entries, or tells how many there are. */
 EXPORT CUresult cuGraphGetNodes(CUgraph graph, CUgraphNode *nodes, size_t *n) {
     CUresult r = enter(__func__, INIT);
     if (!r && (!obj_ok(graph, T_GRAPH) || !n)) r = E_INVALID_VALUE;
@@ -91,6 +92,7 @@ static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
     return make_kernel_work(p->func, grid, block, p->sharedMemBytes, p->kernelParams, p->extra, w);
 }
 
+/* Dependencies are nodes of the same graph, so the list stays in an order that can run. */
 EXPORT CUresult cuGraphAddKernelNode_v2(CUgraphNode *node, CUgraph graph, const CUgraphNode *deps,
                                         size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
     Work w;
@@ -106,6 +108,8 @@ EXPORT CUresult cuGraphAddKernelNode_v2(CUgraphNode *node, CUgraph graph, const 
 /* ------------------------------------------------------------------------------------------------
  * executable graphs */
 
+/* Takes a copy: later changes of the graph do not touch it. Flags 1 and 8 change nothing here, 2
+ * (upload) and 4 (launch from the device) are not supported. */
 static CUresult instantiate(CUgraphExec *exec, CUgraph graph, unsigned long long flags) {
     if (!exec || !obj_ok(graph, T_GRAPH)) return E_INVALID_VALUE;
     if (flags & ~9ull) return flags & ~15ull ? E_INVALID_VALUE : E_NOT_SUPPORTED;
@@ -196,6 +200,7 @@ static int compare(const Node *a, const Node *b) {
     return v->ctx != w->ctx || v->dst_dev != w->dst_dev || v->src_dev != w->src_dev ? 5 : 0;
 }
 
+/* Replaces all parameters by those of a graph of the same shape. */
 static CUresult update(Exec *e, Graph *g, int *result, Node **where) {
     *where = NULL;
     *result = 1;
@@ -289,6 +294,7 @@ static void set_front(Node ***front, int *n, Node **nodes, int n_nodes) {
     join_front(front, n, nodes, n_nodes);
 }
 
+/* Instead of running: a node after everything the stream did in this capture. */
 CUresult capture_add(Stream *s, Work *work) {
     if (s->capture->broken) {
         work_free(work);
@@ -299,6 +305,7 @@ CUresult capture_add(Stream *s, Work *work) {
     return OK;
 }
 
+/* The event stands for the stream's place in the graph, and no longer for any real record. */
 CUresult capture_record(Event *e, Stream *s) {
     if (s->capture->broken) return E_CAPTURE_INVALIDATED;
     e->capture = s->capture;
@@ -307,6 +314,8 @@ CUresult capture_record(Event *e, Stream *s) {
     return OK;
 }
 
+/* The stream joins the event's capture, or goes on in it after both places. Waiting for work outside
+ * the capture or in another one spoils it; so does making the legacy stream wait. */
 CUresult capture_wait(Stream *s, Event *e) {
     Capture *of_event = e->capture && !e->capture->ended ? e->capture : NULL;
     if (s->capture && s->capture->broken) return E_CAPTURE_INVALIDATED;
@@ -325,6 +334,7 @@ CUresult capture_wait(Stream *s, Event *e) {
     return OK;
 }
 
+/* Modes: 0 global, 1 thread local, 2 relaxed: see capture_allows(). */
 static CUresult begin(CUstream h, int mode) {
     Stream *s;
     CUresult r = get_stream(h, &s);
@@ -363,6 +373,7 @@ static bool joined(const Capture *c) {
     return good;
 }
 
+/* Ends the capture even if it was spoilt; then there is no graph. */
 static CUresult end(CUstream h, CUgraph *graph) {
     Stream *s;
     CUresult r = get_stream(h, &s);

@@ -105,6 +105,7 @@ static double model(const Card *card, const SimCounters *c, Bound *bound) {
     return t[*bound];
 }
 
+/* Adds one launch; its computed time in us on the card that the devices pretend to be. */
 double stats_launch(KernelStats *k, const Work *w, const SimCounters *c) {
     int threads = (int)(w->block[0] * w->block[1] * w->block[2]);
     double mine = 0;
@@ -170,6 +171,7 @@ static void read_ptxas(FILE *in) {
     }
 }
 
+/* One run for each module. */
 static void ask_ptxas(const char *ptxas) {
     for (KernelStats *k = kernels, *l; k; k = k->next) {
         for (l = kernels; l != k && l->module != k->module;) l = l->next;
@@ -200,6 +202,7 @@ static int occupancy(const KernelStats *k) {
            ((k->threads + 31) / 32);
 }
 
+/* By bytes per thread: how often, how much, in how many sectors. */
 static void put_access(FILE *f, const char *name, const SimAccess *a) {
     fprintf(f, "      \"%s\": {", name);
     for (int w = 0; w < SIM_N_WIDTHS; w++)

@@ -43,6 +43,7 @@ void op_hold(Op **slot, Op *op) {
     free(old);
 }
 
+/* It may run from now on. */
 static void make_ready(Op *op) {
     if (n_ready == cap_ready) {
         cap_ready = cap_ready ? 2 * cap_ready : 64;
@@ -84,6 +85,7 @@ Op *op_new(const Work *work, Op **preds, int n_preds, double t, uint64_t order) 
     return op;
 }
 
+/* Lets the successors go. */
 static void finish(Op *op, double end) {
     op->end = end;
     op->done = true;
@@ -218,6 +220,7 @@ void run_until(Op *op) {
     op_hold(&held, NULL);
 }
 
+/* Marks everything first, so that the streams mix. */
 void run_ctx(Ctx *ctx) {
     for (Stream *s = ctx->streams; s; s = s->next) need(s->tail);
     for (Stream *s = ctx->streams; s; s = s->next) run_until(s->tail);
@@ -302,6 +305,7 @@ int stream_preds(Stream *s, Op **preds, int max) {
     return n;
 }
 
+/* `op` is the stream's last operation now. The eager device starts at once. */
 void stream_tail(Stream *s, Op *op) {
     op_hold(&s->tail, op);
     while (config.seed % 4 == 1 && (op = pick())) execute(op);
@@ -370,6 +374,7 @@ static CUresult stream_now(CUstream handle, Stream **s, const char *name) {
     return r;
 }
 
+/* Returns what the work that it waited for did to the context. */
 EXPORT CUresult cuStreamSynchronize(CUstream stream) {
     Stream *s;
     CUresult r = stream_now(stream, &s, __func__);
@@ -391,6 +396,7 @@ EXPORT CUresult cuStreamQuery(CUstream stream) {
     return leave(r);
 }
 
+/* The callback may not call the driver (error 800). */
 EXPORT CUresult cuLaunchHostFunc(CUstream stream, CUhostFn fn, void *user) {
     Stream *s;
     CUresult r = enter(__func__, CTX);
@@ -403,6 +409,7 @@ EXPORT CUresult cuLaunchHostFunc(CUstream stream, CUhostFn fn, void *user) {
 /* ------------------------------------------------------------------------------------------------
  * events */
 
+/* Flags: 1 blocking wait (no difference here), 2 no timing, 4 between processes (refused). */
 EXPORT CUresult cuEventCreate(CUevent *event, unsigned flags) {
     CUresult r = enter(__func__, CTX);
     if (!r && (!event || flags & ~7u || (flags & 4 && !(flags & 2)))) r = E_INVALID_VALUE;
@@ -426,6 +433,7 @@ EXPORT CUresult cuEventDestroy_v2(CUevent event) {
     return leave(r);
 }
 
+/* Event and stream have to be of the same context. */
 static CUresult record(CUevent event, CUstream stream) {
     Stream *s;
     if (!obj_ok(event, T_EVENT)) return E_INVALID_HANDLE;
@@ -469,6 +477,7 @@ static CUresult event_now(CUevent event, const char *name) {
     return r ? r : event->ctx->sticky;
 }
 
+/* An event that was never recorded counts as complete. */
 EXPORT CUresult cuEventSynchronize(CUevent event) {
     CUresult r = event_now(event, __func__);
     if (!r) {

@@ -386,6 +386,11 @@ static void case_sticky(void) {
     GOOD(do_fill(1, p, 9, 64, NULL));
     GOOD(cuMemcpyDtoH_v2(&v, p, 4));
     IS(v, 9);
+    GOOD(cuDevicePrimaryCtxReset_v2(0)); /* only a new context helps */
+    GOOD(cuDevicePrimaryCtxRetain(&ctx[0], 0));
+    GOOD(cuCtxSetCurrent(ctx[0]));
+    GOOD(cuCtxSynchronize());
+    IS(do_fill(0, p, 0, 64, NULL), 400);
 }
 
 /* ------------------------------------------------------------------------------------------------
