@@ -1190,7 +1190,6 @@ static bool convert(Job *job, bool complete, Dsv4Error *e) {
         char *manifest = text_of("%s/%s", o->dst, MANIFEST);
         if (ok && unlink(manifest)) ok = fail(e, "%s: %s", manifest, strerror(errno));
         free(manifest);
-        ok = ok && sync_directory(o->dst, e);
     }
     if (ok && o->verify)
         ok = run(job, true, e) && same_text(job, "config.json", config, n, e) &&

@@ -177,6 +177,43 @@ def passed_over(rng):
     return t
 
 
+# libc with faults: FAULT=call:n:errno lets the n-th such call fail; FAULT=short:: halves reads and writes and interrupts every third
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+static atomic_int calls;
+static int fails(const char *name, size_t *n) {
+    const char *f = getenv("FAULT"), *at = f ? strchr(f, ':') : 0;
+    if (!at) return 0;
+    if (!strncmp(f, "short", 5) && n) {
+        if (++calls % 3 == 0) return errno = EINTR;
+        if (*n > 1) *n /= 2;
+        return 0;
+    }
+    if (strlen(name) != (size_t)(at - f) || strncmp(f, name, at - f) || ++calls != atoi(at + 1)) return 0;
+    return errno = atoi(strchr(at + 1, ':') + 1);
+}
+#define REAL(name) static typeof(&name) real; if (!real) real = (typeof(&name))dlsym(RTLD_NEXT, #name)
+ssize_t pread(int, void *, size_t, off_t);
+ssize_t pread(int fd, void *p, size_t n, off_t o) { REAL(pread); return fails("pread", &n) ? -1 : real(fd, p, n, o); }
+ssize_t pwrite(int, const void *, size_t, off_t);
+ssize_t pwrite(int fd, const void *p, size_t n, off_t o) { REAL(pwrite); return fails("pwrite", &n) ? -1 : real(fd, p, n, o); }
+int fsync(int);
+int fsync(int fd) { REAL(fsync); return fails("fsync", 0) ? -1 : real(fd); }
+int rename(const char *, const char *);
+int rename(const char *a, const char *b) { REAL(rename); return fails("rename", 0) ? -1 : real(a, b); }
+int mkdir(const char *, mode_t);
+int mkdir(const char *a, mode_t m) { REAL(mkdir); return fails("mkdir", 0) ? -1 : real(a, m); }
+int unlink(const char *);
+int unlink(const char *a) { REAL(unlink); return fails("unlink", 0) ? -1 : real(a); }
+"""
+
+
 # ---- the suite -------------------------------------------------------------------------------------------------------
 
 class Suite:
@@ -399,6 +436,37 @@ class Suite:
         self.t.check(p.returncode == 1 and b"ermission" in p.stderr and p.stderr.count(b"\n") == 1, "no permission", p.stderr.decode())
         self.twice(src)
 
+    def shim(self):
+        """Every system call that can fail does, at every place; then the same command ends the work."""
+        src, _ = self.small(2, 64)
+        lib = os.path.join(self.work, "shim.so")
+        p = subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", lib, "-ldl"], input=SHIM.encode(), capture_output=True)
+        if p.returncode:
+            self.t.check(False, "the fault library", p.stderr.decode()[-300:])
+            return
+        ref = self.new("ref")
+        self.convert(src, ref)
+        want = tree(ref)
+        env = {"LD_PRELOAD": lib, "ASAN_OPTIONS": SANITIZERS["ASAN_OPTIONS"] + ":verify_asan_link_order=0"}
+        dst = self.new("short")
+        r = self.convert(src, dst, "--verify", env={**env, "FAULT": "short::"})
+        self.t.check(r.code == 0 and tree(dst) == want, "short and interrupted reads and writes", r.tail())
+        for call, error, text in [("pread", 5, "nput/output"), ("pwrite", 28, "No space"), ("fsync", 5, "nput/output"),
+                                  ("rename", 13, "ermission"), ("mkdir", 28, "No space"), ("unlink", 13, "ermission")]:
+            hits = 0
+            for n in range(1, 40):
+                dst = self.new(call)
+                r = self.convert(src, dst, env={**env, "FAULT": f"{call}:{n}:{error}"})
+                if r.code == 0:
+                    break
+                hits += 1
+                whole = all(b == want.get(f) for f, b in tree(dst).items() if f in want) if os.path.isdir(dst) else True
+                ok = r.code == 1 and len(r.lines()) == 1 and text in r.err and not r.sanitizer() and whole
+                again = self.convert(src, dst)
+                ok = ok and again.code == 0 and tree(dst) == want
+                self.t.check(ok, f"{call} number {n} fails", r.tail() + again.tail())
+            self.t.check(hits > 0 and r.code == 0, f"{call}: {hits} places")
+
     def twice(self, src):
         for delay in (0.002, 0.005, 0.01, 0.02, 0.04):
             dst = self.new("twice")
@@ -501,7 +569,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="dsv4-convert-") as work:
         s = Suite(os.path.abspath(a.dsv4), work, tally)
         for name, part in [("golden", s.golden), ("requantised", s.requantised), ("options", s.options), ("faults", s.faults),
-                           ("kills", lambda: s.kills(a.kills)), ("memory", s.memory)]:
+                           ("shim", s.shim), ("kills", lambda: s.kills(a.kills)), ("memory", s.memory)]:
             if a.only in name:
                 part()
     tally.end("convert")
