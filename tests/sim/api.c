@@ -84,6 +84,7 @@ static void parse_fault(char *item) {
     if (!f.nth || !(lost || oom || missing || !strcmp(name, "launch") ||
                     !strcmp(name, "corrupt") || known_symbol(name)))
         bad_setting("SIM_FAULT", name);
+    if (missing && a) hide_symbol(a);
     if (n_faults < 32) faults[n_faults++] = f;
 }
 

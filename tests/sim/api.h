@@ -313,5 +313,6 @@ int occupancy_blocks(int registers, int threads, uint64_t shared_bytes);
 /* api_names.c */
 const char *error_name(int code), *error_text(int code);
 bool known_symbol(const char *name); /* an exported cu* function, with its suffix */
+void hide_symbol(const char *name);
 
 #endif

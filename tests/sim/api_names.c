@@ -2,7 +2,9 @@
 #define _GNU_SOURCE
 #include "api.h"
 #include <dlfcn.h>
+#include <link.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* Codes that this library gives or that a test may want to inject. */
 static const struct { int code; const char *name, *text; } errors[] = {
@@ -139,6 +141,21 @@ bool known_symbol(const char *name) {
         if (!strncmp(name, symbols[i].base, n) && !strcmp(name + n, symbols[i].suffix)) return true;
     }
     return false;
+}
+
+/* Makes an export impossible to find, for dlsym too: changes its name in the loaded string table. */
+void hide_symbol(const char *name) {
+    char *table = NULL;
+    size_t size = 0, n = strlen(name) + 1;
+    for (ElfW(Dyn) *d = _DYNAMIC; d->d_tag != DT_NULL; d++) {
+        if (d->d_tag == DT_STRTAB) table = (char *)d->d_un.d_ptr;
+        if (d->d_tag == DT_STRSZ) size = d->d_un.d_val;
+    }
+    for (char *p = table + 1; table && p + n <= table + size; p++) {
+        if (p[-1] || memcmp(p, name, n)) continue;
+        char *page = (char *)((uintptr_t)p & ~(uintptr_t)4095);
+        if (!mprotect(page, 4096, PROT_READ | PROT_WRITE)) *p = 'x';
+    }
 }
 
 /* Address of one of this library's own exports. */

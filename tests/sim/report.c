@@ -332,6 +332,8 @@ static void put_table(FILE *f, bool ptxas) {
         launches += c->launches;
         for (int i = 0; i < N_CARDS; i++) us[i] += k->ps[i];
     }
+    fprintf(f, "sect: sectors touched x 32 / bytes asked for by threads; bank: shared passes / ideal; "
+            "occ: warps of %d\n", WARPS_PER_SM);
     fprintf(f, "sum of kernels: computed %.2f us (3090), %.2f us (A5000); apart from that %llu "
             "gaps (computed %.1f us) and %llu hops (computed %.1f us)\n", (double)us[0] * 1e-6,
             (double)us[1] * 1e-6, (unsigned long long)launches, (double)launches * gap_us,

@@ -68,7 +68,7 @@ refused() {
 
 # Two host threads and the whole API under ThreadSanitizer.
 tsan() {
-    mk SIM_OUT=build/sim-tsan SIM_SAN=-fsanitize=thread build/sim-tsan/test_api &&
+    mk SIM_OUT=build/sim-tsan SIM_SAN="-fsanitize=thread -O1" build/sim-tsan/test_api &&
         TSAN_OPTIONS=halt_on_error=1:exitcode=66 timeout 900 build/sim-tsan/test_api
 }
 

@@ -1,6 +1,6 @@
 # The simulated CUDA device: build/sim/libcuda.so.1 and its tests.
 # Included by the top Makefile; also works alone: make -f tests/sim/sim.mk sim-test
-# With SIM_OUT=build/sim-tsan SIM_SAN=-fsanitize=thread a copy under ThreadSanitizer.
+# With SIM_OUT=build/sim-tsan SIM_SAN=-fsanitize=thread: a copy under ThreadSanitizer.
 SIM_DIR   := tests/sim
 SIM_OUT   := build/sim
 SIM_SRC   := $(filter-out $(SIM_DIR)/test_%,$(wildcard $(SIM_DIR)/*.c))

@@ -6,6 +6,7 @@
 #include "api.h"
 #include "api_protos.h" /* generated from the EXPORT lines: see sim.mk */
 #include <ctype.h>
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -192,6 +193,8 @@ static void case_getproc(void) {
     IS(f == NULL, 1);
     GOOD(cuGetProcAddress_v2("cuGraphLaunch", &f, 12000, 0, &status)); /* SIM_FAULT hides it */
     IS(status, 1);
+    IS(dlsym(RTLD_DEFAULT, "cuGraphLaunch") == NULL, 1);
+    IS(dlsym(RTLD_DEFAULT, "cuGraphUpload") != NULL, 1);
     IS(cuGetProcAddress("cuMemAlloc_v2", &f, 12000, 0), 500);
     GOOD(cuGetProcAddress("cuInit", &f, 12000, 0));
     IS(cuGetProcAddress("cuInit", &f, 14000, 0), 1);
