@@ -4801,6 +4801,7 @@ typedef struct NvrtcObject *Nvrtc;
     X(EventSynchronize, "cuEventSynchronize", CuEvent e) \
     X(EventElapsedTime, "cuEventElapsedTime", float *ms, CuEvent a, CuEvent b) \
     X(ModuleLoadDataEx, "cuModuleLoadDataEx", CuModule *m, const void *image, unsigned n, int *option, void **value) \
+    X(ModuleUnload, "cuModuleUnload", CuModule m) \
     X(ModuleGetFunction, "cuModuleGetFunction", CuFunction *f, CuModule m, const char *name) \
     X(FuncSetAttribute, "cuFuncSetAttribute", CuFunction f, int attribute, int value) \
     X(LaunchKernel, "cuLaunchKernel", CuFunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, \
@@ -5082,6 +5083,10 @@ typedef struct {
     int T;
     bool post;                  // an hc_post is due: the next kernel that reads X does it
     bool h_float;               // w2 wants FP32 rows
+    bool keep_floats;           // self-test: o in FP32 too
+    bool count_only;            // only scratch_bytes is wanted
+    CuPtr *owned;               // [n_owned] everything allocated, but sessions
+    int n_owned;
     size_t weight_bytes, scratch_bytes, slot_bytes;
     GpuLayer *layer;            // [stage_caches]
     GpuProducts head, e_proj, h_proj;
@@ -5132,13 +5137,24 @@ static CuPtr gpu_alloc(Device *d, size_t bytes, const char *what) {
     return p;
 }
 
+// The same, freed with the device.
+static CuPtr gpu_keep(Device *d, size_t bytes, const char *what) {
+    Cuda *g = d->impl;
+    CuPtr p = gpu_alloc(d, bytes, what);
+    g->owned = realloc(g->owned, sizeof *g->owned * (size_t)(g->n_owned + 1));
+    if (!g->owned) die(1, "out of memory: list of buffers");
+    return g->owned[g->n_owned++] = p;
+}
+
 static CuPtr gpu_buffer(Device *d, size_t n, size_t size) {
-    ((Cuda *)d->impl)->scratch_bytes += cmul(n, size);
-    return gpu_alloc(d, cmul(n, size), "buffers");
+    Cuda *g = d->impl;
+    g->scratch_bytes = cadd(g->scratch_bytes, cmul(n, size));
+    return g->count_only ? 0 : gpu_keep(d, cmul(n, size), "buffers");
 }
 
 static void *host_pinned(Device *d, size_t bytes) {
     void *p = NULL;
+    if (((Cuda *)d->impl)->count_only) return NULL;
     CU(d, MemHostAlloc, &p, bytes ? bytes : 4, 1);      // 1: usable from every context
     return p;
 }
@@ -5317,7 +5333,7 @@ static void cuda_upload(Device *d) {
     pthread_t thread[UPLOAD_THREADS];
     upload_walk(&u, &host);
     g->weight_bytes = u.at;
-    u.base = gpu_alloc(d, u.at, "the weights of its layers");
+    u.base = gpu_keep(d, u.at, "the weights of its layers");
     gpu_wait(d);
     upload_walk(&u, &host);
     pthread_mutex_init(&u.lock, NULL);
@@ -5354,7 +5370,7 @@ static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuA
 }
 
 static CuPtr gpu_table(Device *d, const void *from, size_t bytes) {
-    CuPtr p = gpu_alloc(d, bytes, "tables");
+    CuPtr p = gpu_keep(d, bytes, "tables");
     gpu_copy_in(d, p, from, bytes);
     gpu_wait(d);
     return p;
@@ -5581,6 +5597,27 @@ static void cuda_buffers(Device *d) {
     g->ex = gpu_buffer(d, T * (S + 1) * D, 4);
 }
 
+// Bytes of buffers that a stage like d would take.
+static size_t cuda_buffer_bytes(const Device *like) {
+    Device d = *like;
+    Cuda *g = d.impl = xalloc(1, sizeof *g);
+    g->count_only = true;
+    cuda_buffers(&d);
+    size_t n = g->scratch_bytes;
+    free(g);
+    return n;
+}
+
+// Free bytes on GPU `ordinal`, 0 if there is no such GPU.
+static size_t cuda_memory(int ordinal) {
+    CuDevice dev;
+    CuContext ctx;
+    size_t bytes = 0, total;
+    if (ordinal >= cuda_count() || cu.DeviceGet(&dev, ordinal) || cu.PrimaryCtxRetain(&ctx, dev)) return 0;
+    if (cu.CtxSetCurrent(ctx) || cu.MemGetInfo(&bytes, &total)) return 0;
+    return bytes;
+}
+
 static void cuda_tables(Device *d) {
     Cuda *g = d->impl;
     for (int i = 0; i < 2; i++)
@@ -5626,6 +5663,24 @@ static void cuda_device(Device *d, int ordinal) {
     cuda_buffers(d);
     cuda_tables(d);
     gpu_wait(d);
+}
+
+// Gives everything back. d->w keeps device addresses that are no longer valid.
+static void cuda_close(Device *d) {
+    Cuda *g = d->impl;
+    void *pinned[] = { g->host_rows, g->host_X, g->host_logits, g->host_want, g->host_bad, g->host_slots };
+    CU(d, CtxSetCurrent, g->ctx);
+    gpu_wait(d);
+    for (size_t i = 0; i < COUNT(g->slot); i++) if (g->slot[i]) CU(d, MemFree, g->slot[i]);
+    for (int i = 0; i < g->n_owned; i++) CU(d, MemFree, g->owned[i]);
+    for (size_t i = 0; i < COUNT(pinned); i++) if (pinned[i]) CU(d, MemFreeHost, pinned[i]);
+    CU(d, EventDestroy, g->staged);
+    CU(d, StreamDestroy, g->stream);
+    CU(d, ModuleUnload, g->module);
+    free(g->owned);
+    free(g->layer);
+    free(g);
+    d->impl = NULL;
 }
 
 // ---------------------------------------------------------------------------
@@ -5765,7 +5820,7 @@ static void cuda_attend(Device *d, const Layer *l, int i) {
     const Config *c = d->c;
     GpuLayer *gl = &g->layer[i];
     int splits = g->T <= TILE ? MAX_SPLITS : 1, ratio = l->ratio, heads = c->n_heads > 16 ? 32 : 16;
-    CuPtr ox = takes_int8(l->wo_a.fmt) ? 0 : g->o.x;
+    CuPtr ox = takes_int8(l->wo_a.fmt) && !g->keep_floats ? 0 : g->o.x;
     LAUNCH(d, attend, splits, (c->n_heads + heads - 1) / heads, g->T, 32 * ((c->head_dim + 63) / 64), attend_shared(c),
            &g->qh, &g->rows, &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits, &g->o_part, &g->ml);
     LAUNCH(d, attend_combine, c->n_heads, g->T, 1, (c->head_dim / 4 + 31) & ~31, 0, &g->o_part, &g->ml, &g->rows, &ratio,
@@ -6479,7 +6534,12 @@ static void stage_init(Model *m, Device *d, int first, int last, bool exact) {
 
 // --- placement: runs of layers on devices
 
-typedef struct { char name[16]; int layers; } Placement;       // layers -1: to be chosen
+typedef struct {
+    char name[16];
+    int layers;                 // -1: to be chosen
+    bool head;
+    size_t memory;              // free bytes of a GPU
+} Placement;
 
 // "cuda:0,cuda:1,cpu" -> places; returns their number.
 static int parse_devices(const char *list, Placement *place) {
@@ -6523,6 +6583,84 @@ static void parse_layers(const char *list, Placement *place, int n, int n_layers
         die(2, "--layers: expected %d counts with the sum %d, found '%s'", n, n_layers, list);
 }
 
+static bool on_gpu(const Placement *p) { return !strncmp(p->name, "cuda:", 5); }
+
+// Bytes of weights that a layer reads for one token: its share of a token's time.
+static double layer_cost(const Model *m, const Layer *l) {
+    const Config *c = &m->c;
+    size_t experts = 0;
+    for (int e = 0; e < c->n_experts; e++)
+        experts += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
+    return (double)(layer_bytes(l, c) - experts) + (double)experts * c->n_active / c->n_experts;
+}
+
+// Bytes that layers [first, last) take on a GPU: weights, one session at full context, buffers.
+static size_t stage_bytes(Model *m, int first, int last, bool head) {
+    const Config *c = &m->c;
+    Device d = { 0 };
+    stage_init(m, &d, first, last, false);
+    d.has_head = head;
+    size_t n = session_bytes(&d) + cuda_buffer_bytes(&d);
+    for (int i = first; i < last; i++) n += layer_bytes(&m->w.layers[i], c);
+    if (!first || (head && m->w.mtp)) n += mat_bytes(&m->w.embed);
+    if (head) n += mat_bytes(&m->w.head);
+    for (int i = 0; head && m->w.mtp && i < c->n_mtp; i++) n += layer_bytes(&m->w.mtp[i].block, c);
+    free(d.inv_freq[0]), free(d.inv_freq[1]);
+    return n + ((size_t)256 << 20);         // the driver's own and what alignment loses
+}
+
+// Gives the GPUs, in their order, as many layers as memory allows while no stage costs more than `limit`. The head counts as
+// one more layer (it costs as much as 4.4 of the real model). Returns how many of the L + 1 found a place.
+static int fill_gpus(Model *m, Placement *place, int n, double limit) {
+    int at = 0, L = m->c.n_layers;
+    for (int i = 0; i < n; i++) {
+        int first = at;
+        double cost = 0;
+        for (; on_gpu(&place[i]) && at <= L; at++) {
+            bool head = at == L;
+            cost += head ? (double)mat_bytes(&m->w.head) : layer_cost(m, &m->w.layers[at]);
+            if (cost > limit || stage_bytes(m, first, head ? L : at + 1, head) > place[i].memory) break;
+        }
+        place[i].head = at > L && first <= L;
+        place[i].layers = at - first - place[i].head;
+    }
+    return at;
+}
+
+// Chooses the layers of each place. GPUs alone: the slowest stage as fast as memory allows. With CPUs in the list the
+// GPUs are filled and the CPUs share the rest. Returns the number of places in use.
+static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
+    int L = m->c.n_layers, cpus = 0, used = 0;
+    double lo = 0, hi = 1e15;
+    size_t memory = 0;
+    for (int i = 0; i < n; i++) {
+        cpus += !on_gpu(&place[i]);
+        if (!on_gpu(&place[i])) continue;
+        place[i].memory = cuda_memory(atoi(place[i].name + 5));
+        memory += place[i].memory;
+    }
+    int rest = L + 1 - fill_gpus(m, place, n, hi);      // 1: only the head found no place
+    if (rest && !cpus && may_add_cpu) {
+        place[n] = (Placement){ .name = "cpu" };
+        cpus = 1;
+        n++;
+    }
+    if (rest && !cpus)
+        die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or try a smaller -c",
+            memory / 1e9, L + 1 - rest, L, m->ctx);
+    for (int step = 0; !rest && step < 50; step++) {
+        double mid = (lo + hi) / 2;
+        *(fill_gpus(m, place, n, mid) > L ? &hi : &lo) = mid;
+    }
+    if (!rest) fill_gpus(m, place, n, hi);
+    for (int i = 0, k = 0; i < n; i++) {
+        bool cpu = !on_gpu(&place[i]);
+        if (cpu && rest) place[i].layers = (rest - 1) * (k + 1) / cpus - (rest - 1) * k / cpus, k++;
+        if (place[i].layers > 0 || place[i].head || (cpu && rest && k == cpus)) place[used++] = place[i];
+    }
+    return used;
+}
+
 static void print_plan(const Model *m, FILE *to) {
     for (int i = 0; i < m->n_stages; i++) {
         const Device *d = &m->stage[i];
@@ -6531,8 +6669,11 @@ static void print_plan(const Model *m, FILE *to) {
         if (d->has_head) weights += mat_bytes(&m->w.head);
         for (int k = 0; d->has_head && m->w.mtp && k < m->c.n_mtp; k++)
             weights += layer_bytes(&m->w.mtp[k].block, &m->c);
-        fprintf(to, "# %s: layers %d to %d%s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name,
-                d->first, d->last - 1, d->has_head ? " and the head" : "", weights / 1e9, session_bytes(d) / 1e9, m->ctx);
+        char what[64];
+        if (d->first == d->last) snprintf(what, sizeof what, "%s", d->has_head ? "the head" : "nothing");
+        else snprintf(what, sizeof what, "layers %d to %d%s", d->first, d->last - 1, d->has_head ? " and the head" : "");
+        fprintf(to, "# %s: %s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name, what, weights / 1e9,
+                session_bytes(d) / 1e9, m->ctx);
     }
 }
 
@@ -6623,8 +6764,7 @@ static Model *model_open(const Opening *o) {
     for (int i = 0; o->exact && i < m->n_stages; i++)
         if (strcmp(place[i].name, "cpu")) die(2, "--exact runs on the cpu only, not on %s", place[i].name);
     if (o->layers) parse_layers(o->layers, place, m->n_stages, c->n_layers);
-    else for (int i = 0; i < m->n_stages; i++)
-        place[i].layers = c->n_layers * (i + 1) / m->n_stages - c->n_layers * i / m->n_stages;
+    else m->n_stages = choose_layers(m, place, m->n_stages, !o->devices);
     m->stage = xalloc((size_t)m->n_stages, sizeof *m->stage);
     for (int i = 0, first = 0; i < m->n_stages; first += place[i++].layers) {
         stage_init(m, &m->stage[i], first, first + place[i].layers, o->exact);
