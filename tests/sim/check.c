@@ -21,13 +21,11 @@ enum { S_MULTI = 4, S_TID = 6, S_EPOCH = 16, S_BLOCK = 30, S_SCOPE = 50 };
 #define FIELD_TID (0x3ffull << S_TID)
 #define FIELD_MULTI (3ull << S_MULTI)
 
-static inline u32 multi_of(u64 tag)
-{
+static inline u32 multi_of(u64 tag) {
     return tag >> S_MULTI & 3;
 }
 
-static u64 base_tag(const Warp *w, bool shared)
-{
+static u64 base_tag(const Warp *w, bool shared) {
     const Worker *k = w->worker;
     u64 scope = shared ? k->serial : k->launch->number;
     u64 block = shared ? w->sync_epoch : k->block_index;
@@ -35,35 +33,26 @@ static u64 base_tag(const Warp *w, bool shared)
            (u64)(k->epoch & 0x3fff) << S_EPOCH;
 }
 
-static inline u64 lane_tag(const Warp *w, u64 base, u32 lane, u32 bytes)
-{
+static inline u64 lane_tag(const Warp *w, u64 base, u32 lane, u32 bytes) {
     return base | (u64)(u32)(w->index * 32 + (int)lane) << S_TID | bytes;
 }
 
 /* Is the recorded access ordered before the one of `tag`, or by the same thread? */
-static bool ordered(const Warp *w, u64 old, u64 tag, bool shared, bool read_record)
-{
+static bool ordered(const Warp *w, u64 old, u64 tag, bool shared, bool read_record) {
     u64 diff = old ^ tag;
     u32 multi = multi_of(old);
-    if (diff & FIELD_SCOPE)
-        return true;
-    if (read_record && multi == 3)
-        return w->worker->fenced;
-    if (!shared && diff & FIELD_BLOCK)
-        return w->worker->fenced;
-    if (diff & FIELD_EPOCH)
-        return true;
-    if (multi == 2)
-        return false;
+    if (diff & FIELD_SCOPE) return true;
+    if (read_record && multi == 3) return w->worker->fenced;
+    if (!shared && diff & FIELD_BLOCK) return w->worker->fenced;
+    if (diff & FIELD_EPOCH) return true;
+    if (multi == 2) return false;
     bool same_warp = !(diff >> (S_TID + 5) & 31);
-    if (same_warp && (!shared || diff & FIELD_BLOCK))
-        return true;
+    if (same_warp && (!shared || diff & FIELD_BLOCK)) return true;
     return !(diff & FIELD_TID) && multi != 1;
 }
 
 static void report(Warp *w, u64 old, u64 tag, u64 address, const char *what, const char *other,
-                   bool shared)
-{
+                   bool shared) {
     u32 tid = (u32)(old >> S_TID) & 0x3ff, block = (u32)(old >> S_BLOCK) & 0xfffff;
     int lane = (int)(tag >> S_TID & 31);
     if (shared)
@@ -74,8 +63,7 @@ static void report(Warp *w, u64 old, u64 tag, u64 address, const char *what, con
                 "block %u are not ordered", what, other, tid, block);
 }
 
-static void note_read(u64 *record, u64 tag, bool shared)
-{
+static void note_read(u64 *record, u64 tag, bool shared) {
     u64 old = *record, diff = old ^ tag;
     if (diff & FIELD_SCOPE) {
         *record = tag;
@@ -90,8 +78,7 @@ static void note_read(u64 *record, u64 tag, bool shared)
     }
 }
 
-static void note_write(u64 *record, u64 tag, bool strong)
-{
+static void note_write(u64 *record, u64 tag, bool strong) {
     u64 old = *record, diff = old ^ tag;
     bool joins = !(diff & (FIELD_SCOPE | FIELD_EPOCH)) && !(old & tag & 15) && diff & FIELD_TID;
     if (strong)
@@ -105,8 +92,7 @@ static void note_write(u64 *record, u64 tag, bool strong)
 
 /* One access to one word. silent: a store that changes nothing. */
 static void touch(Warp *w, u64 *writes, u64 *reads, u64 tag, int how, bool shared, u64 address,
-                  bool silent)
-{
+                  bool silent) {
     bool strong = how == ACC_ATOMIC || how == ACC_STRONG_READ || how == ACC_STRONG_WRITE;
     bool is_read = how == ACC_READ || how == ACC_STRONG_READ;
     const char *what = how == ACC_ATOMIC ? "atomic" : is_read ? "read" : "write";
@@ -127,8 +113,7 @@ static void touch(Warp *w, u64 *writes, u64 *reads, u64 tag, int how, bool share
 
 /* One lane's access of up to 16 bytes; `data` are the bytes a store will put, `now` those there. */
 static void touch_lane(Warp *w, u64 *writes, u64 *reads, int lane, u64 offset, u64 address,
-                       u32 bytes, int how, bool shared, const u8 *data, const u8 *now)
-{
+                       u32 bytes, int how, bool shared, const u8 *data, const u8 *now) {
     u64 base = base_tag(w, shared);
     u64 word = offset / 4;
     if (bytes < 4) {
@@ -147,14 +132,11 @@ static void touch_lane(Warp *w, u64 *writes, u64 *reads, int lane, u64 offset, u
 /* A plain access of whole words where the records say nothing of this scope and epoch, or reads by
  * all kinds of threads already: what nearly every access is. False: look closer. */
 static inline bool touch_quick(u64 *writes, u64 *reads, u64 tag, u32 words, bool read, u64 mask,
-                               u64 settled)
-{
+                               u64 settled) {
     for (u32 k = 0; k < words; k++) {
         bool was_read = !((reads[k] ^ tag) & mask);
-        if (!((writes[k] ^ tag) & mask) || (was_read && !read))
-            return false;
-        if (was_read && (reads[k] & (mask | FIELD_MULTI | 15)) != settled)
-            return false;
+        if (!((writes[k] ^ tag) & mask) || (was_read && !read)) return false;
+        if (was_read && (reads[k] & (mask | FIELD_MULTI | 15)) != settled) return false;
     }
     for (u32 k = 0; k < words; k++)
         if (!read)
@@ -166,8 +148,7 @@ static inline bool touch_quick(u64 *writes, u64 *reads, u64 tag, u32 words, bool
 
 /* The lanes of `lanes`, anywhere: `base` is the address of the first record and of `memory`. */
 static void touch_lanes(Warp *w, u64 *writes, u64 *reads, u32 lanes, const u64 *address, u64 base,
-                        u32 bytes, int how, bool shared, const u8 *data, u8 *memory)
-{
+                        u32 bytes, int how, bool shared, const u8 *data, u8 *memory) {
     u64 tag = base_tag(w, shared) | 15, mask = shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
     u64 settled = (tag & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
     bool plain = bytes >= 4 && (how == ACC_READ || how == ACC_WRITE);
@@ -190,11 +171,11 @@ static void touch_lanes(Warp *w, u64 *writes, u64 *reads, u32 lanes, const u64 *
 
 /* A full warp's access to consecutive words: if no record is of this scope and epoch, as is usual,
  * the new ones are written without looking at each. */
-static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool read, bool shared)
-{
+static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool read, bool shared) {
     u64 base = base_tag(w, shared);
     u64 mask = shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
-    u64 shape = mask | FIELD_MULTI | 15, full = (base & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
+    u64 shape = mask | FIELD_MULTI | 15,
+        full = (base & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
     u32 n = lane_bytes * 8, shift = lane_bytes == 4 ? 0 : lane_bytes == 8 ? 1 : 2;
     u64 written = 0, was_read = 0, settled = 0;
     for (u32 j = 0; j < n; j++) {
@@ -202,8 +183,7 @@ static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool rea
         was_read |= ((reads[j] ^ base) & mask) == 0;
         settled |= (reads[j] & shape) != full;
     }
-    if (written || (was_read && !(read && !settled)))
-        return false;
+    if (written || (was_read && !(read && !settled))) return false;
     if (was_read)
         return true; /* read by all kinds of threads already */
     u64 *record = read ? reads : writes;
@@ -214,8 +194,7 @@ static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool rea
 }
 
 void race_global(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
-                 const u8 *data)
-{
+                 const u8 *data) {
     u64 at = address[0] - a->base;
     if (row && bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
         touch_row(w, a->writes + at / 4, a->reads + at / 4, bytes, how == ACC_READ, false))
@@ -224,8 +203,7 @@ void race_global(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, in
 }
 
 void race_shared(Warp *w, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
-                 const u8 *data)
-{
+                 const u8 *data) {
     Worker *k = w->worker;
     u64 at = address[0];
     if (row && bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&

@@ -2,21 +2,18 @@
  * text of findings. */
 #include "ptx.h"
 
-static int width_index(u32 bytes)
-{
+static int width_index(u32 bytes) {
     return bytes <= 1 ? 0 : bytes == 2 ? 1 : bytes <= 4 ? 2 : bytes <= 8 ? 3 : 4;
 }
 
 /* Adds the sector to those this launch has seen; true if it is new. */
-static bool first_sight(u32 *seen, u32 launch)
-{
+static bool first_sight(u32 *seen, u32 launch) {
     return *seen != launch && __atomic_exchange_n(seen, launch, __ATOMIC_RELAXED) != launch;
 }
 
 /* Distinct sectors of the active lanes; an access is aligned to its size, so it lies in one. Close
  * together they are bits of a word, else entries of a small hash table. */
-static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list)
-{
+static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list) {
     u64 table[64], bits = 0, low = address[__builtin_ctz(w->mask)] >> 5, high = low;
     u32 n = 0;
     EACH(l, w->mask) {
@@ -46,8 +43,7 @@ static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list)
 }
 
 /* row: all 32 lanes at consecutive addresses. All active lanes lie in `a`. */
-void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, Alloc *a)
-{
+void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, Alloc *a) {
     Worker *k = w->worker;
     SimAccess *c = (store ? k->count.store : k->count.load) + width_index(bytes);
     u64 *unique = store ? &k->count.unique_store_sectors : &k->count.unique_load_sectors;
@@ -68,8 +64,7 @@ void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, 
 }
 
 /* Passes of the lanes [from, to): the most distinct words that one of 32 banks must deliver. */
-static u32 bank_passes(const Warp *w, const u64 *address, u32 bytes, u32 from, u32 to)
-{
+static u32 bank_passes(const Warp *w, const u64 *address, u32 bytes, u32 from, u32 to) {
     u32 words[32][32];
     u8 n[32] = {0};
     u32 most = 0;
@@ -86,8 +81,7 @@ static u32 bank_passes(const Warp *w, const u64 *address, u32 bytes, u32 from, u
 }
 
 /* 16-byte accesses are served a quarter warp at a time, 8-byte ones half a warp. */
-void count_shared(Warp *w, const u64 *address, u32 bytes, bool row)
-{
+void count_shared(Warp *w, const u64 *address, u32 bytes, bool row) {
     SimCounters *c = &w->worker->count;
     u32 phases = bytes == 16 ? 4 : bytes == 8 ? 2 : 1, lanes = 32 / phases;
     c->shared_accesses++;
@@ -104,8 +98,7 @@ void count_shared(Warp *w, const u64 *address, u32 bytes, bool row)
 }
 
 /* Sorts the per-instruction counts into classes. */
-void counters_finish(Worker *k)
-{
+void counters_finish(Worker *k) {
     for (u32 n = 0; n < k->code->n_inst; n++) {
         u8 class = k->code->inst[n].class;
         k->count.warp[class] += k->warp_count[n];
@@ -115,32 +108,28 @@ void counters_finish(Worker *k)
     k->count.atomics = k->count.lane[SIM_C_ATOMIC];
 }
 
-void sim_counters_add(SimCounters *sum, const SimCounters *part)
-{
+void sim_counters_add(SimCounters *sum, const SimCounters *part) {
     u64 *to = (u64 *)sum;
     const u64 *from = (const u64 *)part;
     for (size_t n = 0; n < sizeof *sum / sizeof *to; n++) /* nothing but 64-bit counts inside */
         to[n] += from[n];
 }
 
-u64 sim_warp_instructions(const SimCounters *c)
-{
+u64 sim_warp_instructions(const SimCounters *c) {
     u64 n = 0;
     for (int k = 0; k < SIM_N_CLASSES; k++)
         n += c->warp[k];
     return n;
 }
 
-u64 sim_lane_instructions(const SimCounters *c)
-{
+u64 sim_lane_instructions(const SimCounters *c) {
     u64 n = 0;
     for (int k = 0; k < SIM_N_CLASSES; k++)
         n += c->lane[k];
     return n;
 }
 
-const char *sim_class_name(SimClass class)
-{
+const char *sim_class_name(SimClass class) {
     static const char *const names[SIM_N_CLASSES] = {
         "int", "fp32", "fp64", "half", "special", "cvt", "dp4a", "mma", "global", "shared", "local",
         "const", "async", "atomic", "warp", "barrier", "control"};
@@ -153,14 +142,12 @@ const char *sim_class_name(SimClass class)
 static void (*sink)(void *, const SimFinding *);
 static void *sink_user;
 
-void sim_set_sink(void (*function)(void *user, const SimFinding *finding), void *user)
-{
+void sim_set_sink(void (*function)(void *user, const SimFinding *finding), void *user) {
     sink = function;
     sink_user = user;
 }
 
-void sim_report(const SimFinding *f)
-{
+void sim_report(const SimFinding *f) {
     char line[800];
     if (sink)
         sink(sink_user, f);
@@ -168,8 +155,7 @@ void sim_report(const SimFinding *f)
         fprintf(stderr, "sim: %s\n", sim_finding_text(f, line, sizeof line));
 }
 
-const char *sim_kind_name(SimKind kind)
-{
+const char *sim_kind_name(SimKind kind) {
     static const char *const names[SIM_N_KINDS] = {
         "out of bounds", "use after free", "foreign memory", "misaligned", "read-only memory",
         "uninitialised read", "race", "barrier", "warp mask", "cp.async", "division by zero",
@@ -177,8 +163,7 @@ const char *sim_kind_name(SimKind kind)
     return kind < SIM_N_KINDS ? names[kind] : "?";
 }
 
-char *sim_finding_text(const SimFinding *f, char *out, size_t size)
-{
+char *sim_finding_text(const SimFinding *f, char *out, size_t size) {
     int n = snprintf(out, size, "%s: ", sim_kind_name(f->kind));
     if (f->kernel && f->kernel[0] && n >= 0 && (size_t)n < size)
         n += snprintf(out + n, size - (size_t)n,

@@ -11,7 +11,8 @@
 #include <unistd.h>
 #include <xmmintrin.h>
 
-enum { MAX_WORKERS = 16, TURN = 4096 }; /* taken branches before another warp of the block gets its turn */
+/* TURN: taken branches before another warp of the block is run. */
+enum { MAX_WORKERS = 16, TURN = 4096 };
 
 SimOptions sim_options = {
     .strict = true, .check_init = true, .check_races = true, .count_unique = true,
@@ -23,16 +24,14 @@ static pthread_mutex_t report_lock = PTHREAD_MUTEX_INITIALIZER;
 /* ------------------------------------------------------------------------------------------------
  * findings */
 
-static void thread_index(const Launch *launch, u32 linear, unsigned out[3])
-{
+static void thread_index(const Launch *launch, u32 linear, unsigned out[3]) {
     const unsigned *b = launch->in->block;
     out[0] = linear % b[0];
     out[1] = linear / b[0] % b[1];
     out[2] = linear / b[0] / b[1];
 }
 
-static int error_of(SimKind kind)
-{
+static int error_of(SimKind kind) {
     switch (kind) {
     case SIM_BOUNDS: case SIM_FREED: case SIM_FOREIGN: case SIM_READONLY:
         return SIM_ERROR_ILLEGAL_ADDRESS;
@@ -43,8 +42,7 @@ static int error_of(SimKind kind)
     }
 }
 
-void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...)
-{
+void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...) {
     Worker *k = w->worker;
     Launch *launch = k->launch;
     const Inst *i = &k->code->inst[w->pc];
@@ -80,8 +78,7 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     pthread_mutex_unlock(&report_lock);
 }
 
-u64 mix64(u64 x)
-{
+u64 mix64(u64 x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ x >> 27) * 0x94d049bb133111ebull;
@@ -89,21 +86,18 @@ u64 mix64(u64 x)
 }
 
 /* Moves x by up to perturb_ulp units in the last place, always the same way for the same place. */
-float perturb(const Warp *w, float x, u32 lane)
-{
+float perturb(const Warp *w, float x, u32 lane) {
     u32 bits;
     memcpy(&bits, &x, 4);
     u32 range = (u32)sim_options.perturb_ulp, magnitude = bits & 0x7fffffff;
     u64 h = mix64(sim_options.seed ^ mix64((u64)w->pc << 32 | (u64)w->index << 5 | lane) ^ bits);
-    if (magnitude < 0x00800000 + range || magnitude >= 0x7f000000)
-        return x;
+    if (magnitude < 0x00800000 + range || magnitude >= 0x7f000000) return x;
     bits += (u32)(h % (2 * range + 1)) - range;
     memcpy(&x, &bits, 4);
     return x;
 }
 
-float approx_result(const Warp *w, float x, int lane)
-{
+float approx_result(const Warp *w, float x, int lane) {
     return sim_options.perturb_ulp ? perturb(w, x, (u32)lane) : x;
 }
 
@@ -112,8 +106,7 @@ float approx_result(const Warp *w, float x, int lane)
 
 /* Ends the running group's turn at its PC (if it still has lanes) and continues with the lowest.
  * Groups that are parked run only when no other is left; meeting another group unparks them. */
-void regroup(Warp *w)
-{
+void regroup(Warp *w) {
     if (w->active) {
         int k = 0;
         while (k < w->n_waiting && w->waiting[k].pc != w->pc)
@@ -133,8 +126,7 @@ void regroup(Warp *w)
     w->next_pc = ~0u;
     w->active = 0;
     w->parking = false;
-    if (!w->n_waiting)
-        return;
+    if (!w->n_waiting) return;
     w->pc = w->waiting[low].pc;
     w->active = w->waiting[low].mask;
     w->forced = w->waiting[low].parked;
@@ -144,11 +136,9 @@ void regroup(Warp *w)
             w->next_pc = w->waiting[k].pc;
 }
 
-bool park(Warp *w)
-{
+bool park(Warp *w) {
     Worker *k = w->worker;
-    if (w->forced || !w->n_waiting)
-        return false;
+    if (w->forced || !w->n_waiting) return false;
     k->warp_count[w->pc]--; /* not executed after all */
     k->lane_count[w->pc] -= (u32)__builtin_popcount(w->mask);
     w->parking = true;
@@ -157,8 +147,7 @@ bool park(Warp *w)
     return true;
 }
 
-static void count_branch(Warp *w)
-{
+static void count_branch(Warp *w) {
     if (++w->branches % TURN == 0) {
         w->yield = true;
         w->next_pc = 0;
@@ -169,12 +158,10 @@ static void count_branch(Warp *w)
 }
 
 /* The handlers of control flow leave pc one before where to go on: the loop adds one. */
-void run_bra(Warp *w, const Inst *i, void *out)
-{
+void run_bra(Warp *w, const Inst *i, void *out) {
     (void)out;
     u32 rest = w->active & ~w->mask;
-    if (!w->mask)
-        return;
+    if (!w->mask) return;
     count_branch(w);
     if (w->n_waiting && i->target <= w->pc)
         w->next_pc = 0; /* back to where others may be parked */
@@ -187,8 +174,7 @@ void run_bra(Warp *w, const Inst *i, void *out)
     w->pc = i->target - 1;
 }
 
-void run_exit(Warp *w, const Inst *i, void *out)
-{
+void run_exit(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     w->alive &= ~w->mask;
     w->active &= ~w->mask;
@@ -196,24 +182,20 @@ void run_exit(Warp *w, const Inst *i, void *out)
         w->next_pc = 0;
 }
 
-void run_trap(Warp *w, const Inst *i, void *out)
-{
+void run_trap(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     if (w->mask)
         finding(w, SIM_TRAP, -1, 0, "trap");
 }
 
-void run_assert(Warp *w, const Inst *i, void *out)
-{
+void run_assert(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
-    if (!w->mask)
-        return;
+    if (!w->mask) return;
     finding(w, SIM_TRAP, -1, 0, "assertion failed");
     w->worker->launch->result = SIM_ERROR_ASSERT;
 }
 
-void run_clock(Warp *w, const Inst *i, void *out)
-{
+void run_clock(Warp *w, const Inst *i, void *out) {
     (void)out;
     u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
     EACH(l, w->mask) {
@@ -225,8 +207,7 @@ void run_clock(Warp *w, const Inst *i, void *out)
 }
 
 /* Rounding modes other than to nearest, and .sat of f32 and f64. */
-void run_wrapped(Warp *w, const Inst *i, void *out)
-{
+void run_wrapped(Warp *w, const Inst *i, void *out) {
     static const unsigned modes[] = {[RND_RZ] = _MM_ROUND_TOWARD_ZERO, [RND_RM] = _MM_ROUND_DOWN,
                                      [RND_RP] = _MM_ROUND_UP, [RND_RN] = 0, [RND_NONE] = 0};
     unsigned saved = _mm_getcsr();
@@ -248,20 +229,17 @@ void run_wrapped(Warp *w, const Inst *i, void *out)
 /* ------------------------------------------------------------------------------------------------
  * the loop of a warp */
 
-static inline void merge32(u32 *to, const u32 *from, u32 mask)
-{
+static inline void merge32(u32 *to, const u32 *from, u32 mask) {
     LANES to[l] = mask >> l & 1 ? from[l] : to[l];
 }
 
-static inline void merge64(u64 *to, const u64 *from, u32 mask)
-{
+static inline void merge64(u64 *to, const u64 *from, u32 mask) {
     LANES to[l] = mask >> l & 1 ? from[l] : to[l];
 }
 
 /* Reads of registers that the dataflow could not prove to be set. A plain copy is not a use: the
  * copy is then as unset as its source (compilers copy undefined values). */
-static void check_init(Warp *w, const Inst *i)
-{
+static void check_init(Warp *w, const Inst *i) {
     for (int k = 0; k < i->n_src && !i->copy_init; k++) {
         u32 unset = w->mask & ~w->init[i->src[k] / 32];
         if (unset)
@@ -270,8 +248,7 @@ static void check_init(Warp *w, const Inst *i)
     }
 }
 
-static void note_init(Warp *w, const Inst *i)
-{
+static void note_init(Warp *w, const Inst *i) {
     u32 set = w->mask;
     if (i->copy_init)
         set &= w->init[i->src[0] / 32];
@@ -280,8 +257,7 @@ static void note_init(Warp *w, const Inst *i)
     w->init[i->dst_pred / 32] |= set;
 }
 
-static inline void execute(Warp *w, const Inst *i)
-{
+static inline void execute(Warp *w, const Inst *i) {
     _Alignas(64) u64 result[32];
     u32 mask = w->mask;
     if (i->out_bits == 0) {
@@ -302,8 +278,7 @@ static inline void execute(Warp *w, const Inst *i)
 }
 
 /* Runs a warp until it waits at a barrier, ends, or has had its turn. */
-static void run_warp(Warp *w)
-{
+static void run_warp(Warp *w) {
     Worker *k = w->worker;
     const Inst *code = k->code->inst;
     bool tracking = k->code->track_init && sim_options.check_init;
@@ -334,15 +309,13 @@ static void run_warp(Warp *w)
 /* ------------------------------------------------------------------------------------------------
  * blocks */
 
-static void fill32(u8 *frame, u32 offset, u32 value)
-{
+static void fill32(u8 *frame, u32 offset, u32 value) {
     for (int l = 0; l < 32 && offset; l++)
         ((u32 *)(frame + offset))[l] = value;
 }
 
 /* Constants and what is the same in all blocks: once per launch and worker. */
-static void init_frame(Worker *k, int index)
-{
+static void init_frame(Worker *k, int index) {
     const Launch *launch = k->launch;
     const SimCode *c = k->code;
     u8 *f = k->warps[index].frame;
@@ -385,8 +358,7 @@ static void init_frame(Worker *k, int index)
     }
 }
 
-static void init_warp(Worker *k, int index)
-{
+static void init_warp(Worker *k, int index) {
     Warp *w = &k->warps[index];
     const SimCode *c = k->code;
     u32 left = k->launch->n_threads - (u32)index * 32;
@@ -415,14 +387,13 @@ static void init_warp(Worker *k, int index)
 }
 
 /* All live warps stand still: say which barriers they wait at. */
-static void report_deadlock(Worker *k)
-{
+static void report_deadlock(Worker *k) {
     for (int n = 0; n < k->n_warps; n++) {
         Warp *w = &k->warps[n];
-        if (w->state != W_BARRIER)
-            continue;
-        finding(w, SIM_BARRIER, -1, 0, "dead lock: warp waits at barrier %u for %u threads, %u came",
-                w->bar_id, k->barriers[w->bar_id].expected, k->barriers[w->bar_id].arrived);
+        if (w->state != W_BARRIER) continue;
+        finding(w, SIM_BARRIER, -1, 0,
+                "dead lock: warp waits at barrier %u for %u threads, %u came", w->bar_id,
+                k->barriers[w->bar_id].expected, k->barriers[w->bar_id].arrived);
         return;
     }
 }
@@ -437,8 +408,7 @@ typedef struct {
 
 static Pool pools[MAX_WORKERS];
 
-static void run_block(Worker *k, u32 index)
-{
+static void run_block(Worker *k, u32 index) {
     const unsigned *grid = k->launch->in->grid;
     k->block_index = index;
     k->ctaid[0] = index % grid[0];
@@ -460,8 +430,7 @@ static void run_block(Worker *k, u32 index)
         progress = false;
         for (int n = 0; n < k->n_warps && !k->stop; n++) {
             Warp *w = &k->warps[((u32)n + start) % (u32)k->n_warps];
-            if (w->state != W_RUN)
-                continue;
+            if (w->state != W_RUN) continue;
             progress = true;
             run_warp(w);
         }
@@ -472,21 +441,18 @@ static void run_block(Worker *k, u32 index)
     k->count.threads += k->launch->n_threads;
 }
 
-static void *from_pool(Pool *pool, int which, size_t bytes)
-{
+static void *from_pool(Pool *pool, int which, size_t bytes) {
     if (pool->size[which] < bytes || !pool->at[which]) {
         free(pool->at[which]);
         pool->size[which] = (bytes | 63) + 1;
         pool->at[which] = aligned_alloc(64, pool->size[which]);
-        if (!pool->at[which])
-            abort();
+        if (!pool->at[which]) abort();
         memset(pool->at[which], 0, pool->size[which]);
     }
     return pool->at[which];
 }
 
-static void get_memory(Worker *k, Pool *pool)
-{
+static void get_memory(Worker *k, Pool *pool) {
     const SimCode *c = k->code;
     size_t warps = (size_t)k->n_warps, shared = (k->launch->shared_bytes + 63) & ~63u;
     k->warps = from_pool(pool, 0, warps * sizeof *k->warps);
@@ -507,8 +473,7 @@ static void get_memory(Worker *k, Pool *pool)
     k->serial = pool->serial;
 }
 
-static void *worker_main(void *arg)
-{
+static void *worker_main(void *arg) {
     Worker *k = arg;
     Launch *launch = k->launch;
     const SimCode *c = k->code;
@@ -523,8 +488,7 @@ static void *worker_main(void *arg)
     }
     while (!__atomic_load_n(&launch->cancel, __ATOMIC_RELAXED)) {
         u32 n = __atomic_fetch_add(&launch->next_block, 1, __ATOMIC_RELAXED);
-        if (n >= launch->n_blocks)
-            break;
+        if (n >= launch->n_blocks) break;
         run_block(k, launch->order ? launch->order[n] : n);
     }
     counters_finish(k);
@@ -537,8 +501,7 @@ static void *worker_main(void *arg)
 /* ------------------------------------------------------------------------------------------------
  * launches */
 
-static int n_workers(const Launch *launch)
-{
+static int n_workers(const Launch *launch) {
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     int n = sim_options.threads ? sim_options.threads : cpus > 4 ? 4 : (int)cpus;
     u64 work = (u64)launch->n_blocks * launch->n_threads;
@@ -546,11 +509,9 @@ static int n_workers(const Launch *launch)
     return n < 1 || work < 512 ? 1 : n > MAX_WORKERS ? MAX_WORKERS : n;
 }
 
-static u32 *shuffled(u32 n)
-{
+static u32 *shuffled(u32 n) {
     u32 *order = malloc((size_t)n * sizeof *order);
-    if (!order)
-        abort();
+    if (!order) abort();
     for (u32 k = 0; k < n; k++) {
         u32 j = (u32)(mix64(sim_options.seed * 31 + k) % (k + 1));
         order[k] = order[j];
@@ -559,8 +520,7 @@ static u32 *shuffled(u32 n)
     return order;
 }
 
-static int check_limits(const SimLaunch *in, Launch *launch)
-{
+static int check_limits(const SimLaunch *in, Launch *launch) {
     const SimKernel *kernel = in->kernel;
     u64 blocks = 1, threads = 1;
     for (int d = 0; d < 3; d++) {
@@ -569,30 +529,25 @@ static int check_limits(const SimLaunch *in, Launch *launch)
         if (!in->grid[d] || !in->block[d] || (kernel->required_block[d] &&
                                               kernel->required_block[d] != in->block[d]))
             return SIM_ERROR_INVALID_VALUE;
-        if (blocks > 1u << 31 || threads > 1024)
-            return SIM_ERROR_INVALID_VALUE;
+        if (blocks > 1u << 31 || threads > 1024) return SIM_ERROR_INVALID_VALUE;
     }
-    if (threads > (u64)kernel->max_threads)
-        return SIM_ERROR_INVALID_VALUE;
+    if (threads > (u64)kernel->max_threads) return SIM_ERROR_INVALID_VALUE;
     u64 shared = ((kernel->shared_bytes + 15) & ~15u) + (u64)in->dynamic_shared;
-    if (shared > SIM_SHARED_MAX)
-        return SIM_ERROR_INVALID_VALUE;
+    if (shared > SIM_SHARED_MAX) return SIM_ERROR_INVALID_VALUE;
     launch->n_blocks = (u32)blocks;
     launch->n_threads = (u32)threads;
     launch->shared_bytes = (u32)shared;
     return SIM_SUCCESS;
 }
 
-int sim_launch(const SimLaunch *in, SimCounters *counters)
-{
+int sim_launch(const SimLaunch *in, SimCounters *counters) {
     static u32 number;
     Launch launch = {.in = in, .kernel = in->kernel, .code = in->kernel->code,
                      .device = in->kernel->module->device};
     Worker workers[MAX_WORKERS] = {0};
     pthread_t threads[MAX_WORKERS];
     int error = check_limits(in, &launch);
-    if (error)
-        return error;
+    if (error) return error;
     if (in->kernel->param_bytes)
         memcpy(launch.params, in->params, in->kernel->param_bytes);
     launch.number = ++number;

@@ -62,56 +62,39 @@ typedef int64_t s64;
 /* ------------------------------------------------------------------------------------------------
  * integers */
 
-ALU16(add_16, u16, x + y)
-ALU16(sub_16, u16, x - y)
-ALU16(mul_lo_16, u16, (u32)x * y)
+/* One expression for all sizes, where the sign does not matter; for all types, where it does. */
+#define INT3(name, expression)                                                                    \
+    ALU16(name##_16, u16, expression)                                                             \
+    ALU(name##_32, u32, expression)                                                               \
+    ALU(name##_64, u64, expression)
+#define INT6(name, expression)                                                                    \
+    ALU16(name##_u16, u16, expression)                                                            \
+    ALU16(name##_s16, s16, expression)                                                            \
+    ALU(name##_u32, u32, expression)                                                              \
+    ALU(name##_s32, s32, expression)                                                              \
+    ALU(name##_u64, u64, expression)                                                              \
+    ALU(name##_s64, s64, expression)
+
+INT3(add, x + y)
+INT3(sub, x - y)
+INT3(mul_lo, (u64)x * y)
+INT3(mad_lo, (u64)x * y + z)
+INT3(and, x & y)
+INT3(or, x | y)
+INT3(xor, x ^ y)
+INT3(not, ~x)
+INT3(neg, 0 - x)
+INT3(abs, x >> (sizeof(x) * 8 - 1) ? 0 - x : x) /* of signed types only */
+INT6(min, x < y ? x : y)
+INT6(max, x > y ? x : y)
 ALU16(mul_hi_u16, u16, ((u32)x * y) >> 16)
 ALU16(mul_hi_s16, s16, (x * y) >> 16)
-ALU16(mad_lo_16, u16, (u32)x * y + z)
-ALU16(abs_s16, s16, x < 0 ? -x : x)
-ALU16(neg_s16, s16, -x)
-ALU16(min_u16, u16, x < y ? x : y)
-ALU16(min_s16, s16, x < y ? x : y)
-ALU16(max_u16, u16, x > y ? x : y)
-ALU16(max_s16, s16, x > y ? x : y)
-ALU16(and_16, u16, x & y)
-ALU16(or_16, u16, x | y)
-ALU16(xor_16, u16, x ^ y)
-ALU16(not_16, u16, ~x)
-ALU(add_32, u32, x + y)
-ALU(sub_32, u32, x - y)
-ALU(mul_lo_32, u32, x * y)
 ALU(mul_hi_u32, u32, ((u64)x * y) >> 32)
 ALU(mul_hi_s32, s32, ((s64)x * y) >> 32)
-ALU(mad_lo_32, u32, x * y + z)
-ALU(mad_hi_u32, u32, (((u64)x * y) >> 32) + z)
-ALU(mad_hi_s32, u32, (u32)(((s64)(s32)x * (s32)y) >> 32) + z)
-ALU(abs_s32, u32, (s32)x < 0 ? 0 - x : x)
-ALU(neg_s32, u32, 0 - x)
-ALU(min_u32, u32, x < y ? x : y)
-ALU(min_s32, s32, x < y ? x : y)
-ALU(max_u32, u32, x > y ? x : y)
-ALU(max_s32, s32, x > y ? x : y)
-ALU(and_32, u32, x & y)
-ALU(or_32, u32, x | y)
-ALU(xor_32, u32, x ^ y)
-ALU(not_32, u32, ~x)
-ALU(add_64, u64, x + y)
-ALU(sub_64, u64, x - y)
-ALU(mul_lo_64, u64, x * y)
 ALU(mul_hi_u64, u64, (u64)(((u128)x * y) >> 64))
 ALU(mul_hi_s64, s64, (s64)(((s128)x * y) >> 64))
-ALU(mad_lo_64, u64, x * y + z)
-ALU(abs_s64, u64, (s64)x < 0 ? 0 - x : x)
-ALU(neg_s64, u64, 0 - x)
-ALU(min_u64, u64, x < y ? x : y)
-ALU(min_s64, s64, x < y ? x : y)
-ALU(max_u64, u64, x > y ? x : y)
-ALU(max_s64, s64, x > y ? x : y)
-ALU(and_64, u64, x & y)
-ALU(or_64, u64, x | y)
-ALU(xor_64, u64, x ^ y)
-ALU(not_64, u64, ~x)
+ALU(mad_hi_u32, u32, (((u64)x * y) >> 32) + z)
+ALU(mad_hi_s32, u32, (u32)(((s64)(s32)x * (s32)y) >> 32) + z)
 WIDEN(mul_wide_u16, u32, u32, (u32)(u16)x * (u16)y)
 WIDEN(mul_wide_s16, u32, s32, (s16)x * (s16)y)
 WIDEN(mul_wide_u32, u32, u64, x * y)
@@ -121,8 +104,7 @@ WIDEN(mad_wide_s16, u32, u32, (u32)((s16)x * (s16)y) + z)
 WIDEN(mad_wide_u32, u32, u64, x * y + z)
 WIDEN(mad_wide_s32, s32, u64, x * y + z) /* sign extended, then modulo 2^64 */
 
-static s32 saturate_s32(s64 v)
-{
+static s32 saturate_s32(s64 v) {
     return v > INT32_MAX ? INT32_MAX : v < INT32_MIN ? INT32_MIN : (s32)v;
 }
 
@@ -130,8 +112,7 @@ ALU(add_sat_s32, s32, saturate_s32((s64)x + y))
 ALU(sub_sat_s32, s32, saturate_s32((s64)x - y))
 
 /* Division by zero is undefined in PTX: a finding; the lane gets all ones. */
-static u32 zero_divisors(Warp *w, const Inst *i, int bits)
-{
+static u32 zero_divisors(Warp *w, const Inst *i, int bits) {
     const u32 *b = src(w, i, 1);
     u32 zero = 0;
     for (int l = 0; l < 32; l++) {
@@ -155,23 +136,20 @@ static u32 zero_divisors(Warp *w, const Inst *i, int bits)
         }                                                                                         \
     }
 
-DIVIDE(div_u16, u16, u32, 16, (u16)(x / y))
-DIVIDE(div_s16, s16, u32, 16, (u16)(x / y))
-DIVIDE(rem_u16, u16, u32, 16, (u16)(x % y))
-DIVIDE(rem_s16, s16, u32, 16, (u16)(x % y))
-DIVIDE(div_u32, u32, u32, 32, x / y)
-DIVIDE(div_s32, s32, u32, 32, y == -1 ? 0 - (u32)x : (u32)(x / y))
-DIVIDE(rem_u32, u32, u32, 32, x % y)
-DIVIDE(rem_s32, s32, u32, 32, y == -1 ? 0 : x % y)
-DIVIDE(div_u64, u64, u64, 64, x / y)
-DIVIDE(div_s64, s64, u64, 64, y == -1 ? 0 - (u64)x : (u64)(x / y))
-DIVIDE(rem_u64, u64, u64, 64, x % y)
-DIVIDE(rem_s64, s64, u64, 64, y == -1 ? 0 : x % y)
+#define DIVIDE6(name, op, overflow)                                                               \
+    DIVIDE(name##_u16, u16, u32, 16, (u16)(x op y))                                               \
+    DIVIDE(name##_s16, s16, u32, 16, (u16)(x op y))                                               \
+    DIVIDE(name##_u32, u32, u32, 32, x op y)                                                      \
+    DIVIDE(name##_s32, s32, u32, 32, y == -1 ? (u32)(overflow) : (u32)(x op y))                   \
+    DIVIDE(name##_u64, u64, u64, 64, x op y)                                                      \
+    DIVIDE(name##_s64, s64, u64, 64, y == -1 ? (u64)(overflow) : (u64)(x op y))
+
+DIVIDE6(div, /, 0 - (u64)x)
+DIVIDE6(rem, %, 0)
 
 /* add.cc and friends: the carry (for sub: borrow) of each lane is a bit of w->carry. `in` uses the
  * carry from before. */
-static void carry_chain(Warp *w, const Inst *i, void *out, bool sub, bool in, bool keep_carry)
-{
+static void carry_chain(Warp *w, const Inst *i, void *out, bool sub, bool in, bool keep_carry) {
     u32 carry = 0;
     bool wide = type_bytes((Type)i->type) == 8;
     EACH(l, w->mask) {
@@ -224,8 +202,7 @@ SHIFT(shr_s16, s16, u32, 16, (u16)(x >> n), (u16)(x >> 15))
 SHIFT(shr_s32, s32, u32, 32, x >> n, x >> 31)
 SHIFT(shr_s64, s64, u64, 64, x >> n, x >> 63)
 
-HANDLER(shf_32)
-{
+HANDLER(shf_32) {
     OPERANDS(u32);
     LANES {
         u32 n = i->wrap ? c[l] & 31 : c[l] < 32 ? c[l] : 32;
@@ -250,10 +227,8 @@ BITS1(popc_64, u64, __builtin_popcountll(x))
 BITS1(clz_32, u32, x ? __builtin_clz(x) : 32)
 BITS1(clz_64, u64, x ? __builtin_clzll(x) : 64)
 
-static u32 find_msb(u64 v, int bits, bool shiftamt)
-{
-    if (!v)
-        return ~0u;
+static u32 find_msb(u64 v, int bits, bool shiftamt) {
+    if (!v) return ~0u;
     u32 at = 63 - (u32)__builtin_clzll(v);
     return shiftamt ? (u32)bits - 1 - at : at;
 }
@@ -263,8 +238,7 @@ BITS1(bfind_s32, s32, find_msb((u32)(x < 0 ? ~x : x), 32, i->shiftamt))
 BITS1(bfind_u64, u64, find_msb(x, 64, i->shiftamt))
 BITS1(bfind_s64, s64, find_msb((u64)(x < 0 ? ~x : x), 64, i->shiftamt))
 
-static u64 reverse_bits(u64 v)
-{
+static u64 reverse_bits(u64 v) {
     u64 r = 0;
     for (int k = 0; k < 64; k++)
         r |= (v >> k & 1) << (63 - k);
@@ -275,25 +249,20 @@ ALU(brev_32, u32, reverse_bits(x) >> 32)
 ALU(brev_64, u64, reverse_bits(x))
 
 /* Bits [pos, pos + len) of v; above len, and beyond the value, the sign bit of a signed field. */
-static u64 extract_field(u64 v, int bits, bool is_signed, u32 pos, u32 len)
-{
+static u64 extract_field(u64 v, int bits, bool is_signed, u32 pos, u32 len) {
     pos &= 255, len &= 255;
-    if (len == 0)
-        return 0;
+    if (len == 0) return 0;
     u32 top = pos + len - 1 < (u32)bits - 1 ? pos + len - 1 : (u32)bits - 1;
     u64 sign = is_signed && v >> top & 1 ? ~0ull : 0;
-    if (pos >= (u32)bits)
-        return sign;
+    if (pos >= (u32)bits) return sign;
     u32 have = top - pos + 1;
     u64 low = have == 64 ? ~0ull : (1ull << have) - 1;
     return (v >> pos & low) | (sign & ~low);
 }
 
-static u64 insert_field(u64 field, u64 base, int bits, u32 pos, u32 len)
-{
+static u64 insert_field(u64 field, u64 base, int bits, u32 pos, u32 len) {
     pos &= 255, len &= 255;
-    if (pos >= (u32)bits || len == 0)
-        return base;
+    if (pos >= (u32)bits || len == 0) return base;
     u64 low = len >= 64 ? ~0ull : (1ull << len) - 1;
     return (base & ~(low << pos)) | (field & low) << pos;
 }
@@ -316,8 +285,7 @@ FIELD(bfe_s64, u64, 64, extract_field(a[l], 64, true, p[l], q[l]))
 FIELD(bfi_32, u32, 32, insert_field(a[l], b[l], 32, q[l], r[l]))
 FIELD(bfi_64, u64, 64, insert_field(a[l], b[l], 64, q[l], r[l]))
 
-HANDLER(lop3_32)
-{
+HANDLER(lop3_32) {
     OPERANDS(u32);
     u32 table = i->vec;
     LANES {
@@ -331,8 +299,7 @@ HANDLER(lop3_32)
 }
 
 /* The four selectors of a prmt mode, for the two low bits of the control. */
-static u32 prmt_selectors(u8 mode, u32 control)
-{
+static u32 prmt_selectors(u8 mode, u32 control) {
     static const u16 table[6][4] = {
         {0x3210, 0x4321, 0x5432, 0x6543}, {0x5670, 0x6701, 0x7012, 0x0123}, /* f4e, b4e */
         {0x0000, 0x1111, 0x2222, 0x3333}, {0x3210, 0x3211, 0x3222, 0x3333}, /* rc8, ecl */
@@ -341,8 +308,7 @@ static u32 prmt_selectors(u8 mode, u32 control)
     return mode == OP_NONE ? control : table[mode - OP_F4E][control & 3];
 }
 
-HANDLER(prmt_32)
-{
+HANDLER(prmt_32) {
     OPERANDS(u32);
     LANES {
         u64 v = (u64)b[l] << 32 | a[l];
@@ -357,8 +323,7 @@ HANDLER(prmt_32)
 }
 
 /* Even and odd bytes as 16-bit lanes, two multiply-adds of pairs: 4 products a lane. */
-static inline __m256i dot4(__m256i x, __m256i y, __m256i z, bool sx, bool sy)
-{
+static inline __m256i dot4(__m256i x, __m256i y, __m256i z, bool sx, bool sy) {
     __m256i xe = _mm256_slli_epi16(x, 8), ye = _mm256_slli_epi16(y, 8);
     xe = sx ? _mm256_srai_epi16(xe, 8) : _mm256_srli_epi16(xe, 8);
     ye = sy ? _mm256_srai_epi16(ye, 8) : _mm256_srli_epi16(ye, 8);
@@ -382,14 +347,12 @@ DP4A(dp4a_us, false, true)
 DP4A(dp4a_su, true, false)
 DP4A(dp4a_ss, true, true)
 
-static Handler *choose_dp4a(Inst *i)
-{
+static Handler *choose_dp4a(Inst *i) {
     bool sx = i->type == T_S32, sy = i->type2 == T_S32;
     return sx ? sy ? dp4a_ss : dp4a_su : sy ? dp4a_us : dp4a_uu;
 }
 
-HANDLER(dp2a_32)
-{
+HANDLER(dp2a_32) {
     OPERANDS(u32);
     for (int l = 0; l < 32; l++) {
         u32 sum = c[l];
@@ -406,33 +369,28 @@ HANDLER(dp2a_32)
 /* ------------------------------------------------------------------------------------------------
  * f32 and f64 */
 
-static inline u32 float_bits(float f)
-{
+static inline u32 float_bits(float f) {
     u32 u;
     memcpy(&u, &f, 4);
     return u;
 }
 
-static inline float bits_float(u32 u)
-{
+static inline float bits_float(u32 u) {
     float f;
     memcpy(&f, &u, 4);
     return f;
 }
 
-static inline float flush(float x)
-{
+static inline float flush(float x) {
     u32 u = float_bits(x);
     return bits_float(u & 0x7f800000 ? u : u & 0x80000000);
 }
 
-static inline float canon(float x)
-{
+static inline float canon(float x) {
     return x == x ? x : bits_float(CANON_NAN);
 }
 
-static inline double canon64(double x)
-{
+static inline double canon64(double x) {
     const u64 nan = 0x7fffffffffffffff;
     double r;
     memcpy(&r, &nan, 8);
@@ -440,22 +398,19 @@ static inline double canon64(double x)
 }
 
 /* The operand that is a number; -0 is below +0. */
-static inline float min_number(float x, float y)
-{
+static inline float min_number(float x, float y) {
     float r = x < y ? x : y;
     r = x == y ? bits_float(float_bits(x) | float_bits(y)) : r;
     return y != y ? x : r;
 }
 
-static inline float max_number(float x, float y)
-{
+static inline float max_number(float x, float y) {
     float r = x > y ? x : y;
     r = x == y ? bits_float(float_bits(x) & float_bits(y)) : r;
     return y != y ? x : r;
 }
 
-static inline float nan_first(float x, float y, float r)
-{
+static inline float nan_first(float x, float y, float r) {
     return x != x || y != y ? bits_float(CANON_NAN) : r;
 }
 
@@ -493,13 +448,11 @@ FP32(max_nan_f32, nan_first(x, y, max_number(x, y)))
 FP32(abs_f32, bits_float(float_bits(x) & 0x7fffffff))
 FP32(neg_f32, bits_float(float_bits(x) ^ 0x80000000))
 
-static Handler *choose_min_f32(Inst *i)
-{
+static Handler *choose_min_f32(Inst *i) {
     return i->nan ? i->ftz ? min_nan_f32_ftz : min_nan_f32 : i->ftz ? min_f32_ftz : min_f32;
 }
 
-static Handler *choose_max_f32(Inst *i)
-{
+static Handler *choose_max_f32(Inst *i) {
     return i->nan ? i->ftz ? max_nan_f32_ftz : max_nan_f32 : i->ftz ? max_f32_ftz : max_f32;
 }
 
@@ -558,8 +511,7 @@ APPROX(tanh_approx, tanh(x))
 /* ------------------------------------------------------------------------------------------------
  * comparisons, predicates, selection, moves */
 
-static inline u32 pack_mask(const u32 *t)
-{
+static inline u32 pack_mask(const u32 *t) {
     u32 m = 0;
     for (int k = 0; k < 4; k++)
         m |= (u32)_mm256_movemask_ps(_mm256_loadu_ps((const float *)(const void *)t + 8 * k))
@@ -635,8 +587,7 @@ COMPARE_FLOAT(cmp_f64, double, SAME)
 COMPARE_FLOAT(cmp_f16, u32, FROM_F16)
 COMPARE_FLOAT(cmp_bf16, u32, FROM_BF16)
 
-static u32 compare(Type t, const Inst *i, const void *a, const void *b)
-{
+static u32 compare(Type t, const Inst *i, const void *a, const void *b) {
     switch (t) {
     case T_B16: case T_U16: return cmp_u16(a, b, i->cmp);
     case T_S16: return cmp_s16(a, b, i->cmp);
@@ -651,13 +602,11 @@ static u32 compare(Type t, const Inst *i, const void *a, const void *b)
     }
 }
 
-static u32 combine(u8 op, u32 x, u32 y)
-{
+static u32 combine(u8 op, u32 x, u32 y) {
     return op == OP_AND ? x & y : op == OP_OR ? x | y : op == OP_XOR ? x ^ y : x;
 }
 
-HANDLER(setp_any)
-{
+HANDLER(setp_any) {
     u32 r = compare((Type)i->type, i, src(w, i, 0), src(w, i, 1));
     u32 c = i->n_src > 2 ? src_mask(w, i, 2) : 0;
     if (i->dst_pred) {
@@ -667,8 +616,7 @@ HANDLER(setp_any)
     *(u32 *)out = combine(i->op, r, c);
 }
 
-HANDLER(set_any)
-{
+HANDLER(set_any) {
     u32 r = compare((Type)i->type2, i, src(w, i, 0), src(w, i, 1)), *d = out;
     r = combine(i->op, r, i->n_src > 2 ? src_mask(w, i, 2) : 0);
     u32 on = i->type == T_F32 ? 0x3f800000 : ~0u;
@@ -681,23 +629,20 @@ HANDLER(xor_pred) { *(u32 *)out = src_mask(w, i, 0) ^ src_mask(w, i, 1); }
 HANDLER(not_pred) { *(u32 *)out = ~src_mask(w, i, 0); }
 HANDLER(mov_pred) { *(u32 *)out = src_mask(w, i, 0); }
 
-HANDLER(selp_32)
-{
+HANDLER(selp_32) {
     const u32 *a = src(w, i, 0), *b = src(w, i, 1), m = src_mask(w, i, 2);
     u32 *d = out;
     LANES d[l] = m >> l & 1 ? a[l] : b[l];
 }
 
-HANDLER(selp_64)
-{
+HANDLER(selp_64) {
     const u64 *a = src(w, i, 0), *b = src(w, i, 1);
     u32 m = src_mask(w, i, 2);
     u64 *d = out;
     LANES d[l] = m >> l & 1 ? a[l] : b[l];
 }
 
-HANDLER(slct_32)
-{
+HANDLER(slct_32) {
     OPERANDS(u32);
     LANES {
         bool first = i->type2 == T_S32 ? (s32)c[l] >= 0 : bits_float(c[l]) >= 0;
@@ -709,8 +654,7 @@ HANDLER(mov_32) { (void)w, memcpy(out, src(w, i, 0), 128); }
 HANDLER(mov_64) { (void)w, memcpy(out, src(w, i, 0), 256); }
 
 /* mov.b32 d, {a, b} and the like: elements of bits / n each, the first one lowest. */
-HANDLER(mov_pack)
-{
+HANDLER(mov_pack) {
     bool wide = type_bytes((Type)i->type) == 8;
     int bits = type_bytes((Type)i->type) * 8 / i->n_src;
     for (int l = 0; l < 32; l++) {
@@ -724,8 +668,7 @@ HANDLER(mov_pack)
     }
 }
 
-HANDLER(mov_unpack)
-{
+HANDLER(mov_unpack) {
     bool wide = type_bytes((Type)i->type) == 8;
     int bits = type_bytes((Type)i->type) * 8 / i->n_dst;
     (void)out;
@@ -736,13 +679,11 @@ HANDLER(mov_unpack)
     }
 }
 
-static Handler *choose_mov(Inst *i)
-{
+static Handler *choose_mov(Inst *i) {
     bool wide = type_bytes((Type)i->type) == 8;
     int parts = i->n_dst > 1 ? i->n_dst : i->n_src;
     i->out_bits = i->type == T_PRED ? 1 : wide ? 64 : 32;
-    if ((i->n_dst > 1 && i->n_src > 1) || parts == 3 || (parts == 4 && !wide))
-        return NULL;
+    if ((i->n_dst > 1 && i->n_src > 1) || parts == 3 || (parts == 4 && !wide)) return NULL;
     if (i->n_dst > 1) {
         i->out_bits = 0;
         i->wide_dst = false;
@@ -752,8 +693,7 @@ static Handler *choose_mov(Inst *i)
 }
 
 /* cvta: a window's base is added or taken away; device memory is generic already. */
-HANDLER(cvta_64)
-{
+HANDLER(cvta_64) {
     const u64 *a = src(w, i, 0);
     u64 *d = out;
     u64 base = i->space == SP_SHARED ? SHARED_BASE : i->space == SP_LOCAL ? LOCAL_BASE
@@ -762,8 +702,7 @@ HANDLER(cvta_64)
     LANES d[l] = a[l] + base;
 }
 
-HANDLER(isspacep_any)
-{
+HANDLER(isspacep_any) {
     const u64 *a = src(w, i, 0);
     u32 r = 0;
     for (int l = 0; l < 32; l++) {
@@ -781,183 +720,113 @@ HANDLER(isspacep_any)
 #define FCMPS ".eq|.ne|.lt|.le|.gt|.ge|.equ|.neu|.ltu|.leu|.gtu|.geu|.num|.nan"
 #define RND "[.rn|.rz|.rm|.rp]"
 
+#define ALL ".b16|.u16|.s16|.b32|.u32|.s32|.b64|.u64|.s64"
+#define NUM ".u16|.s16|.u32|.s32|.u64|.s64"
+#define WORD ".u32|.s32|.u64|.s64"
+/* handlers by type, for Form.by_type: u16 s16 u32 s32 u64 s64 */
+#define SIZES(name) {name##_16, name##_16, name##_32, name##_32, name##_64, name##_64}
+#define SIGNS(name) {name##_u16, name##_s16, name##_u32, name##_s32, name##_u64, name##_s64}
+#define WIDES(name) {name##_u16, name##_s16, name##_u32, name##_s32, 0, 0}
+#define INT SIM_C_INT
+
 const Form alu_forms[] = {
-    {"add .u16|.s16|.b16", "daa", add_16, 0, SIM_C_INT, 32, 0},
-    {"add .u32|.s32|.b32", "daa", add_32, 0, SIM_C_INT, 32, 0},
-    {"add .u64|.s64|.b64", "daa", add_64, 0, SIM_C_INT, 64, 0},
-    {"add .sat .s32", "daa", add_sat_s32, 0, SIM_C_INT, 32, 0},
-    {"add .cc .u32|.s32|.b32", "daa", add_cc, 0, SIM_C_INT, 32, 0},
-    {"add .cc .u64|.s64|.b64", "daa", add_cc, 0, SIM_C_INT, 64, 0},
-    {"addc .u32|.s32|.b32", "daa", addc, 0, SIM_C_INT, 32, 0},
-    {"addc .u64|.s64|.b64", "daa", addc, 0, SIM_C_INT, 64, 0},
-    {"addc .cc .u32|.s32|.b32", "daa", addc_cc, 0, SIM_C_INT, 32, 0},
-    {"addc .cc .u64|.s64|.b64", "daa", addc_cc, 0, SIM_C_INT, 64, 0},
-    {"sub .u16|.s16|.b16", "daa", sub_16, 0, SIM_C_INT, 32, 0},
-    {"sub .u32|.s32|.b32", "daa", sub_32, 0, SIM_C_INT, 32, 0},
-    {"sub .u64|.s64|.b64", "daa", sub_64, 0, SIM_C_INT, 64, 0},
-    {"sub .sat .s32", "daa", sub_sat_s32, 0, SIM_C_INT, 32, 0},
-    {"sub .cc .u32|.s32|.b32", "daa", sub_cc, 0, SIM_C_INT, 32, 0},
-    {"sub .cc .u64|.s64|.b64", "daa", sub_cc, 0, SIM_C_INT, 64, 0},
-    {"subc .u32|.s32|.b32", "daa", subc, 0, SIM_C_INT, 32, 0},
-    {"subc .u64|.s64|.b64", "daa", subc, 0, SIM_C_INT, 64, 0},
-    {"subc .cc .u32|.s32|.b32", "daa", subc_cc, 0, SIM_C_INT, 32, 0},
-    {"subc .cc .u64|.s64|.b64", "daa", subc_cc, 0, SIM_C_INT, 64, 0},
-    {"mul .lo .u16|.s16", "daa", mul_lo_16, 0, SIM_C_INT, 32, 0},
-    {"mul .hi .u16", "daa", mul_hi_u16, 0, SIM_C_INT, 32, 0},
-    {"mul .hi .s16", "daa", mul_hi_s16, 0, SIM_C_INT, 32, 0},
-    {"mul .wide .u16", "eaa", mul_wide_u16, 0, SIM_C_INT, 32, 0},
-    {"mul .wide .s16", "eaa", mul_wide_s16, 0, SIM_C_INT, 32, 0},
-    {"mul .lo .u32|.s32", "daa", mul_lo_32, 0, SIM_C_INT, 32, 0},
-    {"mul .hi .u32", "daa", mul_hi_u32, 0, SIM_C_INT, 32, 0},
-    {"mul .hi .s32", "daa", mul_hi_s32, 0, SIM_C_INT, 32, 0},
-    {"mul .wide .u32", "eaa", mul_wide_u32, 0, SIM_C_INT, 64, 0},
-    {"mul .wide .s32", "eaa", mul_wide_s32, 0, SIM_C_INT, 64, 0},
-    {"mul .lo .u64|.s64", "daa", mul_lo_64, 0, SIM_C_INT, 64, 0},
-    {"mul .hi .u64", "daa", mul_hi_u64, 0, SIM_C_INT, 64, 0},
-    {"mul .hi .s64", "daa", mul_hi_s64, 0, SIM_C_INT, 64, 0},
-    {"mad .lo .u16|.s16", "daaa", mad_lo_16, 0, SIM_C_INT, 32, 0},
-    {"mad .wide .u16", "eaaE", mad_wide_u16, 0, SIM_C_INT, 32, 0},
-    {"mad .wide .s16", "eaaE", mad_wide_s16, 0, SIM_C_INT, 32, 0},
-    {"mad .lo .u32|.s32", "daaa", mad_lo_32, 0, SIM_C_INT, 32, 0},
-    {"mad .hi .u32", "daaa", mad_hi_u32, 0, SIM_C_INT, 32, 0},
-    {"mad .hi .s32", "daaa", mad_hi_s32, 0, SIM_C_INT, 32, 0},
-    {"mad .wide .u32", "eaaE", mad_wide_u32, 0, SIM_C_INT, 64, 0},
-    {"mad .wide .s32", "eaaE", mad_wide_s32, 0, SIM_C_INT, 64, 0},
-    {"mad .lo .u64|.s64", "daaa", mad_lo_64, 0, SIM_C_INT, 64, 0},
-    {"div .u16", "daa", div_u16, 0, SIM_C_INT, 32, 0},
-    {"div .s16", "daa", div_s16, 0, SIM_C_INT, 32, 0},
-    {"rem .u16", "daa", rem_u16, 0, SIM_C_INT, 32, 0},
-    {"rem .s16", "daa", rem_s16, 0, SIM_C_INT, 32, 0},
-    {"div .u32", "daa", div_u32, 0, SIM_C_INT, 32, 0},
-    {"div .s32", "daa", div_s32, 0, SIM_C_INT, 32, 0},
-    {"rem .u32", "daa", rem_u32, 0, SIM_C_INT, 32, 0},
-    {"rem .s32", "daa", rem_s32, 0, SIM_C_INT, 32, 0},
-    {"div .u64", "daa", div_u64, 0, SIM_C_INT, 64, 0},
-    {"div .s64", "daa", div_s64, 0, SIM_C_INT, 64, 0},
-    {"rem .u64", "daa", rem_u64, 0, SIM_C_INT, 64, 0},
-    {"rem .s64", "daa", rem_s64, 0, SIM_C_INT, 64, 0},
-    {"abs .s16", "da", abs_s16, 0, SIM_C_INT, 32, 0},
-    {"abs .s32", "da", abs_s32, 0, SIM_C_INT, 32, 0},
-    {"abs .s64", "da", abs_s64, 0, SIM_C_INT, 64, 0},
-    {"neg .s16", "da", neg_s16, 0, SIM_C_INT, 32, 0},
-    {"neg .s32", "da", neg_s32, 0, SIM_C_INT, 32, 0},
-    {"neg .s64", "da", neg_s64, 0, SIM_C_INT, 64, 0},
-    {"min .u16", "daa", min_u16, 0, SIM_C_INT, 32, 0},
-    {"min .s16", "daa", min_s16, 0, SIM_C_INT, 32, 0},
-    {"max .u16", "daa", max_u16, 0, SIM_C_INT, 32, 0},
-    {"max .s16", "daa", max_s16, 0, SIM_C_INT, 32, 0},
-    {"min .u32", "daa", min_u32, 0, SIM_C_INT, 32, 0},
-    {"min .s32", "daa", min_s32, 0, SIM_C_INT, 32, 0},
-    {"max .u32", "daa", max_u32, 0, SIM_C_INT, 32, 0},
-    {"max .s32", "daa", max_s32, 0, SIM_C_INT, 32, 0},
-    {"min .u64", "daa", min_u64, 0, SIM_C_INT, 64, 0},
-    {"min .s64", "daa", min_s64, 0, SIM_C_INT, 64, 0},
-    {"max .u64", "daa", max_u64, 0, SIM_C_INT, 64, 0},
-    {"max .s64", "daa", max_s64, 0, SIM_C_INT, 64, 0},
-    {"and .b16", "daa", and_16, 0, SIM_C_INT, 32, 0},
-    {"or .b16", "daa", or_16, 0, SIM_C_INT, 32, 0},
-    {"xor .b16", "daa", xor_16, 0, SIM_C_INT, 32, 0},
-    {"not .b16", "da", not_16, 0, SIM_C_INT, 32, 0},
-    {"and .b32", "daa", and_32, 0, SIM_C_INT, 32, 0},
-    {"or .b32", "daa", or_32, 0, SIM_C_INT, 32, 0},
-    {"xor .b32", "daa", xor_32, 0, SIM_C_INT, 32, 0},
-    {"not .b32", "da", not_32, 0, SIM_C_INT, 32, 0},
-    {"and .b64", "daa", and_64, 0, SIM_C_INT, 64, 0},
-    {"or .b64", "daa", or_64, 0, SIM_C_INT, 64, 0},
-    {"xor .b64", "daa", xor_64, 0, SIM_C_INT, 64, 0},
-    {"not .b64", "da", not_64, 0, SIM_C_INT, 64, 0},
-    {"and .pred", "daa", and_pred, 0, SIM_C_INT, 1, 0},
-    {"or .pred", "daa", or_pred, 0, SIM_C_INT, 1, 0},
-    {"xor .pred", "daa", xor_pred, 0, SIM_C_INT, 1, 0},
-    {"not .pred", "da", not_pred, 0, SIM_C_INT, 1, 0},
-    {"shl .b16", "daw", shl_16, 0, SIM_C_INT, 32, 0},
-    {"shl .b32", "daw", shl_32, 0, SIM_C_INT, 32, 0},
-    {"shl .b64", "daw", shl_64, 0, SIM_C_INT, 64, 0},
-    {"shr .u16|.b16", "daw", shr_u16, 0, SIM_C_INT, 32, 0},
-    {"shr .u32|.b32", "daw", shr_u32, 0, SIM_C_INT, 32, 0},
-    {"shr .u64|.b64", "daw", shr_u64, 0, SIM_C_INT, 64, 0},
-    {"shr .s16", "daw", shr_s16, 0, SIM_C_INT, 32, 0},
-    {"shr .s32", "daw", shr_s32, 0, SIM_C_INT, 32, 0},
-    {"shr .s64", "daw", shr_s64, 0, SIM_C_INT, 64, 0},
-    {"shf .l|.r .wrap|.clamp .b32", "daaw", shf_32, 0, SIM_C_INT, 32, 0},
-    {"popc .b32", "ua", popc_32, 0, SIM_C_INT, 32, 0},
-    {"popc .b64", "ua", popc_64, 0, SIM_C_INT, 32, 0},
-    {"clz .b32", "ua", clz_32, 0, SIM_C_INT, 32, 0},
-    {"clz .b64", "ua", clz_64, 0, SIM_C_INT, 32, 0},
-    {"bfind [.shiftamt] .u32", "ua", bfind_u32, 0, SIM_C_INT, 32, 0},
-    {"bfind [.shiftamt] .s32", "ua", bfind_s32, 0, SIM_C_INT, 32, 0},
-    {"bfind [.shiftamt] .u64", "ua", bfind_u64, 0, SIM_C_INT, 32, 0},
-    {"bfind [.shiftamt] .s64", "ua", bfind_s64, 0, SIM_C_INT, 32, 0},
-    {"brev .b32", "da", brev_32, 0, SIM_C_INT, 32, 0},
-    {"brev .b64", "da", brev_64, 0, SIM_C_INT, 64, 0},
-    {"bfe .u32", "daww", bfe_u32, 0, SIM_C_INT, 32, 0},
-    {"bfe .s32", "daww", bfe_s32, 0, SIM_C_INT, 32, 0},
-    {"bfe .u64", "daww", bfe_u64, 0, SIM_C_INT, 64, 0},
-    {"bfe .s64", "daww", bfe_s64, 0, SIM_C_INT, 64, 0},
-    {"bfi .b32", "daaww", bfi_32, 0, SIM_C_INT, 32, 0},
-    {"bfi .b64", "daaww", bfi_64, 0, SIM_C_INT, 64, 0},
-    {"lop3 .b32", "daaan", lop3_32, 0, SIM_C_INT, 32, 0},
-    {"prmt .b32 [.f4e|.b4e|.rc8|.ecl|.ecr|.rc16]", "daaw", prmt_32, 0, SIM_C_INT, 32, 0},
-    {"dp4a .u32|.s32 .u32|.s32", "uwww", 0, 0, SIM_C_DP4A, 32, choose_dp4a},
-    {"dp2a .lo|.hi .u32|.s32 .u32|.s32", "uwww", dp2a_32, 0, SIM_C_DP4A, 32, 0},
-
-    {"add " RND " [.ftz] [.sat] .f32", "daa", add_f32, add_f32_ftz, SIM_C_FP32, 32, 0},
-    {"sub " RND " [.ftz] [.sat] .f32", "daa", sub_f32, sub_f32_ftz, SIM_C_FP32, 32, 0},
-    {"mul " RND " [.ftz] [.sat] .f32", "daa", mul_f32, mul_f32_ftz, SIM_C_FP32, 32, 0},
-    {"fma .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", fma_f32, fma_f32_ftz, SIM_C_FP32, 32, 0},
-    {"mad .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", fma_f32, fma_f32_ftz, SIM_C_FP32, 32, 0},
-    {"min [.ftz] [.NaN] .f32", "daa", 0, 0, SIM_C_FP32, 32, choose_min_f32},
-    {"max [.ftz] [.NaN] .f32", "daa", 0, 0, SIM_C_FP32, 32, choose_max_f32},
-    {"abs [.ftz] .f32", "da", abs_f32, abs_f32_ftz, SIM_C_FP32, 32, 0},
-    {"neg [.ftz] .f32", "da", neg_f32, neg_f32_ftz, SIM_C_FP32, 32, 0},
-    {"copysign .f32", "daa", copysign_f32, 0, SIM_C_FP32, 32, 0},
-    {"div .rn|.rz|.rm|.rp [.ftz] .f32", "daa", div_f32, div_f32_ftz, SIM_C_SPECIAL, 32, 0},
-    {"div .approx|.full [.ftz] .f32", "daa", div_approx, div_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"rcp .rn|.rz|.rm|.rp [.ftz] .f32", "da", rcp_f32, rcp_f32_ftz, SIM_C_SPECIAL, 32, 0},
-    {"rcp .approx [.ftz] .f32", "da", rcp_approx, rcp_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"sqrt .rn|.rz|.rm|.rp [.ftz] .f32", "da", sqrt_f32, sqrt_f32_ftz, SIM_C_SPECIAL, 32, 0},
-    {"sqrt .approx [.ftz] .f32", "da", sqrt_approx, sqrt_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"rsqrt .approx [.ftz] .f32", "da", rsqrt_approx, rsqrt_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"ex2 .approx [.ftz] .f32", "da", ex2_approx, ex2_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"lg2 .approx [.ftz] .f32", "da", lg2_approx, lg2_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"sin .approx [.ftz] .f32", "da", sin_approx, sin_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"cos .approx [.ftz] .f32", "da", cos_approx, cos_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"tanh .approx .f32", "da", tanh_approx, tanh_approx_ftz, SIM_C_SPECIAL, 32, 0},
-    {"add " RND " .f64", "daa", add_f64, 0, SIM_C_FP64, 64, 0},
-    {"sub " RND " .f64", "daa", sub_f64, 0, SIM_C_FP64, 64, 0},
-    {"mul " RND " .f64", "daa", mul_f64, 0, SIM_C_FP64, 64, 0},
-    {"fma .rn|.rz|.rm|.rp .f64", "daaa", fma_f64, 0, SIM_C_FP64, 64, 0},
-    {"mad .rn|.rz|.rm|.rp .f64", "daaa", fma_f64, 0, SIM_C_FP64, 64, 0},
-    {"div .rn|.rz|.rm|.rp .f64", "daa", div_f64, 0, SIM_C_FP64, 64, 0},
-    {"rcp .rn|.rz|.rm|.rp .f64", "da", rcp_f64, 0, SIM_C_FP64, 64, 0},
-    {"sqrt .rn|.rz|.rm|.rp .f64", "da", sqrt_f64, 0, SIM_C_FP64, 64, 0},
-    {"rsqrt .approx .f64", "da", rsqrt_f64, 0, SIM_C_FP64, 64, 0},
-    {"min .f64", "daa", min_f64, 0, SIM_C_FP64, 64, 0},
-    {"max .f64", "daa", max_f64, 0, SIM_C_FP64, 64, 0},
-    {"abs .f64", "da", abs_f64, 0, SIM_C_FP64, 64, 0},
-    {"neg .f64", "da", neg_f64, 0, SIM_C_FP64, 64, 0},
-    {"copysign .f64", "daa", copysign_f64, 0, SIM_C_FP64, 64, 0},
-
-    {"setp " CMPS " .b16|.u16|.s16|.b32|.u32|.s32|.b64|.u64|.s64", "paa", setp_any, 0, SIM_C_INT,
-     1, 0},
-    {"setp " CMPS " .and|.or|.xor .b16|.u16|.s16|.b32|.u32|.s32|.b64|.u64|.s64", "paaq", setp_any,
-     0, SIM_C_INT, 1, 0},
-    {"setp " FCMPS " [.ftz] .f32|.f64", "paa", setp_any, 0, SIM_C_FP32, 1, 0},
-    {"setp " FCMPS " .and|.or|.xor [.ftz] .f32|.f64", "paaq", setp_any, 0, SIM_C_FP32, 1, 0},
-    {"setp " FCMPS " .f16|.bf16", "paa", setp_any, 0, SIM_C_HALF, 1, 0},
-    {"set " CMPS " .u32|.s32|.f32 .u16|.s16|.b32|.u32|.s32|.u64|.s64", "dtt", set_any, 0, SIM_C_INT,
-     32, 0},
-    {"set " FCMPS " [.ftz] .u32|.s32|.f32 .f32|.f64", "dtt", set_any, 0, SIM_C_FP32, 32, 0},
-    {"selp .b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32", "daaq", selp_32, 0, SIM_C_INT, 32, 0},
-    {"selp .b64|.u64|.s64|.f64", "daaq", selp_64, 0, SIM_C_INT, 64, 0},
-    {"slct .b32|.u32|.s32|.f32 .s32|.f32", "daat", slct_32, 0, SIM_C_INT, 32, 0},
-    {"mov .pred|.b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64", "XY", 0, 0,
-     SIM_C_INT, 0, choose_mov},
-    {"cvta .global|.shared|.shared::cta|.local|.const|.param .u64", "da", cvta_64, 0, SIM_C_INT, 64,
-     0},
-    {"cvta .to .global|.shared|.shared::cta|.local|.const|.param .u64", "da", cvta_64, 0, SIM_C_INT,
-     64, 0},
-    {"isspacep .global|.shared|.shared::cta|.local|.const|.param", "pl", isspacep_any, 0, SIM_C_INT,
-     1, 0},
+    {"add " NUM, "daa", INT, 0, .by_type = SIZES(add)},
+    {"sub " NUM, "daa", INT, 0, .by_type = SIZES(sub)},
+    {"add .sat .s32", "daa", INT, 32, add_sat_s32},
+    {"sub .sat .s32", "daa", INT, 32, sub_sat_s32},
+    {"add .cc " WORD, "daa", INT, 0, add_cc},
+    {"addc " WORD, "daa", INT, 0, addc},
+    {"addc .cc " WORD, "daa", INT, 0, addc_cc},
+    {"sub .cc " WORD, "daa", INT, 0, sub_cc},
+    {"subc " WORD, "daa", INT, 0, subc},
+    {"subc .cc " WORD, "daa", INT, 0, subc_cc},
+    {"mul .lo " NUM, "daa", INT, 0, .by_type = SIZES(mul_lo)},
+    {"mul .hi " NUM, "daa", INT, 0, .by_type = SIGNS(mul_hi)},
+    {"mul .wide .u16|.s16|.u32|.s32", "eaa", INT, 0, .by_type = WIDES(mul_wide)},
+    {"mad .lo " NUM, "daaa", INT, 0, .by_type = SIZES(mad_lo)},
+    {"mad .hi .u32", "daaa", INT, 32, mad_hi_u32},
+    {"mad .hi .s32", "daaa", INT, 32, mad_hi_s32},
+    {"mad .wide .u16|.s16|.u32|.s32", "eaaE", INT, 0, .by_type = WIDES(mad_wide)},
+    {"div " NUM, "daa", INT, 0, .by_type = SIGNS(div)},
+    {"rem " NUM, "daa", INT, 0, .by_type = SIGNS(rem)},
+    {"abs .s16|.s32|.s64", "da", INT, 0, .by_type = SIZES(abs)},
+    {"neg .s16|.s32|.s64", "da", INT, 0, .by_type = SIZES(neg)},
+    {"min " NUM, "daa", INT, 0, .by_type = SIGNS(min)},
+    {"max " NUM, "daa", INT, 0, .by_type = SIGNS(max)},
+    {"and .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(and)},
+    {"or .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(or)},
+    {"xor .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(xor)},
+    {"not .b16|.b32|.b64", "da", INT, 0, .by_type = SIZES(not)},
+    {"and .pred", "daa", INT, 1, and_pred},
+    {"or .pred", "daa", INT, 1, or_pred},
+    {"xor .pred", "daa", INT, 1, xor_pred},
+    {"not .pred", "da", INT, 1, not_pred},
+    {"shl .b16|.b32|.b64", "daw", INT, 0, .by_type = SIZES(shl)},
+    {"shr " ALL, "daw", INT, 0, .by_type = SIGNS(shr)},
+    {"shf .l|.r .wrap|.clamp .b32", "daaw", INT, 32, shf_32},
+    {"popc .b32|.b64", "ua", INT, 32, .by_type = {0, 0, popc_32, 0, popc_64, 0}},
+    {"clz .b32|.b64", "ua", INT, 32, .by_type = {0, 0, clz_32, 0, clz_64, 0}},
+    {"bfind [.shiftamt] .u32|.s32|.u64|.s64", "ua", INT, 32, .by_type = {0, 0, bfind_u32,
+     bfind_s32, bfind_u64, bfind_s64}},
+    {"brev .b32|.b64", "da", INT, 0, .by_type = {0, 0, brev_32, 0, brev_64, 0}},
+    {"bfe .u32|.s32|.u64|.s64", "daww", INT, 0, .by_type = {0, 0, bfe_u32, bfe_s32, bfe_u64,
+     bfe_s64}},
+    {"bfi .b32|.b64", "daaww", INT, 0, .by_type = {0, 0, bfi_32, 0, bfi_64, 0}},
+    {"lop3 .b32", "daaan", INT, 32, lop3_32},
+    {"prmt .b32 [.f4e|.b4e|.rc8|.ecl|.ecr|.rc16]", "daaw", INT, 32, prmt_32},
+    {"dp4a .u32|.s32 .u32|.s32", "uwww", SIM_C_DP4A, 32, .choose = choose_dp4a},
+    {"dp2a .lo|.hi .u32|.s32 .u32|.s32", "uwww", SIM_C_DP4A, 32, dp2a_32},
+    {"add " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, add_f32, add_f32_ftz},
+    {"sub " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, sub_f32, sub_f32_ftz},
+    {"mul " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, mul_f32, mul_f32_ftz},
+    {"fma .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", SIM_C_FP32, 32, fma_f32, fma_f32_ftz},
+    {"mad .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", SIM_C_FP32, 32, fma_f32, fma_f32_ftz},
+    {"min [.ftz] [.NaN] .f32", "daa", SIM_C_FP32, 32, .choose = choose_min_f32},
+    {"max [.ftz] [.NaN] .f32", "daa", SIM_C_FP32, 32, .choose = choose_max_f32},
+    {"abs [.ftz] .f32", "da", SIM_C_FP32, 32, abs_f32, abs_f32_ftz},
+    {"neg [.ftz] .f32", "da", SIM_C_FP32, 32, neg_f32, neg_f32_ftz},
+    {"copysign .f32", "daa", SIM_C_FP32, 32, copysign_f32},
+    {"div .rn|.rz|.rm|.rp [.ftz] .f32", "daa", SIM_C_SPECIAL, 32, div_f32, div_f32_ftz},
+    {"div .approx|.full [.ftz] .f32", "daa", SIM_C_SPECIAL, 32, div_approx, div_approx_ftz},
+    {"rcp .rn|.rz|.rm|.rp [.ftz] .f32", "da", SIM_C_SPECIAL, 32, rcp_f32, rcp_f32_ftz},
+    {"rcp .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, rcp_approx, rcp_approx_ftz},
+    {"sqrt .rn|.rz|.rm|.rp [.ftz] .f32", "da", SIM_C_SPECIAL, 32, sqrt_f32, sqrt_f32_ftz},
+    {"sqrt .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, sqrt_approx, sqrt_approx_ftz},
+    {"rsqrt .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, rsqrt_approx, rsqrt_approx_ftz},
+    {"ex2 .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, ex2_approx, ex2_approx_ftz},
+    {"lg2 .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, lg2_approx, lg2_approx_ftz},
+    {"sin .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, sin_approx, sin_approx_ftz},
+    {"cos .approx [.ftz] .f32", "da", SIM_C_SPECIAL, 32, cos_approx, cos_approx_ftz},
+    {"tanh .approx .f32", "da", SIM_C_SPECIAL, 32, tanh_approx, tanh_approx_ftz},
+    {"add " RND " .f64", "daa", SIM_C_FP64, 64, add_f64},
+    {"sub " RND " .f64", "daa", SIM_C_FP64, 64, sub_f64},
+    {"mul " RND " .f64", "daa", SIM_C_FP64, 64, mul_f64},
+    {"fma .rn|.rz|.rm|.rp .f64", "daaa", SIM_C_FP64, 64, fma_f64},
+    {"mad .rn|.rz|.rm|.rp .f64", "daaa", SIM_C_FP64, 64, fma_f64},
+    {"div .rn|.rz|.rm|.rp .f64", "daa", SIM_C_FP64, 64, div_f64},
+    {"rcp .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, rcp_f64},
+    {"sqrt .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, sqrt_f64},
+    {"rsqrt .approx .f64", "da", SIM_C_FP64, 64, rsqrt_f64},
+    {"min .f64", "daa", SIM_C_FP64, 64, min_f64},
+    {"max .f64", "daa", SIM_C_FP64, 64, max_f64},
+    {"abs .f64", "da", SIM_C_FP64, 64, abs_f64},
+    {"neg .f64", "da", SIM_C_FP64, 64, neg_f64},
+    {"copysign .f64", "daa", SIM_C_FP64, 64, copysign_f64},
+    {"setp " CMPS " .b16|.u16|.s16|.b32|.u32|.s32|.b64|.u64|.s64", "paa", INT, 1, setp_any},
+    {"setp " CMPS " .and|.or|.xor .b16|.u16|.s16|.b32|.u32|.s32|.b64|.u64|.s64", "paaq", INT, 1,
+     setp_any},
+    {"setp " FCMPS " [.ftz] .f32|.f64", "paa", SIM_C_FP32, 1, setp_any},
+    {"setp " FCMPS " .and|.or|.xor [.ftz] .f32|.f64", "paaq", SIM_C_FP32, 1, setp_any},
+    {"setp " FCMPS " .f16|.bf16", "paa", SIM_C_HALF, 1, setp_any},
+    {"set " CMPS " .u32|.s32|.f32 .u16|.s16|.b32|.u32|.s32|.u64|.s64", "dtt", INT, 32, set_any},
+    {"set " FCMPS " [.ftz] .u32|.s32|.f32 .f32|.f64", "dtt", SIM_C_FP32, 32, set_any},
+    {"selp .b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32", "daaq", INT, 32, selp_32},
+    {"selp .b64|.u64|.s64|.f64", "daaq", INT, 64, selp_64},
+    {"slct .b32|.u32|.s32|.f32 .s32|.f32", "daat", INT, 32, slct_32},
+    {"mov .pred|.b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64", "XY", INT, 0,
+     .choose = choose_mov},
+    {"cvta .global|.shared|.shared::cta|.local|.const|.param .u64", "da", INT, 64, cvta_64},
+    {"cvta .to .global|.shared|.shared::cta|.local|.const|.param .u64", "da", INT, 64, cvta_64},
+    {"isspacep .global|.shared|.shared::cta|.local|.const|.param", "pl", INT, 1, isspacep_any},
     {0},
 };

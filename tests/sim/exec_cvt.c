@@ -14,8 +14,7 @@ typedef int64_t s64;
 /* ------------------------------------------------------------------------------------------------
  * short formats */
 
-static double round_to_mode(double q, bool negative, Rounding mode)
-{
+static double round_to_mode(double q, bool negative, Rounding mode) {
     switch (mode) {
     case RND_RZ: return floor(q);
     case RND_RM: return negative ? ceil(q) : floor(q);
@@ -26,15 +25,12 @@ static double round_to_mode(double q, bool negative, Rounding mode)
 }
 
 /* x in a format of `mant` mantissa bits and exponent bias `bias`, in the low bits. */
-static u16 shorten(double x, int mant, int bias, Rounding mode)
-{
+static u16 shorten(double x, int mant, int bias, Rounding mode) {
     bool negative = signbit(x);
     u32 infinity = (u32)(2 * bias + 1) << mant, sign = negative ? 0x8000 : 0, bits;
-    if (x != x)
-        return 0x7fff;
+    if (x != x) return 0x7fff;
     x = fabs(x);
-    if (isinf(x))
-        return (u16)(sign | infinity);
+    if (isinf(x)) return (u16)(sign | infinity);
     int e = x == 0 ? 1 - bias : ilogb(x);
     e = e < 1 - bias ? 1 - bias : e;
     double q = round_to_mode(ldexp(x, mant - e), negative, mode);
@@ -47,47 +43,39 @@ static u16 shorten(double x, int mant, int bias, Rounding mode)
     return (u16)(sign | bits);
 }
 
-float half_to_float(u16 h)
-{
+float half_to_float(u16 h) {
     return _cvtsh_ss(h);
 }
 
-u16 float_to_half(float f, Rounding mode)
-{
+u16 float_to_half(float f, Rounding mode) {
     if (mode == RND_RN || mode == RND_NONE)
         return f == f ? (u16)_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT) : 0x7fff;
     return shorten((double)f, 10, 15, mode);
 }
 
-u16 double_to_half(double d)
-{
+u16 double_to_half(double d) {
     return shorten(d, 10, 15, RND_RN);
 }
 
-float bf16_to_float(u16 h)
-{
+float bf16_to_float(u16 h) {
     u32 u = (u32)h << 16;
     float f;
     memcpy(&f, &u, 4);
     return f;
 }
 
-u16 float_to_bf16(float f, Rounding mode)
-{
+u16 float_to_bf16(float f, Rounding mode) {
     u32 u;
     memcpy(&u, &f, 4);
-    if (f != f)
-        return 0x7fff;
-    if (mode == RND_RN || mode == RND_NONE)
-        return (u16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+    if (f != f) return 0x7fff;
+    if (mode == RND_RN || mode == RND_NONE) return (u16)((u + 0x7fff + (u >> 16 & 1)) >> 16);
     return shorten((double)f, 7, 127, mode);
 }
 
 /* ------------------------------------------------------------------------------------------------
  * cvt */
 
-static s64 int_source(const Warp *w, const Inst *i, u32 l)
-{
+static s64 int_source(const Warp *w, const Inst *i, u32 l) {
     const void *a = src(w, i, 0);
     u64 v = i->wide_src ? ((const u64 *)a)[l] : ((const u32 *)a)[l];
     switch (i->type2) {
@@ -101,8 +89,7 @@ static s64 int_source(const Warp *w, const Inst *i, u32 l)
     }
 }
 
-static double float_source(const Warp *w, const Inst *i, u32 l)
-{
+static double float_source(const Warp *w, const Inst *i, u32 l) {
     const void *a = src(w, i, 0);
     float f;
     switch (i->type2) {
@@ -115,8 +102,7 @@ static double float_source(const Warp *w, const Inst *i, u32 l)
     }
 }
 
-static void put(const Warp *w, const Inst *i, u32 l, u64 v)
-{
+static void put(const Warp *w, const Inst *i, u32 l, u64 v) {
     void *d = slot(w, i->dst[0]);
     if (i->wide_dst)
         ((u64 *)d)[l] = v;
@@ -125,8 +111,7 @@ static void put(const Warp *w, const Inst *i, u32 l, u64 v)
 }
 
 /* Integer results: truncated to the type, then extended to the register as the type's sign says. */
-static void put_int(const Warp *w, const Inst *i, u32 l, u64 v)
-{
+static void put_int(const Warp *w, const Inst *i, u32 l, u64 v) {
     switch (i->type) {
     case T_U8: case T_B8: v = (u8)v; break;
     case T_S8: v = (u64)(s64)(int8_t)v; break;
@@ -139,8 +124,7 @@ static void put_int(const Warp *w, const Inst *i, u32 l, u64 v)
     put(w, i, l, v);
 }
 
-static double low_limit(Type t)
-{
+static double low_limit(Type t) {
     return type_is_signed(t) ? -ldexp(1, type_bytes(t) * 8 - 1) : 0;
 }
 
@@ -149,8 +133,7 @@ static double high_limit(Type t) /* the first value too large */
     return ldexp(1, type_bytes(t) * 8 - type_is_signed(t));
 }
 
-HANDLER(cvt_int_int)
-{
+HANDLER(cvt_int_int) {
     Type t = (Type)i->type;
     bool is_signed = type_is_signed(t), from_signed = type_is_signed((Type)i->type2);
     (void)out;
@@ -170,8 +153,7 @@ HANDLER(cvt_int_int)
 }
 
 /* Rounding to an integer value, by the .rni family. */
-static double integral(double x, u8 mode)
-{
+static double integral(double x, u8 mode) {
     switch (mode) {
     case RND_RZI: case RND_RZ: return trunc(x);
     case RND_RMI: case RND_RM: return floor(x);
@@ -181,8 +163,7 @@ static double integral(double x, u8 mode)
 }
 
 /* Out-of-range values saturate, NaN gives 0 (for 64-bit results the sign bit alone). */
-HANDLER(cvt_float_int)
-{
+HANDLER(cvt_float_int) {
     Type t = (Type)i->type;
     (void)out;
     EACH(l, w->mask) {
@@ -201,8 +182,7 @@ HANDLER(cvt_float_int)
     }
 }
 
-static void put_float(const Warp *w, const Inst *i, u32 l, double x)
-{
+static void put_float(const Warp *w, const Inst *i, u32 l, double x) {
     float f;
     u64 bits = 0;
     switch (i->type) {
@@ -221,8 +201,7 @@ static void put_float(const Warp *w, const Inst *i, u32 l, double x)
     }
 }
 
-HANDLER(cvt_int_float)
-{
+HANDLER(cvt_int_float) {
     (void)out;
     EACH(l, w->mask) {
         s64 v = int_source(w, i, l);
@@ -236,8 +215,7 @@ HANDLER(cvt_int_float)
     }
 }
 
-HANDLER(cvt_float_float)
-{
+HANDLER(cvt_float_float) {
     (void)out;
     EACH(l, w->mask) {
         double x = float_source(w, i, l);
@@ -292,59 +270,42 @@ HANDLER(cvt_f32_s32_quick) /* .rni and .rzi */
     }
 }
 
-static Handler *quick_int(const Inst *i)
-{
+static Handler *quick_int(const Inst *i) {
     int to = type_bytes((Type)i->type), from = type_bytes((Type)i->type2);
     bool sign = type_is_signed((Type)i->type2);
-    if (to == 8 && from == 4 && i->wide_dst && !i->wide_src)
-        return sign ? cvt_32_s64 : cvt_32_u64;
-    if (to == 4 && from == 8 && !i->wide_dst && i->wide_src)
-        return cvt_64_32;
-    if (i->wide_dst || i->wide_src || to > 4 || from > 4)
-        return NULL;
-    if (to == 4 && from == 4)
-        return cvt_same_32;
-    if (from == 2 && to == 4)
-        return sign ? cvt_low_s16 : cvt_low_u16;
-    if (from == 1 && to >= 2)
-        return sign ? cvt_low_s8 : cvt_low_u8;
-    if (to == 2)
-        return type_is_signed((Type)i->type) ? cvt_low_s16 : cvt_low_u16;
+    if (to == 8 && from == 4 && i->wide_dst && !i->wide_src) return sign ? cvt_32_s64 : cvt_32_u64;
+    if (to == 4 && from == 8 && !i->wide_dst && i->wide_src) return cvt_64_32;
+    if (i->wide_dst || i->wide_src || to > 4 || from > 4) return NULL;
+    if (to == 4 && from == 4) return cvt_same_32;
+    if (from == 2 && to == 4) return sign ? cvt_low_s16 : cvt_low_u16;
+    if (from == 1 && to >= 2) return sign ? cvt_low_s8 : cvt_low_u8;
+    if (to == 2) return type_is_signed((Type)i->type) ? cvt_low_s16 : cvt_low_u16;
     return type_is_signed((Type)i->type) ? cvt_low_s8 : cvt_low_u8;
 }
 
-static Handler *quick(const Inst *i)
-{
+static Handler *quick(const Inst *i) {
     bool float_to = type_is_float((Type)i->type), float_from = type_is_float((Type)i->type2);
     bool nearest = i->round == RND_RN || i->round == RND_NONE;
-    if (i->sat || i->ftz || i->relu)
-        return NULL;
-    if (!float_to && !float_from)
-        return quick_int(i);
-    if (i->wide_src || i->wide_dst)
-        return NULL;
+    if (i->sat || i->ftz || i->relu) return NULL;
+    if (!float_to && !float_from) return quick_int(i);
+    if (i->wide_src || i->wide_dst) return NULL;
     if (i->type == T_S32 && i->type2 == T_F32 && (i->round == RND_RNI || i->round == RND_RZI))
         return cvt_f32_s32_quick;
-    if (i->type != T_F32 || !nearest)
-        return NULL;
+    if (i->type != T_F32 || !nearest) return NULL;
     return i->type2 == T_S32 ? cvt_s32_f32 : i->type2 == T_S8 ? cvt_s8_f32
          : i->type2 == T_U8 ? cvt_u8_f32 : i->type2 == T_U16 ? cvt_u16_f32
          : i->type2 == T_BF16 ? cvt_bf16_f32 : NULL;
 }
 
-static Handler *choose_cvt(Inst *i)
-{
+static Handler *choose_cvt(Inst *i) {
     bool float_to = type_is_float((Type)i->type), float_from = type_is_float((Type)i->type2);
     bool integer_mode = i->round >= RND_RNI, plain_mode = i->round && !integer_mode;
     bool narrow = type_bytes((Type)i->type) < type_bytes((Type)i->type2);
     if (float_from && !float_to && !i->round)
         return NULL; /* needs a rounding mode */
-    if (float_to && !float_from && !plain_mode)
-        return NULL;
-    if (float_to && float_from && ((narrow && !plain_mode) || i->round == RND_RNA))
-        return NULL;
-    if (!float_to && !float_from && i->round)
-        return NULL;
+    if (float_to && !float_from && !plain_mode) return NULL;
+    if (float_to && float_from && ((narrow && !plain_mode) || i->round == RND_RNA)) return NULL;
+    if (!float_to && !float_from && i->round) return NULL;
     if (float_to && type_bytes((Type)i->type) == 2 && type_bytes((Type)i->type2) == 8 &&
         !float_from)
         return NULL; /* two roundings would be needed */
@@ -364,8 +325,7 @@ static Handler *choose_cvt(Inst *i)
 }
 
 /* d = {a, b}: a in the high half. */
-HANDLER(cvt_pair)
-{
+HANDLER(cvt_pair) {
     const float *a = src(w, i, 0), *b = src(w, i, 1);
     u32 *d = out;
     for (int l = 0; l < 32; l++) {
@@ -377,8 +337,7 @@ HANDLER(cvt_pair)
     }
 }
 
-static u32 clamp_int(int32_t v, Type t)
-{
+static u32 clamp_int(int32_t v, Type t) {
     int bits = type_bytes(t) * 8;
     bool is_signed = type_is_signed(t);
     int32_t low = is_signed ? -(1 << (bits - 1)) : 0, high = (1 << (bits - is_signed)) - 1;
@@ -386,8 +345,7 @@ static u32 clamp_int(int32_t v, Type t)
     return (u32)v & ((1u << bits) - 1);
 }
 
-HANDLER(cvt_pack)
-{
+HANDLER(cvt_pack) {
     const int32_t *a = src(w, i, 0), *b = src(w, i, 1);
     const u32 *c = src(w, i, 2);
     u32 *d = out;
@@ -402,8 +360,7 @@ HANDLER(cvt_pack)
  * half arithmetic */
 
 /* a b + c as a double whose last bit is odd whenever the sum is inexact; a b is exact. */
-static double fma_odd(double a, double b, double c)
-{
+static double fma_odd(double a, double b, double c) {
     double p = a * b, s = p + c, t = s - p;
     double error = (p - (s - t)) + (c - t);
     if (error != 0 && isfinite(s)) {
@@ -419,17 +376,14 @@ static double fma_odd(double a, double b, double c)
 
 typedef enum { H_ADD, H_SUB, H_MUL, H_FMA, H_MIN, H_MAX, H_EX2, H_TANH } HalfOp;
 
-static double min_max(double x, double y, bool max, bool nan)
-{
-    if (x != x || y != y)
-        return nan ? NAN : x != x ? y : x;
+static double min_max(double x, double y, bool max, bool nan) {
+    if (x != x || y != y) return nan ? NAN : x != x ? y : x;
     if (x == y)
         return (signbit(x) != 0) != max ? x : y; /* -0 is below +0 */
     return (x < y) != max ? x : y;
 }
 
-static u16 half_value(const Inst *i, HalfOp op, bool bf16, const double v[3])
-{
+static u16 half_value(const Inst *i, HalfOp op, bool bf16, const double v[3]) {
     double r;
     switch (op) {
     case H_ADD: r = fma_odd(v[0], 1, v[1]); break;
@@ -450,8 +404,7 @@ static u16 half_value(const Inst *i, HalfOp op, bool bf16, const double v[3])
 }
 
 /* One or two halves a lane. */
-static void half_lanes(Warp *w, const Inst *i, u32 *d, HalfOp op)
-{
+static void half_lanes(Warp *w, const Inst *i, u32 *d, HalfOp op) {
     bool bf16 = i->type == T_BF16 || i->type == T_BF16X2;
     int parts = i->type == T_F16X2 || i->type == T_BF16X2 ? 2 : 1;
     EACH(l, w->mask) {
@@ -478,15 +431,13 @@ HANDLER(half_max) { half_lanes(w, i, out, H_MAX); }
 HANDLER(half_ex2) { half_lanes(w, i, out, H_EX2); }
 HANDLER(half_tanh) { half_lanes(w, i, out, H_TANH); }
 
-HANDLER(half_neg)
-{
+HANDLER(half_neg) {
     const u32 *a = src(w, i, 0);
     u32 *d = out, signs = i->type == T_F16X2 || i->type == T_BF16X2 ? 0x80008000 : 0x8000;
     LANES d[l] = a[l] ^ signs;
 }
 
-HANDLER(half_abs)
-{
+HANDLER(half_abs) {
     const u32 *a = src(w, i, 0);
     u32 *d = out, signs = i->type == T_F16X2 || i->type == T_BF16X2 ? 0x80008000 : 0x8000;
     LANES d[l] = a[l] & ~signs;
@@ -497,26 +448,25 @@ HANDLER(half_abs)
 #define MODES "[.rn|.rz|.rm|.rp|.rni|.rzi|.rmi|.rpi]"
 
 const Form cvt_forms[] = {
-    {"cvt .rn|.rz [.relu] .bf16x2|.f16x2 .f32", "dtt", cvt_pair, 0, SIM_C_CVT, 32, 0},
-    {"cvt .pack .sat .u8|.s8 .s32 .b32", "uwww", cvt_pack, 0, SIM_C_CVT, 32, 0},
-    {"cvt .pack .sat .u16|.s16 .s32", "uww", cvt_pack, 0, SIM_C_CVT, 32, 0},
-    {"cvt " MODES " [.ftz] [.sat] [.relu] " INTS "|" FLOATS " " INTS "|" FLOATS, "Dt", 0, 0,
-     SIM_C_CVT, 0, choose_cvt},
+    {"cvt .rn|.rz [.relu] .bf16x2|.f16x2 .f32", "dtt", SIM_C_CVT, 32, cvt_pair},
+    {"cvt .pack .sat .u8|.s8 .s32 .b32", "uwww", SIM_C_CVT, 32, cvt_pack},
+    {"cvt .pack .sat .u16|.s16 .s32", "uww", SIM_C_CVT, 32, cvt_pack},
+    {"cvt " MODES " [.ftz] [.sat] [.relu] " INTS "|" FLOATS " " INTS "|" FLOATS, "Dt", SIM_C_CVT,
+     0, .choose = choose_cvt},
     {0},
 };
-
 const Form half_forms[] = {
-    {"add [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", half_add, 0, SIM_C_HALF, 32, 0},
-    {"sub [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", half_sub, 0, SIM_C_HALF, 32, 0},
-    {"mul [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", half_mul, 0, SIM_C_HALF, 32, 0},
-    {"fma .rn [.ftz] [.sat|.relu] .f16|.f16x2", "daaa", half_fma, 0, SIM_C_HALF, 32, 0},
-    {"fma .rn [.relu] .bf16|.bf16x2", "daaa", half_fma, 0, SIM_C_HALF, 32, 0},
-    {"min [.ftz] [.NaN] .f16|.f16x2|.bf16|.bf16x2", "daa", half_min, 0, SIM_C_HALF, 32, 0},
-    {"max [.ftz] [.NaN] .f16|.f16x2|.bf16|.bf16x2", "daa", half_max, 0, SIM_C_HALF, 32, 0},
-    {"neg [.ftz] .f16|.f16x2|.bf16|.bf16x2", "da", half_neg, 0, SIM_C_HALF, 32, 0},
-    {"abs [.ftz] .f16|.f16x2|.bf16|.bf16x2", "da", half_abs, 0, SIM_C_HALF, 32, 0},
-    {"ex2 .approx .f16|.f16x2", "da", half_ex2, 0, SIM_C_HALF, 32, 0},
-    {"ex2 .approx .ftz .bf16|.bf16x2", "da", half_ex2, 0, SIM_C_HALF, 32, 0},
-    {"tanh .approx .f16|.f16x2|.bf16|.bf16x2", "da", half_tanh, 0, SIM_C_HALF, 32, 0},
+    {"add [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", SIM_C_HALF, 32, half_add},
+    {"sub [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", SIM_C_HALF, 32, half_sub},
+    {"mul [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", SIM_C_HALF, 32, half_mul},
+    {"fma .rn [.ftz] [.sat|.relu] .f16|.f16x2", "daaa", SIM_C_HALF, 32, half_fma},
+    {"fma .rn [.relu] .bf16|.bf16x2", "daaa", SIM_C_HALF, 32, half_fma},
+    {"min [.ftz] [.NaN] .f16|.f16x2|.bf16|.bf16x2", "daa", SIM_C_HALF, 32, half_min},
+    {"max [.ftz] [.NaN] .f16|.f16x2|.bf16|.bf16x2", "daa", SIM_C_HALF, 32, half_max},
+    {"neg [.ftz] .f16|.f16x2|.bf16|.bf16x2", "da", SIM_C_HALF, 32, half_neg},
+    {"abs [.ftz] .f16|.f16x2|.bf16|.bf16x2", "da", SIM_C_HALF, 32, half_abs},
+    {"ex2 .approx .f16|.f16x2", "da", SIM_C_HALF, 32, half_ex2},
+    {"ex2 .approx .ftz .bf16|.bf16x2", "da", SIM_C_HALF, 32, half_ex2},
+    {"tanh .approx .f16|.f16x2|.bf16|.bf16x2", "da", SIM_C_HALF, 32, half_tanh},
     {0},
 };

@@ -15,8 +15,7 @@ typedef struct {
 /* ------------------------------------------------------------------------------------------------
  * addresses */
 
-static void lane_addresses(const Warp *w, const Inst *i, Access *x)
-{
+static void lane_addresses(const Warp *w, const Inst *i, Access *x) {
     u64 wrong = 0;
     if (i->wide_addr) {
         const u64 *base = src(w, i, 0);
@@ -31,11 +30,9 @@ static void lane_addresses(const Warp *w, const Inst *i, Access *x)
     x->row = w->mask == FULL_WARP && !wrong;
 }
 
-static bool aligned_lanes(Warp *w, const Access *x)
-{
+static bool aligned_lanes(Warp *w, const Access *x) {
     EACH(l, x->mask) {
-        if (x->at[l] % x->bytes == 0)
-            continue;
+        if (x->at[l] % x->bytes == 0) continue;
         finding(w, SIM_ALIGN, (int)l, x->at[l], "address is not a multiple of the access size %u",
                 x->bytes);
         return false;
@@ -43,8 +40,7 @@ static bool aligned_lanes(Warp *w, const Access *x)
     return true;
 }
 
-static Space space_of(u64 address)
-{
+static Space space_of(u64 address) {
     u64 window = address & 0xffff00000000ull;
     return address < SHARED_BASE ? SP_GLOBAL : window == SHARED_BASE ? SP_SHARED
          : window == LOCAL_BASE ? SP_LOCAL : window == PARAM_BASE ? SP_PARAM : SP_GLOBAL;
@@ -52,11 +48,9 @@ static Space space_of(u64 address)
 
 /* The allocation that holds [address, address + bytes) and may be used, or NULL. The one that this
  * instruction used last needs no second look. */
-static Alloc *lookup(Warp *w, u64 address, u64 bytes, bool store)
-{
+static Alloc *lookup(Warp *w, u64 address, u64 bytes, bool store) {
     Alloc **cache = &w->worker->cache[w->pc], *a = *cache;
-    if (a && address - a->base < a->size && bytes <= a->size - (address - a->base))
-        return a;
+    if (a && address - a->base < a->size && bytes <= a->size - (address - a->base)) return a;
     a = mem_lookup(address);
     if (!a || a->freed || bytes > a->size - (address - a->base) || (store && a->read_only) ||
         !mem_may_use(w->worker->launch->device, a))
@@ -65,13 +59,11 @@ static Alloc *lookup(Warp *w, u64 address, u64 bytes, bool store)
 }
 
 /* The same for one lane; says what is wrong. */
-static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store)
-{
+static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store) {
     Alloc *a = lookup(w, address, bytes, store);
     char text[300];
     SimKind kind;
-    if (a)
-        return a;
+    if (a) return a;
     a = mem_lookup(address);
     mem_explain(address, bytes, w->worker->launch->device, &kind, text, sizeof text);
     if (store && a && a->read_only)
@@ -85,8 +77,7 @@ static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store)
 /* ------------------------------------------------------------------------------------------------
  * global memory */
 
-static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, int lane)
-{
+static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, int lane) {
     u64 at = address - a->base, n = bits_prefix(a->valid, at, bytes);
     if (n < bytes)
         finding(w, SIM_UNINIT, lane, address + n,
@@ -94,15 +85,13 @@ static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, i
                 (unsigned long long)(at + n), (unsigned long long)a->size);
 }
 
-static int how_of(const Inst *i, bool store)
-{
+static int how_of(const Inst *i, bool store) {
     return i->class == SIM_C_ATOMIC ? ACC_ATOMIC
          : i->strong ? store ? ACC_STRONG_WRITE : ACC_STRONG_READ : store ? ACC_WRITE : ACC_READ;
 }
 
 /* The bytes themselves, between memory (`base` is the address of memory[0]) and the buffer. */
-static void copy_lanes(Access *x, u8 *memory, u64 base, bool store)
-{
+static void copy_lanes(Access *x, u8 *memory, u64 base, bool store) {
     u8 *first = memory + (x->at[0] - base);
     if (x->row)
         memcpy(store ? first : x->data, store ? x->data : first, 32 * x->bytes);
@@ -117,8 +106,7 @@ static void copy_lanes(Access *x, u8 *memory, u64 base, bool store)
 }
 
 /* All active lanes lie in `a`, from `low` on, over `span` bytes. */
-static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 span, bool store)
-{
+static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 span, bool store) {
     bool small = span <= 4096;
     if (!store && a->valid && sim_options.check_init &&
         !(small && bits_all(a->valid, low - a->base, span)))
@@ -135,12 +123,10 @@ static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 sp
             bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
 }
 
-static void move_global(Warp *w, const Inst *i, Access *x, bool store)
-{
+static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
     u64 low = ~0ull, high = 0;
     u32 mask = w->mask, left = x->mask;
-    if (!aligned_lanes(w, x))
-        return;
+    if (!aligned_lanes(w, x)) return;
     EACH(l, left) {
         low = x->at[l] < low ? x->at[l] : low;
         high = x->at[l] > high ? x->at[l] : high;
@@ -151,7 +137,7 @@ static void move_global(Warp *w, const Inst *i, Access *x, bool store)
         return;
     }
     x->row = false;
-    while (left && !w->worker->stop) { /* one allocation after the other, or the lane that is wrong */
+    while (left && !w->worker->stop) { /* one allocation after the other */
         u32 same = 0;
         a = locate(w, x->at[__builtin_ctz(left)], x->bytes, __builtin_ctz(left), store);
         EACH(l, left)
@@ -167,23 +153,22 @@ static void move_global(Warp *w, const Inst *i, Access *x, bool store)
 /* ------------------------------------------------------------------------------------------------
  * shared, local and parameter memory */
 
-static bool shared_in_bounds(Warp *w, int lane, u64 address, u64 bytes)
-{
+static bool shared_in_bounds(Warp *w, int lane, u64 address, u64 bytes) {
     u64 size = w->worker->launch->shared_bytes;
-    if (address <= size && bytes <= size - address)
-        return true;
+    if (address <= size && bytes <= size - address) return true;
     finding(w, SIM_BOUNDS, lane, address, "shared memory of this block is %llu bytes",
             (unsigned long long)size);
     return false;
 }
 
-static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool store)
-{
+static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool store) {
     const u8 *state = w->worker->shared_state + address;
     for (u32 b = 0; b < bytes; b++) {
         if (state[b] == 2) {
-            finding(w, SIM_CP_ASYNC, lane, address + b, "%s of shared memory that an asynchronous "
-                    "copy still fills: a wait (and a barrier) is missing", store ? "write" : "read");
+            finding(w, SIM_CP_ASYNC, lane, address + b,
+                    "%s of shared memory that an asynchronous "
+                    "copy still fills: a wait (and a barrier) is missing",
+                    store ? "write" : "read");
             return;
         }
         if (state[b] == 0 && !store && sim_options.check_init) {
@@ -195,28 +180,23 @@ static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool s
 }
 
 /* Are all bytes of the lane set and no copy under way? */
-static inline bool state_good(const u8 *state, u32 bytes)
-{
+static inline bool state_good(const u8 *state, u32 bytes) {
     u64 v = 0;
-    if (bytes == 16 && memcmp(state, "\1\1\1\1\1\1\1\1", 8))
-        return false;
+    if (bytes == 16 && memcmp(state, "\1\1\1\1\1\1\1\1", 8)) return false;
     state += bytes == 16 ? 8 : 0;
     memcpy(&v, state, bytes < 8 ? bytes : 8);
     return v == 0x0101010101010101ull >> (bytes < 8 ? 64 - 8 * bytes : 0);
 }
 
-static void move_shared(Warp *w, const Inst *i, Access *x, bool store)
-{
+static void move_shared(Warp *w, const Inst *i, Access *x, bool store) {
     Worker *k = w->worker;
     u64 high = 0;
-    if (!aligned_lanes(w, x))
-        return;
+    if (!aligned_lanes(w, x)) return;
     EACH(l, x->mask)
         high = x->at[l] > high ? x->at[l] : high;
     if (high > k->launch->shared_bytes || x->bytes > k->launch->shared_bytes - high)
         EACH(l, x->mask)
-            if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes))
-                return;
+            if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes)) return;
     if (i->class != SIM_C_ATOMIC)
         count_shared(w, x->at, x->bytes, x->row);
     EACH(l, x->mask)
@@ -232,11 +212,9 @@ static void move_shared(Warp *w, const Inst *i, Access *x, bool store)
             memset(k->shared_state + x->at[l], 1, x->bytes);
 }
 
-static void move_local(Warp *w, Access *x, bool store)
-{
+static void move_local(Warp *w, Access *x, bool store) {
     u32 each = (w->worker->code->local_bytes + 15) & ~15u;
-    if (!aligned_lanes(w, x))
-        return;
+    if (!aligned_lanes(w, x)) return;
     EACH(l, x->mask) {
         u8 *memory = w->worker->locals + ((size_t)w->index * 32 + l) * each;
         u8 *data = x->data + l * x->bytes;
@@ -249,16 +227,14 @@ static void move_local(Warp *w, Access *x, bool store)
     }
 }
 
-static void move_param(Warp *w, Access *x, bool store)
-{
+static void move_param(Warp *w, Access *x, bool store) {
     const Launch *launch = w->worker->launch;
     u32 size = launch->kernel->param_bytes;
     if (store) {
         finding(w, SIM_READONLY, -1, x->at[0], "store to kernel parameters");
         return;
     }
-    if (!aligned_lanes(w, x))
-        return;
+    if (!aligned_lanes(w, x)) return;
     EACH(l, x->mask) {
         if (x->at[l] > size || x->bytes > size - x->at[l]) {
             finding(w, SIM_BOUNDS, (int)l, x->at[l], "the kernel's parameters are %u bytes", size);
@@ -268,8 +244,7 @@ static void move_param(Warp *w, Access *x, bool store)
     }
 }
 
-static void move_space(Warp *w, const Inst *i, Access *x, Space space, bool store)
-{
+static void move_space(Warp *w, const Inst *i, Access *x, Space space, bool store) {
     switch (space) {
     case SP_SHARED: move_shared(w, i, x, store); break;
     case SP_LOCAL: move_local(w, x, store); break;
@@ -278,15 +253,13 @@ static void move_space(Warp *w, const Inst *i, Access *x, Space space, bool stor
     }
 }
 
-static u8 class_of(Space space)
-{
+static u8 class_of(Space space) {
     return space == SP_SHARED ? SIM_C_SHARED : space == SP_LOCAL ? SIM_C_LOCAL
          : space == SP_PARAM ? SIM_C_CONST : SIM_C_GLOBAL;
 }
 
 /* Generic addresses: each window in turn; counted as what they turn out to be. */
-static void move_generic(Warp *w, const Inst *i, Access *x, bool store)
-{
+static void move_generic(Warp *w, const Inst *i, Access *x, bool store) {
     u32 mask = w->mask, left = mask;
     bool row = x->row, first = true;
     while (left && !w->worker->stop) {
@@ -311,8 +284,7 @@ static void move_generic(Warp *w, const Inst *i, Access *x, bool store)
     w->mask = mask;
 }
 
-static void move(Warp *w, const Inst *i, Access *x, bool store)
-{
+static void move(Warp *w, const Inst *i, Access *x, bool store) {
     if (i->space == SP_GENERIC)
         move_generic(w, i, x, store);
     else
@@ -322,8 +294,7 @@ static void move(Warp *w, const Inst *i, Access *x, bool store)
 /* ------------------------------------------------------------------------------------------------
  * ld and st */
 
-static u64 extend(Type t, const u8 *p)
-{
+static u64 extend(Type t, const u8 *p) {
     u64 v = 0;
     memcpy(&v, p, (size_t)type_bytes(t));
     switch (t) {
@@ -335,8 +306,7 @@ static u64 extend(Type t, const u8 *p)
 }
 
 /* Buffer -> registers: element k of each lane to register k. */
-static void unpack(const Warp *w, const Inst *i, const Access *x)
-{
+static void unpack(const Warp *w, const Inst *i, const Access *x) {
     u32 size = (u32)type_bytes((Type)i->type);
     for (u32 k = 0; k < i->n_dst; k++) {
         const u8 *from = x->data + k * size;
@@ -362,8 +332,7 @@ static void unpack(const Warp *w, const Inst *i, const Access *x)
     }
 }
 
-static void pack(const Warp *w, const Inst *i, Access *x)
-{
+static void pack(const Warp *w, const Inst *i, Access *x) {
     u32 size = (u32)type_bytes((Type)i->type);
     for (int k = 1; k < i->n_src; k++) {
         const u32 *from = src(w, i, k);
@@ -377,18 +346,15 @@ static void pack(const Warp *w, const Inst *i, Access *x)
     }
 }
 
-static void fence_block(Warp *w, const Inst *i)
-{
+static void fence_block(Warp *w, const Inst *i) {
     if (i->fence)
         w->worker->fenced = true;
 }
 
-static void load(Warp *w, const Inst *i, void *out)
-{
+static void load(Warp *w, const Inst *i, void *out) {
     Access x;
     (void)out;
-    if (!w->mask)
-        return;
+    if (!w->mask) return;
     x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
     lane_addresses(w, i, &x);
     fence_block(w, i);
@@ -397,12 +363,10 @@ static void load(Warp *w, const Inst *i, void *out)
         unpack(w, i, &x);
 }
 
-static void store(Warp *w, const Inst *i, void *out)
-{
+static void store(Warp *w, const Inst *i, void *out) {
     Access x;
     (void)out;
-    if (!w->mask)
-        return;
+    if (!w->mask) return;
     x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
     lane_addresses(w, i, &x);
     fence_block(w, i);
@@ -411,20 +375,17 @@ static void store(Warp *w, const Inst *i, void *out)
 }
 
 /* prefetch, prefetchu: no effect; hardware ignores bad addresses too. */
-static void nothing(Warp *w, const Inst *i, void *out)
-{
+static void nothing(Warp *w, const Inst *i, void *out) {
     (void)w, (void)i, (void)out;
 }
 
-static void membar(Warp *w, const Inst *i, void *out)
-{
+static void membar(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     w->worker->fenced = true;
 }
 
 /* createpolicy: a cache policy is only a hint, its bits mean nothing here. */
-static void createpolicy(Warp *w, const Inst *i, void *out)
-{
+static void createpolicy(Warp *w, const Inst *i, void *out) {
     (void)w, (void)i;
     memset(out, 0, 256);
 }
@@ -432,16 +393,14 @@ static void createpolicy(Warp *w, const Inst *i, void *out)
 /* ------------------------------------------------------------------------------------------------
  * atomics */
 
-static float as_float(u64 v)
-{
+static float as_float(u64 v) {
     u32 u = (u32)v;
     float f;
     memcpy(&f, &u, 4);
     return f;
 }
 
-static u64 add_values(Type t, u64 a, u64 b)
-{
+static u64 add_values(Type t, u64 a, u64 b) {
     u32 bits;
     if (t == T_F32) {
         float f = as_float(a) + as_float(b);
@@ -465,8 +424,7 @@ static u64 add_values(Type t, u64 a, u64 b)
     return a + b;
 }
 
-static bool below(Type t, u64 a, u64 b)
-{
+static bool below(Type t, u64 a, u64 b) {
     switch (t) {
     case T_S32: return (int32_t)a < (int32_t)b;
     case T_S64: return (int64_t)a < (int64_t)b;
@@ -474,8 +432,7 @@ static bool below(Type t, u64 a, u64 b)
     }
 }
 
-static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c)
-{
+static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c) {
     Type t = (Type)i->type;
     switch (i->op) {
     case OP_ADD: return add_values(t, old, b);
@@ -492,13 +449,11 @@ static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c)
 }
 
 /* Lanes in ascending order; launches with global atomics use one worker, so this is exact. */
-static void atomic(Warp *w, const Inst *i, void *out)
-{
+static void atomic(Warp *w, const Inst *i, void *out) {
     Access x;
     u32 all = w->mask;
     (void)out;
-    if (!w->mask)
-        return;
+    if (!w->mask) return;
     x.bytes = (u32)type_bytes((Type)i->type);
     fence_block(w, i);
     for (u32 left = all; left && !w->worker->stop; left &= left - 1) {
@@ -512,8 +467,7 @@ static void atomic(Warp *w, const Inst *i, void *out)
         Access y = {.mask = x.mask, .bytes = x.bytes};
         memcpy(y.at, x.at, sizeof y.at);
         move(w, i, &x, false);
-        if (w->worker->stop)
-            break;
+        if (w->worker->stop) break;
         memcpy(&old, data, x.bytes);
         value = combine_atomic(i, old, b[0], b[1]);
         memcpy(y.data + l * x.bytes, &value, x.bytes);
@@ -530,8 +484,7 @@ static void atomic(Warp *w, const Inst *i, void *out)
  * cp.async */
 
 /* Source addresses, and the lanes that copy all their bytes or only some (the rest is zero). */
-static void async_sources(Warp *w, const Inst *i, Access *from, u32 *whole, u32 *part)
-{
+static void async_sources(Warp *w, const Inst *i, Access *from, u32 *whole, u32 *part) {
     const u64 *global = src(w, i, 1);
     const u32 *size = i->n_src > 2 ? src(w, i, 2) : NULL;
     *whole = *part = 0;
@@ -551,21 +504,18 @@ static void async_sources(Warp *w, const Inst *i, Access *from, u32 *whole, u32 
 }
 
 /* Reads the source at once, marks the destination as under way; the bytes arrive at the wait. */
-static void cp_async(Warp *w, const Inst *i, void *out)
-{
+static void cp_async(Warp *w, const Inst *i, void *out) {
     Access to, from;
     u32 all = w->mask, whole, part;
     (void)out;
-    if (!all)
-        return;
+    if (!all) return;
     to.bytes = from.bytes = i->vec;
     lane_addresses(w, i, &to);
     EACH(l, all)
         if (i->wide_addr && space_of(to.at[l]) == SP_SHARED)
             to.at[l] &= 0xffffffff;
     async_sources(w, i, &from, &whole, &part);
-    if (!aligned_lanes(w, &to))
-        return;
+    if (!aligned_lanes(w, &to)) return;
     w->mask = from.mask = whole;
     if (whole)
         move_global(w, i, &from, false);
@@ -577,8 +527,7 @@ static void cp_async(Warp *w, const Inst *i, void *out)
             memcpy(from.data + l * from.bytes, a->host + (from.at[l] - a->base), n);
     }
     EACH(l, all)
-        if (w->worker->stop || !shared_in_bounds(w, (int)l, to.at[l], to.bytes))
-            return;
+        if (w->worker->stop || !shared_in_bounds(w, (int)l, to.at[l], to.bytes)) return;
     count_shared(w, to.at, to.bytes, to.row);
     EACH(l, all) {
         u8 *state = w->worker->shared_state + to.at[l];
@@ -594,16 +543,14 @@ static void cp_async(Warp *w, const Inst *i, void *out)
     memcpy(c->data, from.data, sizeof c->data);
 }
 
-static void cp_commit(Warp *w, const Inst *i, void *out)
-{
+static void cp_commit(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     EACH(l, w->mask)
         w->committed[l]++;
 }
 
-/* Delivers what the lanes' `keep` newest committed groups do not hold. ~0u: also the uncommitted. */
-void async_deliver(Warp *w, u32 lanes, u32 keep)
-{
+/* Delivers what the lanes' `keep` newest committed groups do not hold; ~0u: all. */
+void async_deliver(Warp *w, u32 lanes, u32 keep) {
     Worker *k = w->worker;
     u32 kept = 0;
     for (u32 n = 0; n < w->n_async; n++) {
@@ -625,14 +572,12 @@ void async_deliver(Warp *w, u32 lanes, u32 keep)
     w->n_async = kept;
 }
 
-static void cp_wait_group(Warp *w, const Inst *i, void *out)
-{
+static void cp_wait_group(Warp *w, const Inst *i, void *out) {
     (void)out;
     async_deliver(w, w->mask, (u32)i->imm);
 }
 
-static void cp_wait_all(Warp *w, const Inst *i, void *out)
-{
+static void cp_wait_all(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     async_deliver(w, w->mask, ~0u);
 }
@@ -641,14 +586,12 @@ static void cp_wait_all(Warp *w, const Inst *i, void *out)
  * ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4), 2(l%4)+1
  * of row l/4, or with .trans of column l/4 */
 
-static void ldmatrix(Warp *w, const Inst *i, void *out)
-{
+static void ldmatrix(Warp *w, const Inst *i, void *out) {
     Access x;
     u32 n = i->vec;
     u16 value[4][8][8]; /* matrix, row, column */
     (void)out;
-    if (!whole_warp(w, "ldmatrix"))
-        return;
+    if (!whole_warp(w, "ldmatrix")) return;
     x.bytes = 16;
     lane_addresses(w, i, &x);
     if (i->space == SP_GENERIC)
@@ -661,8 +604,7 @@ static void ldmatrix(Warp *w, const Inst *i, void *out)
     x.row = x.row && n == 4;
     move_shared(w, i, &x, false);
     w->mask = FULL_WARP;
-    if (w->worker->stop)
-        return;
+    if (w->worker->stop) return;
     memcpy(value, x.data, n * 128);
     for (u32 m = 0; m < n; m++) {
         u32 *to = slot(w, i->dst[m]);
@@ -684,42 +626,42 @@ static void ldmatrix(Warp *w, const Inst *i, void *out)
 #define OPS ".and|.or|.xor|.add|.inc|.dec|.min|.max|.exch"
 
 const Form mem_forms[] = {
-    {"ld .param [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_CONST, 0, 0},
-    {"ld .const [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_CONST, 0, 0},
-    {"ld " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_SHARED, 0, 0},
-    {"ld " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_LOCAL, 0, 0},
-    {"ld " ORDER " " SCOPE " [.global] " CACHE " [.nc] " EVICT " [.L2::cache_hint] " PREFETCH
-     " [.v2|.v4] " TYPES, "Dm?l", load, 0, SIM_C_GLOBAL, 0, 0},
-    {"ldu .global [.v2|.v4] " TYPES, "Dm", load, 0, SIM_C_GLOBAL, 0, 0},
-    {"st .param [.v2|.v4] " TYPES, "mA", store, 0, SIM_C_LOCAL, 0, 0},
-    {"st " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "mA", store, 0, SIM_C_SHARED, 0, 0},
-    {"st " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "mA", store, 0, SIM_C_LOCAL, 0, 0},
-    {"st " ORDER " " SCOPE " [.global] " CACHE " " EVICT " [.L2::cache_hint] [.v2|.v4] " TYPES,
-     "mA", store, 0, SIM_C_GLOBAL, 0, 0},
-    {"prefetch [.global|.local] .L1|.L2|.L2::evict_last|.L2::evict_normal", "m", nothing, 0,
-     SIM_C_GLOBAL, 0, 0},
-    {"prefetchu .L1", "m", nothing, 0, SIM_C_GLOBAL, 0, 0},
-    {"membar .cta|.gl|.sys", "", membar, 0, SIM_C_GLOBAL, 0, 0},
-    {"fence [.sc|.acq_rel] .cta|.gpu|.sys", "", membar, 0, SIM_C_GLOBAL, 0, 0},
+    {"ld .param [.v2|.v4] " TYPES, "Dm", SIM_C_CONST, 0, load},
+    {"ld .const [.v2|.v4] " TYPES, "Dm", SIM_C_CONST, 0, load},
+    {"ld " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "Dm", SIM_C_SHARED, 0, load},
+    {"ld " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "Dm", SIM_C_LOCAL, 0, load},
+    {"ld " ORDER " " SCOPE " [.global] " CACHE " [.nc] " EVICT " [.L2::cache_hint] " PREFETCH " "
+     "[.v2|.v4] " TYPES, "Dm?l", SIM_C_GLOBAL, 0, load},
+    {"ldu .global [.v2|.v4] " TYPES, "Dm", SIM_C_GLOBAL, 0, load},
+    {"st .param [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, store},
+    {"st " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "mA", SIM_C_SHARED, 0, store},
+    {"st " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, store},
+    {"st " ORDER " " SCOPE " [.global] " CACHE " " EVICT " [.v2|.v4] " TYPES, "mA",
+     SIM_C_GLOBAL, 0, store},
+    {"prefetch [.global|.local] .L1|.L2|.L2::evict_last|.L2::evict_normal", "m", SIM_C_GLOBAL, 0,
+     nothing},
+    {"prefetchu .L1", "m", SIM_C_GLOBAL, 0, nothing},
+    {"membar .cta|.gl|.sys", "", SIM_C_GLOBAL, 0, membar},
+    {"fence [.sc|.acq_rel] .cta|.gpu|.sys", "", SIM_C_GLOBAL, 0, membar},
     {"createpolicy .fractional .L2::evict_last|.L2::evict_first|.L2::evict_normal|"
-     ".L2::evict_unchanged [.L2::evict_unchanged|.L2::evict_first] .b64", "d?w", createpolicy, 0,
-     SIM_C_INT, 64, 0},
-    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] " OPS
-     " .b32|.u32|.s32|.b64|.u64|.s64", "dma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+     ".L2::evict_unchanged [.L2::evict_unchanged|.L2::evict_first] .b64", "d?w", SIM_C_INT, 64,
+     createpolicy},
+    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] " OPS " "
+     ".b32|.u32|.s32|.b64|.u64|.s64", "dma", SIM_C_ATOMIC, 0, atomic},
     {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] .add "
-     "[.noftz] .f32|.f64|.f16x2", "dma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+     "[.noftz] .f32|.f64|.f16x2", "dma", SIM_C_ATOMIC, 0, atomic},
     {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] .cas "
-     ".b16|.b32|.u32|.b64|.u64", "dmaa", atomic, 0, SIM_C_ATOMIC, 0, 0},
-    {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] " OPS
-     " .b32|.u32|.s32|.b64|.u64|.s64", "ma", atomic, 0, SIM_C_ATOMIC, 0, 0},
+     ".b16|.b32|.u32|.b64|.u64", "dmaa", SIM_C_ATOMIC, 0, atomic},
+    {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] " OPS " "
+     ".b32|.u32|.s32|.b64|.u64|.s64", "ma", SIM_C_ATOMIC, 0, atomic},
     {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] .add [.noftz] "
-     ".f32|.f64|.f16x2", "ma", atomic, 0, SIM_C_ATOMIC, 0, 0},
-    {"cp .async .ca|.cg .shared|.shared::cta .global [.L2::cache_hint] " PREFETCH, "mMn?w", cp_async,
-     0, SIM_C_ASYNC, 0, 0},
-    {"cp .async .commit_group", "", cp_commit, 0, SIM_C_ASYNC, 0, 0},
-    {"cp .async .wait_group", "i", cp_wait_group, 0, SIM_C_ASYNC, 0, 0},
-    {"cp .async .wait_all", "", cp_wait_all, 0, SIM_C_ASYNC, 0, 0},
+     ".f32|.f64|.f16x2", "ma", SIM_C_ATOMIC, 0, atomic},
+    {"cp .async .ca|.cg .shared|.shared::cta .global " PREFETCH, "mMn?w",
+     SIM_C_ASYNC, 0, cp_async},
+    {"cp .async .commit_group", "", SIM_C_ASYNC, 0, cp_commit},
+    {"cp .async .wait_group", "i", SIM_C_ASYNC, 0, cp_wait_group},
+    {"cp .async .wait_all", "", SIM_C_ASYNC, 0, cp_wait_all},
     {"ldmatrix .sync .aligned .m8n8 .x1|.x2|.x4 [.trans] [.shared|.shared::cta] .b16", "Vm",
-     ldmatrix, 0, SIM_C_SHARED, 0, 0},
+     SIM_C_SHARED, 0, ldmatrix},
     {0},
 };

@@ -8,18 +8,15 @@
 
 /* Checks the member mask of every executing lane: it must name the lane, and no lane that is alive
  * and elsewhere. */
-static bool members_ok(Warp *w, const Inst *i, int k, const char *what)
-{
+static bool members_ok(Warp *w, const Inst *i, int k, const char *what) {
     const u32 *members = src(w, i, k);
     bool all = w->mask == FULL_WARP;
     for (int l = 0; l < 32; l++)
         all &= members[l] == FULL_WARP;
     w->sync_epoch++;
-    if (all)
-        return true;
+    if (all) return true;
     EACH(l, w->mask)
-        if (members[l] & w->alive & ~w->active && park(w))
-            return false;
+        if (members[l] & w->alive & ~w->active && park(w)) return false;
     EACH(l, w->mask) {
         u32 absent = members[l] & w->alive & ~w->mask;
         if (!(members[l] >> l & 1))
@@ -35,18 +32,15 @@ static bool members_ok(Warp *w, const Inst *i, int k, const char *what)
     return w->mask != 0;
 }
 
-bool whole_warp(Warp *w, const char *what)
-{
-    if (w->mask && w->active != w->alive && park(w))
-        return false;
+bool whole_warp(Warp *w, const char *what) {
+    if (w->mask && w->active != w->alive && park(w)) return false;
     if (w->mask && w->mask != FULL_WARP)
         finding(w, SIM_WARP_MASK, -1, 0, "%s needs all 32 lanes, has %08x", what, w->mask);
     return w->mask == FULL_WARP;
 }
 
 /* Source lane of each lane, and whether it lies in the lane's segment. */
-static u32 shfl_sources(const Inst *i, const u32 *b, const u32 *c, int *from)
-{
+static u32 shfl_sources(const Inst *i, const u32 *b, const u32 *c, int *from) {
     int ok[32];
     LANES {
         int segment = (int)(c[l] >> 8 & 31), clamp = (int)(c[l] & 31), n = (int)(b[l] & 31);
@@ -62,14 +56,12 @@ static u32 shfl_sources(const Inst *i, const u32 *b, const u32 *c, int *from)
     return inside;
 }
 
-static void shfl(Warp *w, const Inst *i, void *out)
-{
+static void shfl(Warp *w, const Inst *i, void *out) {
     const u32 *a = src(w, i, 0);
     u32 result[32], inside, all = w->mask, *to = slot(w, i->dst[0]);
     int from[32];
     (void)out;
-    if (!members_ok(w, i, 3, "shfl"))
-        return;
+    if (!members_ok(w, i, 3, "shfl")) return;
     inside = shfl_sources(i, src(w, i, 1), src(w, i, 2), from);
     EACH(l, all) {
         if (!(all >> from[l] & 1))
@@ -85,14 +77,12 @@ static void shfl(Warp *w, const Inst *i, void *out)
     }
 }
 
-static void vote(Warp *w, const Inst *i, void *out)
-{
+static void vote(Warp *w, const Inst *i, void *out) {
     u32 p = src_mask(w, i, 0);
     const u32 *members = src(w, i, 1);
     u32 *to = slot(w, i->dst[0]);
     (void)out;
-    if (!members_ok(w, i, 1, "vote"))
-        return;
+    if (!members_ok(w, i, 1, "vote")) return;
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask, yes = p & of;
         bool r = i->op == OP_ALL ? yes == of : i->op == OP_ANY ? yes != 0 : yes == 0 || yes == of;
@@ -103,14 +93,12 @@ static void vote(Warp *w, const Inst *i, void *out)
     }
 }
 
-static void match(Warp *w, const Inst *i, void *out)
-{
+static void match(Warp *w, const Inst *i, void *out) {
     bool wide = type_bytes((Type)i->type) == 8;
     const u32 *members = src(w, i, 1);
     u64 v[32];
     (void)out;
-    if (!members_ok(w, i, 1, "match"))
-        return;
+    if (!members_ok(w, i, 1, "match")) return;
     for (int l = 0; l < 32; l++)
         v[l] = wide ? ((u64 *)src(w, i, 0))[l] : ((u32 *)src(w, i, 0))[l];
     EACH(l, w->mask) {
@@ -126,8 +114,7 @@ static void match(Warp *w, const Inst *i, void *out)
     }
 }
 
-static u32 reduce(const Inst *i, u32 x, u32 y)
-{
+static u32 reduce(const Inst *i, u32 x, u32 y) {
     bool less = i->type == T_S32 ? (int32_t)x < (int32_t)y : x < y;
     switch (i->op) {
     case OP_ADD: return x + y;
@@ -139,13 +126,11 @@ static u32 reduce(const Inst *i, u32 x, u32 y)
     }
 }
 
-static void redux(Warp *w, const Inst *i, void *out)
-{
+static void redux(Warp *w, const Inst *i, void *out) {
     const u32 *a = src(w, i, 0), *members = src(w, i, 1);
     u32 result[32];
     (void)out;
-    if (!members_ok(w, i, 1, "redux"))
-        return;
+    if (!members_ok(w, i, 1, "redux")) return;
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask;
         result[l] = a[__builtin_ctz(of)];
@@ -156,15 +141,13 @@ static void redux(Warp *w, const Inst *i, void *out)
         ((u32 *)slot(w, i->dst[0]))[l] = result[l];
 }
 
-static void activemask(Warp *w, const Inst *i, void *out)
-{
+static void activemask(Warp *w, const Inst *i, void *out) {
     (void)i;
     for (int l = 0; l < 32; l++)
         ((u32 *)out)[l] = w->mask;
 }
 
-static void warp_sync(Warp *w, const Inst *i, void *out)
-{
+static void warp_sync(Warp *w, const Inst *i, void *out) {
     (void)out;
     members_ok(w, i, 0, "bar.warp.sync");
 }
@@ -173,12 +156,10 @@ static void warp_sync(Warp *w, const Inst *i, void *out)
  * barriers */
 
 /* The barrier is complete: everyone goes on; bar.red results are handed out. */
-static void release_barrier(Worker *k, Barrier *b, u32 id)
-{
+static void release_barrier(Worker *k, Barrier *b, u32 id) {
     for (int n = 0; n < k->n_warps; n++) {
         Warp *w = &k->warps[n];
-        if (w->state != W_BARRIER || w->bar_id != id)
-            continue;
+        if (w->state != W_BARRIER || w->bar_id != id) continue;
         const Inst *i = &k->code->inst[w->pc];
         w->state = W_RUN;
         if (i->n_dst) {
@@ -196,14 +177,12 @@ static void release_barrier(Worker *k, Barrier *b, u32 id)
 }
 
 /* Operands: barrier, then optionally the number of threads (0: all of the block). */
-static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait)
-{
+static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait) {
     Worker *k = w->worker;
     u32 lane = (u32)__builtin_ctz(w->mask | 1u << 31);
     u32 id = ((u32 *)src(w, i, 0))[lane];
     u32 count = i->n_src > count_at ? ((u32 *)src(w, i, (int)count_at))[lane] : 0;
-    if (!w->mask || (w->active != w->alive && park(w)))
-        return;
+    if (!w->mask || (w->active != w->alive && park(w))) return;
     if (w->mask != w->alive) {
         finding(w, SIM_BARRIER, -1, 0, "barrier in divergent code: lanes %08x of %08x are here",
                 w->mask, w->alive);
@@ -231,25 +210,21 @@ static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait)
     }
 }
 
-static void bar_sync(Warp *w, const Inst *i, void *out)
-{
+static void bar_sync(Warp *w, const Inst *i, void *out) {
     (void)out;
     arrive(w, i, 1, true);
 }
 
-static void bar_arrive(Warp *w, const Inst *i, void *out)
-{
+static void bar_arrive(Warp *w, const Inst *i, void *out) {
     (void)out;
     arrive(w, i, 1, false);
 }
 
-static void bar_red(Warp *w, const Inst *i, void *out)
-{
+static void bar_red(Warp *w, const Inst *i, void *out) {
     Barrier *b = &w->worker->barriers[((u32 *)src(w, i, 0))[0] & 15];
     u32 p = src_mask(w, i, 2);
     (void)out;
-    if (w->mask && w->active != w->alive && park(w))
-        return;
+    if (w->mask && w->active != w->alive && park(w)) return;
     b->any |= (p & w->mask) != 0;
     b->all |= (~p & w->mask) != 0;
     b->popc += (u32)__builtin_popcount(p & w->mask);
@@ -270,8 +245,7 @@ typedef struct {
     int groups;   /* 4 or 8 */
 } Tile;
 
-static void load_tile(Warp *w, const Inst *i, Tile *t)
-{
+static void load_tile(Warp *w, const Inst *i, Tile *t) {
     int n_a = t->groups / 2, n_b = t->groups / 4;
     for (int l = 0; l < 32; l++) {
         int g = l / 4, q = l % 4;
@@ -284,18 +258,17 @@ static void load_tile(Warp *w, const Inst *i, Tile *t)
     }
 }
 
-static void store_tile(Warp *w, const Inst *i, const Tile *t)
-{
+static void store_tile(Warp *w, const Inst *i, const Tile *t) {
     for (int l = 0; l < 32; l++)
         for (int r = 0; r < 4; r++)
             ((u32 *)slot(w, i->dst[r]))[l] = t->c[l / 4 + 8 * (r / 2)][2 * (l % 4) + (r & 1)];
 }
 
-static inline __m256 widen_half(__m256i halves, bool high, bool bf16)
-{
+static inline __m256 widen_half(__m256i halves, bool high, bool bf16) {
     if (bf16)
-        return _mm256_castsi256_ps(high ? _mm256_and_si256(halves, _mm256_set1_epi32((int)0xffff0000))
-                                        : _mm256_slli_epi32(halves, 16));
+        return _mm256_castsi256_ps(
+            high ? _mm256_and_si256(halves, _mm256_set1_epi32((int)0xffff0000))
+                 : _mm256_slli_epi32(halves, 16));
     __m256i v = high ? _mm256_srli_epi32(halves, 16)
                      : _mm256_and_si256(halves, _mm256_set1_epi32(0xffff));
     v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
@@ -304,8 +277,7 @@ static inline __m256 widen_half(__m256i halves, bool high, bool bf16)
 
 /* Products are exact in f32; sums are rounded one by one, k ascending (hardware's order and width
  * differ; perturbed: descending). */
-static void multiply_half(Tile *t, bool bf16)
-{
+static void multiply_half(Tile *t, bool bf16) {
     __m256 b[8][2];
     float a[16][8][2];
     for (int g = 0; g < t->groups; g++)
@@ -331,14 +303,12 @@ static void multiply_half(Tile *t, bool bf16)
     }
 }
 
-static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed)
-{
+static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed) {
     v = odd ? v : _mm256_slli_epi16(v, 8);
     return is_signed ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
 }
 
-static void multiply_int(Tile *t, bool a_signed, bool b_signed)
-{
+static void multiply_int(Tile *t, bool a_signed, bool b_signed) {
     __m256i b[8][2];
     for (int g = 0; g < t->groups; g++)
         for (int h = 0; h < 2; h++)
@@ -354,14 +324,12 @@ static void multiply_int(Tile *t, bool a_signed, bool b_signed)
     }
 }
 
-static void mma(Warp *w, const Inst *i, void *out)
-{
+static void mma(Warp *w, const Inst *i, void *out) {
     bool half = i->type == T_F32;
     Tile t = {.groups = i->vec};
     u64 mac = 16 * 8 * (u64)i->vec * (half ? 2 : 4);
     (void)out;
-    if (!whole_warp(w, "mma"))
-        return;
+    if (!whole_warp(w, "mma")) return;
     load_tile(w, i, &t);
     if (half) {
         multiply_half(&t, i->type2 == T_BF16);
@@ -376,60 +344,56 @@ static void mma(Warp *w, const Inst *i, void *out)
 }
 
 /* vec becomes the number of 32-bit groups along k. */
-static Handler *mma_groups(Inst *i, int groups)
-{
+static Handler *mma_groups(Inst *i, int groups) {
     i->vec = (u8)groups;
     bool same = i->type != T_F32 || i->type2 == i->type3;
     return same && i->n_dst == 4 && i->n_src == groups / 2 + groups / 4 + 4 ? mma : NULL;
 }
 
-static Handler *choose_mma_4(Inst *i)
-{
+static Handler *choose_mma_4(Inst *i) {
     return mma_groups(i, 4);
 }
 
-static Handler *choose_mma_8(Inst *i)
-{
+static Handler *choose_mma_8(Inst *i) {
     return mma_groups(i, 8);
 }
 
-static void sleep_lanes(Warp *w, const Inst *i, void *out)
-{
+static void sleep_lanes(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     w->yield = true;
     w->next_pc = 0;
 }
 
 const Form warp_forms[] = {
-    {"shfl .sync .up|.down|.bfly|.idx .b32", "daaaa", shfl, 0, SIM_C_WARP, 0, 0},
-    {"vote .sync .all|.any|.uni .pred", "pqw", vote, 0, SIM_C_WARP, 0, 0},
-    {"vote .sync .ballot .b32", "dqw", vote, 0, SIM_C_WARP, 0, 0},
-    {"match .any|.all .sync .b32|.b64", "uaw", match, 0, SIM_C_WARP, 0, 0},
-    {"redux .sync .add|.min|.max .u32|.s32", "daw", redux, 0, SIM_C_WARP, 0, 0},
-    {"redux .sync .and|.or|.xor .b32", "daw", redux, 0, SIM_C_WARP, 0, 0},
-    {"activemask .b32", "d", activemask, 0, SIM_C_WARP, 32, 0},
-    {"bar .warp .sync", "w", warp_sync, 0, SIM_C_WARP, 0, 0},
-    {"bar [.cta] .sync", "w?w", bar_sync, 0, SIM_C_BARRIER, 0, 0},
-    {"bar [.cta] .arrive", "ww", bar_arrive, 0, SIM_C_BARRIER, 0, 0},
-    {"bar [.cta] .red .popc .u32", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
-    {"bar [.cta] .red .and|.or .pred", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
-    {"barrier [.cta] .sync [.aligned]", "w?w", bar_sync, 0, SIM_C_BARRIER, 0, 0},
-    {"barrier [.cta] .arrive [.aligned]", "ww", bar_arrive, 0, SIM_C_BARRIER, 0, 0},
-    {"barrier [.cta] .red .popc [.aligned] .u32", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
-    {"barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", bar_red, 0, SIM_C_BARRIER, 0, 0},
-    {"mma .sync .aligned .m16n8k16 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", 0, 0,
-     SIM_C_MMA, 0, choose_mma_8},
-    {"mma .sync .aligned .m16n8k8 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", 0, 0,
-     SIM_C_MMA, 0, choose_mma_4},
-    {"mma .sync .aligned .m16n8k32 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", 0, 0, SIM_C_MMA, 0,
-     choose_mma_8},
-    {"mma .sync .aligned .m16n8k16 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", 0, 0, SIM_C_MMA, 0,
-     choose_mma_4},
-    {"bra [.uni]", "L", run_bra, 0, SIM_C_CONTROL, 0, 0},
-    {"ret [.uni]", "", run_exit, 0, SIM_C_CONTROL, 0, 0},
-    {"exit", "", run_exit, 0, SIM_C_CONTROL, 0, 0},
-    {"trap", "", run_trap, 0, SIM_C_CONTROL, 0, 0},
-    {"brkpt", "", run_trap, 0, SIM_C_CONTROL, 0, 0},
-    {"nanosleep .u32", "a", sleep_lanes, 0, SIM_C_CONTROL, 0, 0},
+    {"shfl .sync .up|.down|.bfly|.idx .b32", "daaaa", SIM_C_WARP, 0, shfl},
+    {"vote .sync .all|.any|.uni .pred", "pqw", SIM_C_WARP, 0, vote},
+    {"vote .sync .ballot .b32", "dqw", SIM_C_WARP, 0, vote},
+    {"match .any|.all .sync .b32|.b64", "uaw", SIM_C_WARP, 0, match},
+    {"redux .sync .add|.min|.max .u32|.s32", "daw", SIM_C_WARP, 0, redux},
+    {"redux .sync .and|.or|.xor .b32", "daw", SIM_C_WARP, 0, redux},
+    {"activemask .b32", "d", SIM_C_WARP, 32, activemask},
+    {"bar .warp .sync", "w", SIM_C_WARP, 0, warp_sync},
+    {"bar [.cta] .sync", "w?w", SIM_C_BARRIER, 0, bar_sync},
+    {"bar [.cta] .arrive", "ww", SIM_C_BARRIER, 0, bar_arrive},
+    {"bar [.cta] .red .popc .u32", "dwB", SIM_C_BARRIER, 0, bar_red},
+    {"bar [.cta] .red .and|.or .pred", "dwB", SIM_C_BARRIER, 0, bar_red},
+    {"barrier [.cta] .sync [.aligned]", "w?w", SIM_C_BARRIER, 0, bar_sync},
+    {"barrier [.cta] .arrive [.aligned]", "ww", SIM_C_BARRIER, 0, bar_arrive},
+    {"barrier [.cta] .red .popc [.aligned] .u32", "dwB", SIM_C_BARRIER, 0, bar_red},
+    {"barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", SIM_C_BARRIER, 0, bar_red},
+    {"mma .sync .aligned .m16n8k16 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", SIM_C_MMA,
+     0, .choose = choose_mma_8},
+    {"mma .sync .aligned .m16n8k8 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", SIM_C_MMA, 0,
+     .choose = choose_mma_4},
+    {"mma .sync .aligned .m16n8k32 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", SIM_C_MMA, 0,
+     .choose = choose_mma_8},
+    {"mma .sync .aligned .m16n8k16 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", SIM_C_MMA, 0,
+     .choose = choose_mma_4},
+    {"bra [.uni]", "L", SIM_C_CONTROL, 0, run_bra},
+    {"ret [.uni]", "", SIM_C_CONTROL, 0, run_exit},
+    {"exit", "", SIM_C_CONTROL, 0, run_exit},
+    {"trap", "", SIM_C_CONTROL, 0, run_trap},
+    {"brkpt", "", SIM_C_CONTROL, 0, run_trap},
+    {"nanosleep .u32", "a", SIM_C_CONTROL, 0, sleep_lanes},
     {0},
 };

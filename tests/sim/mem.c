@@ -18,8 +18,7 @@ static Device devices[SIM_MAX_DEVICES];
 static Alloc **table;
 static u32 n_table, cap_table;
 
-static Device *device_of(int index)
-{
+static Device *device_of(int index) {
     Device *d = &devices[index];
     if (!d->limit)
         d->limit = 24ull << 30;
@@ -29,13 +28,11 @@ static Device *device_of(int index)
 /* ------------------------------------------------------------------------------------------------
  * bit sets: one bit per byte of memory */
 
-bool bits_all(const u8 *bits, u64 first, u64 count)
-{
+bool bits_all(const u8 *bits, u64 first, u64 count) {
     return bits_prefix(bits, first, count) == count;
 }
 
-u64 bits_prefix(const u8 *bits, u64 first, u64 count)
-{
+u64 bits_prefix(const u8 *bits, u64 first, u64 count) {
     u64 n = 0;
     while (n < count) {
         u64 at = first + n;
@@ -51,16 +48,14 @@ u64 bits_prefix(const u8 *bits, u64 first, u64 count)
             n += 8;
             continue;
         }
-        if (!(bits[at / 8] >> (at % 8) & 1))
-            return n;
+        if (!(bits[at / 8] >> (at % 8) & 1)) return n;
         n++;
     }
     return n;
 }
 
 /* Several threads may set bits of one byte at once. */
-void bits_set(u8 *bits, u64 first, u64 count, bool value)
-{
+void bits_set(u8 *bits, u64 first, u64 count, bool value) {
     u64 n = 0;
     while (n < count) {
         u64 at = first + n;
@@ -83,8 +78,7 @@ void bits_set(u8 *bits, u64 first, u64 count, bool value)
  * the table */
 
 /* Index of the first allocation above `address`. */
-static u32 upper(u64 address)
-{
+static u32 upper(u64 address) {
     u32 low = 0, high = n_table;
     while (low < high) {
         u32 mid = (low + high) / 2;
@@ -96,22 +90,18 @@ static u32 upper(u64 address)
     return low;
 }
 
-Alloc *mem_lookup(u64 address)
-{
+Alloc *mem_lookup(u64 address) {
     u32 at = upper(address);
-    if (!at || address - table[at - 1]->base >= table[at - 1]->size)
-        return NULL;
+    if (!at || address - table[at - 1]->base >= table[at - 1]->size) return NULL;
     return table[at - 1];
 }
 
-Alloc *mem_nearest(u64 address)
-{
+Alloc *mem_nearest(u64 address) {
     u32 at = upper(address);
     return at ? table[at - 1] : n_table ? table[0] : NULL;
 }
 
-static void insert(Alloc *a)
-{
+static void insert(Alloc *a) {
     u32 at = upper(a->base);
     table = xgrow(table, n_table, &cap_table, sizeof *table);
     memmove(table + at + 1, table + at, (n_table - at) * sizeof *table);
@@ -119,8 +109,7 @@ static void insert(Alloc *a)
     n_table++;
 }
 
-static void *zero_pages(u64 bytes)
-{
+static void *zero_pages(u64 bytes) {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
@@ -130,27 +119,23 @@ static void *zero_pages(u64 bytes)
     return p;
 }
 
-static u64 n_words(const Alloc *a)
-{
+static u64 n_words(const Alloc *a) {
     return a->size / 4 + 8;
 }
 
-static u64 n_sectors(const Alloc *a)
-{
+static u64 n_sectors(const Alloc *a) {
     return a->size / 32 + 8;
 }
 
 /* Race and sector records, all zero pages until touched. */
-static void add_records(Alloc *a)
-{
+static void add_records(Alloc *a) {
     a->writes = zero_pages(n_words(a) * 8);
     a->reads = zero_pages(n_words(a) * 8);
     a->seen_load = zero_pages(n_sectors(a) * 4);
     a->seen_store = zero_pages(n_sectors(a) * 4);
 }
 
-static void drop_records(Alloc *a)
-{
+static void drop_records(Alloc *a) {
     munmap(a->writes, n_words(a) * 8);
     munmap(a->reads, n_words(a) * 8);
     munmap(a->seen_load, n_sectors(a) * 4);
@@ -162,37 +147,31 @@ static void drop_records(Alloc *a)
 /* ------------------------------------------------------------------------------------------------
  * device memory */
 
-void sim_mem_limit(int device, u64 bytes)
-{
+void sim_mem_limit(int device, u64 bytes) {
     device_of(device)->limit = bytes;
 }
 
-void sim_mem_info(int device, u64 *free_bytes, u64 *total_bytes)
-{
+void sim_mem_info(int device, u64 *free_bytes, u64 *total_bytes) {
     Device *d = device_of(device);
     *free_bytes = d->limit - d->used;
     *total_bytes = d->limit;
 }
 
 /* 0x7fa1 patterns: NaN as f32, f16x2 and bf16x2, and a wild index as an integer. */
-static void poison(u8 *p, u64 bytes)
-{
+static void poison(u8 *p, u64 bytes) {
     static const u8 pattern[4] = {0xa1, 0x7f, 0xa1, 0x7f};
     for (u64 k = 0; k < bytes && k < POISON_LIMIT; k++)
         p[k] = pattern[k % 4];
 }
 
-int mem_alloc(int device, u64 bytes, bool global, Alloc **out)
-{
+int mem_alloc(int device, u64 bytes, bool global, Alloc **out) {
     Device *d = device_of(device);
     u64 room = (bytes + RED_ZONE - 1) & ~(u64)(RED_ZONE - 1);
-    if (!bytes)
-        return SIM_ERROR_INVALID_VALUE;
+    if (!bytes) return SIM_ERROR_INVALID_VALUE;
     if (room < bytes || room > d->limit - d->used || d->next + room + RED_ZONE > DEVICE_SPAN)
         return SIM_ERROR_OUT_OF_MEMORY;
     Alloc *a = calloc(1, sizeof *a);
-    if (!a)
-        abort();
+    if (!a) abort();
     a->device = device;
     a->base = DEVICE_BASE + (u64)device * DEVICE_SPAN + RED_ZONE + d->next;
     a->size = bytes;
@@ -208,8 +187,7 @@ int mem_alloc(int device, u64 bytes, bool global, Alloc **out)
     return SIM_SUCCESS;
 }
 
-int sim_mem_alloc(int device, u64 bytes, u64 *address)
-{
+int sim_mem_alloc(int device, u64 bytes, u64 *address) {
     Alloc *a;
     int error = mem_alloc(device, bytes, false, &a);
     if (!error)
@@ -217,8 +195,7 @@ int sim_mem_alloc(int device, u64 bytes, u64 *address)
     return error;
 }
 
-static void release(Alloc *a)
-{
+static void release(Alloc *a) {
     u64 room = (a->size + RED_ZONE - 1) & ~(u64)(RED_ZONE - 1);
     devices[a->device].used -= room;
     munmap(a->host, a->size);
@@ -228,8 +205,7 @@ static void release(Alloc *a)
     a->freed = true;
 }
 
-int sim_mem_free(u64 address)
-{
+int sim_mem_free(u64 address) {
     Alloc *a = mem_lookup(address);
     if (!a || a->base != address || a->freed || a->device < 0 || a->module_global)
         return SIM_ERROR_INVALID_VALUE;
@@ -237,29 +213,25 @@ int sim_mem_free(u64 address)
     return SIM_SUCCESS;
 }
 
-void sim_mem_reset(int device)
-{
+void sim_mem_reset(int device) {
     for (u32 k = 0; k < n_table; k++)
         if (table[k]->device == device && !table[k]->freed)
             release(table[k]);
 }
 
-void sim_mem_peer(int device, int peer, bool allowed)
-{
+void sim_mem_peer(int device, int peer, bool allowed) {
     if (allowed)
         devices[device].peers |= 1u << peer;
     else
         devices[device].peers &= ~(1u << peer);
 }
 
-bool mem_may_use(int device, const Alloc *a)
-{
+bool mem_may_use(int device, const Alloc *a) {
     return a->device < 0 || a->device == device || devices[device].peers >> a->device & 1;
 }
 
 /* The records hold 14 bits of the launch number: start afresh when those wrap. */
-void mem_prepare_launch(u32 number)
-{
+void mem_prepare_launch(u32 number) {
     for (u32 k = 0; k < n_table && number % (1u << 14) == 0; k++)
         if (!table[k]->freed) {
             drop_records(table[k]);
@@ -270,17 +242,13 @@ void mem_prepare_launch(u32 number)
 /* ------------------------------------------------------------------------------------------------
  * host memory */
 
-int sim_mem_host_add(void *host, u64 bytes)
-{
+int sim_mem_host_add(void *host, u64 bytes) {
     u64 base = (u64)(uintptr_t)host;
-    if (!host || !bytes || base + bytes < base)
-        return SIM_ERROR_INVALID_VALUE;
+    if (!host || !bytes || base + bytes < base) return SIM_ERROR_INVALID_VALUE;
     u32 at = upper(base + bytes - 1);
-    if (at && table[at - 1]->base + table[at - 1]->size > base)
-        return SIM_ERROR_INVALID_VALUE;
+    if (at && table[at - 1]->base + table[at - 1]->size > base) return SIM_ERROR_INVALID_VALUE;
     Alloc *a = calloc(1, sizeof *a);
-    if (!a)
-        abort();
+    if (!a) abort();
     a->device = -1;
     a->base = base;
     a->size = bytes;
@@ -290,12 +258,10 @@ int sim_mem_host_add(void *host, u64 bytes)
     return SIM_SUCCESS;
 }
 
-int sim_mem_host_remove(void *host)
-{
+int sim_mem_host_remove(void *host) {
     u64 base = (u64)(uintptr_t)host;
     Alloc *a = mem_lookup(base);
-    if (!a || a->base != base || a->device >= 0)
-        return SIM_ERROR_INVALID_VALUE;
+    if (!a || a->base != base || a->device >= 0) return SIM_ERROR_INVALID_VALUE;
     u32 at = upper(base) - 1;
     memmove(table + at, table + at + 1, (n_table - at - 1) * sizeof *table);
     n_table--;
@@ -307,18 +273,15 @@ int sim_mem_host_remove(void *host)
 /* ------------------------------------------------------------------------------------------------
  * questions */
 
-bool sim_mem_find(u64 address, SimRange *r)
-{
+bool sim_mem_find(u64 address, SimRange *r) {
     const Alloc *a = mem_lookup(address);
-    if (!a)
-        return false;
+    if (!a) return false;
     *r = (SimRange){a->base, a->size, a->device, a->freed, a->module_global};
     return true;
 }
 
 /* Why [address, address + bytes) cannot be used by `device` (-1: the host). */
-void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, size_t size)
-{
+void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, size_t size) {
     const Alloc *a = mem_lookup(address), *near = a ? a : mem_nearest(address);
     *kind = SIM_BOUNDS;
     if (!near) {
@@ -347,36 +310,31 @@ void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, 
     }
 }
 
-int sim_mem_check(u64 address, u64 bytes, char *text, size_t text_size)
-{
+int sim_mem_check(u64 address, u64 bytes, char *text, size_t text_size) {
     const Alloc *a = mem_lookup(address);
     char scratch[8];
     SimKind kind;
-    if (a && !a->freed && bytes <= a->size - (address - a->base))
-        return SIM_SUCCESS;
-    mem_explain(address, bytes, -1, &kind, text ? text : scratch, text ? text_size : sizeof scratch);
+    if (a && !a->freed && bytes <= a->size - (address - a->base)) return SIM_SUCCESS;
+    mem_explain(address, bytes, -1, &kind, text ? text : scratch,
+                text ? text_size : sizeof scratch);
     return SIM_ERROR_INVALID_VALUE;
 }
 
-void *sim_mem_ptr(u64 address)
-{
+void *sim_mem_ptr(u64 address) {
     const Alloc *a = mem_lookup(address);
     return a && a->host ? a->host + (address - a->base) : NULL;
 }
 
-void sim_mem_mark(u64 address, u64 bytes, bool initialised)
-{
+void sim_mem_mark(u64 address, u64 bytes, bool initialised) {
     Alloc *a = mem_lookup(address);
     if (a && a->valid)
         bits_set(a->valid, address - a->base, bytes, initialised);
 }
 
-void sim_mem_copy_marks(u64 destination, u64 source, u64 bytes)
-{
+void sim_mem_copy_marks(u64 destination, u64 source, u64 bytes) {
     const Alloc *from = mem_lookup(source);
     Alloc *to = mem_lookup(destination);
-    if (!to || !to->valid)
-        return;
+    if (!to || !to->valid) return;
     u64 d = destination - to->base, n = 0;
     while (n < bytes) { /* runs of set and of unset bytes in turn */
         u64 s = from && from->valid ? source + n - from->base : 0;
@@ -385,15 +343,13 @@ void sim_mem_copy_marks(u64 destination, u64 source, u64 bytes)
         n += run;
         for (; n < bytes; n++) {
             s = source + n - from->base;
-            if (from->valid[s / 8] >> (s % 8) & 1)
-                break;
+            if (from->valid[s / 8] >> (s % 8) & 1) break;
             bits_set(to->valid, d + n, 1, false);
         }
     }
 }
 
-u64 sim_mem_initialised(u64 address, u64 bytes)
-{
+u64 sim_mem_initialised(u64 address, u64 bytes) {
     const Alloc *a = mem_lookup(address);
     return a && a->valid ? bits_prefix(a->valid, address - a->base, bytes) : bytes;
 }

@@ -12,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers" /* in the tables of forms */
+
 typedef uint64_t u64;
 typedef uint32_t u32;
 typedef uint16_t u16;
@@ -42,18 +44,15 @@ typedef enum {
     T_B64, T_U64, T_S64, T_F64
 } Type;
 
-static inline int type_bytes(Type t)
-{
+static inline int type_bytes(Type t) {
     return t <= T_PRED ? 0 : t <= T_S8 ? 1 : t <= T_BF16 ? 2 : t <= T_BF16X2 ? 4 : 8;
 }
 
-static inline bool type_is_float(Type t)
-{
+static inline bool type_is_float(Type t) {
     return t == T_F16 || t == T_BF16 || t == T_F32 || t == T_F64 || t == T_F16X2 || t == T_BF16X2;
 }
 
-static inline bool type_is_signed(Type t)
-{
+static inline bool type_is_signed(Type t) {
     return t == T_S8 || t == T_S16 || t == T_S32 || t == T_S64;
 }
 
@@ -86,7 +85,8 @@ struct Inst {
     u8 type, type2, type3; /* in the order of the opcode */
     u8 space, space2, round, cmp, op;
     u8 vec;              /* 1, 2, 4 elements; number of matrices of ldmatrix */
-    bool ftz, sat, wide_dst, wide_src, wide_addr, nan, relu, to, trans, left, wrap, aligned, shiftamt;
+    bool ftz, sat, nan, relu, to, trans, left, wrap, shiftamt;
+    bool wide_dst, wide_src, wide_addr; /* those registers have 64 bits */
     bool strong;         /* volatile, relaxed, acquire, release: ordered against other threads */
     bool fence;          /* acquire / release */
     bool high;           /* .hi */
@@ -101,10 +101,11 @@ struct Inst {
  * absent, x|y is one of. Operands: one letter each, see ptx_decode.c. */
 typedef struct {
     const char *pattern, *operands;
-    Handler *run, *run_ftz;
     u8 class;
-    u8 out_bits;
+    u8 out_bits;         /* of an Inst; 0 with an integer class: as wide as the destination */
+    Handler *run, *run_ftz;
     Handler *(*choose)(Inst *i); /* picks the handler from types and operands, NULL: refuse */
+    Handler *by_type[6];         /* for u16 s16 u32 s32 u64 s64; bits are unsigned */
 } Form;
 
 extern const Form alu_forms[], cvt_forms[], half_forms[], mem_forms[], warp_forms[];
@@ -265,13 +266,11 @@ typedef struct Launch {
     bool cancel;
 } Launch;
 
-static inline void *slot(const Warp *w, u32 offset)
-{
+static inline void *slot(const Warp *w, u32 offset) {
     return w->frame + offset;
 }
 
-static inline void *src(const Warp *w, const Inst *i, int k)
-{
+static inline void *src(const Warp *w, const Inst *i, int k) {
     return w->frame + i->src[k];
 }
 

@@ -52,8 +52,7 @@ static const struct {
     {".clamp", F_NOTHING, 0}, {".shiftamt", F_SHIFTAMT, 1},
 };
 
-static void set_field(Inst *i, Field field, int v)
-{
+static void set_field(Inst *i, Field field, int v) {
     switch (field) {
     case F_SPACE: *(i->space ? &i->space2 : &i->space) = (u8)v; break;
     case F_ROUND: i->round = (u8)v; break;
@@ -75,8 +74,7 @@ static void set_field(Inst *i, Field field, int v)
     }
 }
 
-static void apply_modifier(Inst *i, const char *name)
-{
+static void apply_modifier(Inst *i, const char *name) {
     Type t = parse_type(name);
     if (t != T_NONE) {
         u8 *to = !i->type ? &i->type : !i->type2 ? &i->type2 : &i->type3;
@@ -93,24 +91,20 @@ static void apply_modifier(Inst *i, const char *name)
 }
 
 /* Does `element` ("x|y") allow the modifier at `mod` (".x", up to the next dot)? */
-static bool element_allows(const char *element, size_t n, const char *mod, size_t m)
-{
+static bool element_allows(const char *element, size_t n, const char *mod, size_t m) {
     for (const char *e = element; e < element + n;) {
         size_t len = strcspn(e, "| ]");
-        if (len == m && !memcmp(e, mod, m))
-            return true;
+        if (len == m && !memcmp(e, mod, m)) return true;
         e += len + 1;
     }
     return false;
 }
 
 /* Matches an opcode against a pattern; on failure `reach` is how much of the opcode was matched. */
-static bool match_form(const char *pattern, const char *opcode, size_t *reach)
-{
+static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
     size_t n = strcspn(pattern, " "), name = strcspn(opcode, ".");
     *reach = 0;
-    if (n != name || memcmp(pattern, opcode, n))
-        return false;
+    if (n != name || memcmp(pattern, opcode, n)) return false;
     const char *mod = opcode + n, *e = pattern + n;
     while (*e == ' ')
         e++;
@@ -133,23 +127,19 @@ static bool match_form(const char *pattern, const char *opcode, size_t *reach)
 
 static const Form *const form_tables[] = {alu_forms, cvt_forms, half_forms, mem_forms, warp_forms};
 
-static const Form *find_form(Parser *p, const char *opcode)
-{
+static const Form *find_form(Parser *p, const char *opcode) {
     size_t best = 0, name = strcspn(opcode, ".");
     bool known = false;
     for (size_t t = 0; t < sizeof form_tables / sizeof *form_tables; t++)
         for (const Form *f = form_tables[t]; f->pattern; f++) {
             size_t reach;
-            if (match_form(f->pattern, opcode, &reach))
-                return f;
+            if (match_form(f->pattern, opcode, &reach)) return f;
             known |= reach > 0;
             best = reach > best ? reach : best;
         }
-    if (!known)
-        ptx_fail(p, "unknown instruction '%.*s' in '%s'", (int)name, opcode, opcode);
+    if (!known) ptx_fail(p, "unknown instruction '%.*s' in '%s'", (int)name, opcode, opcode);
     size_t bad = strcspn(opcode + best + (opcode[best] == '.'), ".");
-    if (!opcode[best])
-        ptx_fail(p, "unsupported form '%s': modifiers are missing", opcode);
+    if (!opcode[best]) ptx_fail(p, "unsupported form '%s': modifiers are missing", opcode);
     ptx_fail(p, "unsupported modifier '%.*s' in '%s'", (int)bad + 1, opcode + best, opcode);
 }
 
@@ -163,8 +153,7 @@ static const char *const special_names[SR_COUNT] = {
     "%dynamic_smem_size", "%total_smem_size", "%smid", "%nsmid", "%gridid", "%clock", "%clock_hi",
     "%clock64", "%globaltimer"};
 
-static u32 special_slot(Parser *p, const char *name, int *which)
-{
+static u32 special_slot(Parser *p, const char *name, int *which) {
     for (int k = 0; k < SR_COUNT; k++)
         if (!strcmp(name, special_names[k])) {
             if (!p->code->special[k])
@@ -175,14 +164,12 @@ static u32 special_slot(Parser *p, const char *name, int *which)
     return 0;
 }
 
-static int width_bits(Type t)
-{
+static int width_bits(Type t) {
     return t == T_PRED ? 1 : type_bytes(t) * 8;
 }
 
 /* The bits of an immediate as an operand of `bits` bits and of type `type`. */
-static u64 immediate(Parser *p, Type type, int bits, bool minus)
-{
+static u64 immediate(Parser *p, Type type, int bits, bool minus) {
     u64 v = p->number;
     if (p->is_float && !type_is_float(type) && p->float_bits != bits)
         ptx_fail(p, "floating-point constant for an integer operand");
@@ -200,14 +187,12 @@ static u64 immediate(Parser *p, Type type, int bits, bool minus)
     return bits == 64 ? v : v & ((1ull << bits) - 1);
 }
 
-static void wrong_width(Parser *p, const char *name, Type have, int want)
-{
+static void wrong_width(Parser *p, const char *name, Type have, int want) {
     ptx_fail(p, "operand '%s' has %d bits, the instruction needs %d", name, width_bits(have), want);
 }
 
 /* A single source of at least `bits` bits (exactly, unless `relaxed`). Returns its slot. */
-static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide)
-{
+static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
     bool minus = accept(p, '-');
     int which;
     u32 at;
@@ -218,8 +203,7 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide)
         next(p);
         return s;
     }
-    if (p->tok != TOK_WORD || minus)
-        ptx_fail(p, "bad operand '%s'", p->word);
+    if (p->tok != TOK_WORD || minus) ptx_fail(p, "bad operand '%s'", p->word);
     Symbol *s = find_symbol(p, p->word, &at);
     if (s && s->kind == K_REG) {
         if (s->type == T_PRED || (relaxed ? width_bits(s->type) < bits
@@ -250,11 +234,9 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide)
     return at;
 }
 
-static u32 predicate(Parser *p, bool destination)
-{
+static u32 predicate(Parser *p, bool destination) {
     u32 at = 0;
-    if (destination && accept_word(p, "_"))
-        return 0;
+    if (destination && accept_word(p, "_")) return 0;
     Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
     if (!s || s->kind != K_REG || s->type != T_PRED)
         ptx_fail(p, "'%s' is not a predicate", p->word);
@@ -262,14 +244,11 @@ static u32 predicate(Parser *p, bool destination)
     return at;
 }
 
-static u32 destination(Parser *p, int bits, bool relaxed, bool *wide)
-{
+static u32 destination(Parser *p, int bits, bool relaxed, bool *wide) {
     u32 at = 0;
-    if (accept_word(p, "_"))
-        return 0;
+    if (accept_word(p, "_")) return 0;
     Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
-    if (!s || s->kind != K_REG || s->type == T_PRED)
-        ptx_fail(p, "'%s' is not a register", p->word);
+    if (!s || s->kind != K_REG || s->type == T_PRED) ptx_fail(p, "'%s' is not a register", p->word);
     if (relaxed ? width_bits(s->type) < bits : width_bits(s->type) != bits)
         wrong_width(p, p->word, s->type, bits);
     if (wide)
@@ -278,24 +257,19 @@ static u32 destination(Parser *p, int bits, bool relaxed, bool *wide)
     return at;
 }
 
-static void add_src(Parser *p, Inst *i, u32 at)
-{
-    if (i->n_src == MAX_SRC)
-        ptx_fail(p, "too many operands");
+static void add_src(Parser *p, Inst *i, u32 at) {
+    if (i->n_src == MAX_SRC) ptx_fail(p, "too many operands");
     i->src[i->n_src++] = at;
 }
 
-static void add_dst(Parser *p, Inst *i, u32 at)
-{
-    if (i->n_dst == MAX_DST)
-        ptx_fail(p, "too many destinations");
+static void add_dst(Parser *p, Inst *i, u32 at) {
+    if (i->n_dst == MAX_DST) ptx_fail(p, "too many destinations");
     i->dst[i->n_dst++] = at;
 }
 
 /* [reg + offset], [symbol + offset], [offset]: adds the slot of the base as a source (64 bits, or
  * 32 for a 32-bit shared or local address, which `wide` tells) and returns the offset. */
-static int64_t address_operand(Parser *p, Inst *i, bool *wide)
-{
+static int64_t address_operand(Parser *p, Inst *i, bool *wide) {
     u32 at = 0;
     int64_t offset = 0;
     *wide = true;
@@ -322,8 +296,7 @@ static int64_t address_operand(Parser *p, Inst *i, bool *wide)
         bool minus = p->punct == '-';
         next(p);
         minus ^= accept(p, '-');
-        if (p->tok != TOK_NUMBER)
-            ptx_fail(p, "bad address offset '%s'", p->word);
+        if (p->tok != TOK_NUMBER) ptx_fail(p, "bad address offset '%s'", p->word);
         offset += minus ? -(int64_t)p->number : (int64_t)p->number;
         next(p);
     }
@@ -333,17 +306,14 @@ static int64_t address_operand(Parser *p, Inst *i, bool *wide)
 }
 
 /* The global address of cp.async; its offset goes to `target`. */
-static void second_address(Parser *p, Inst *i)
-{
+static void second_address(Parser *p, Inst *i) {
     bool wide;
     int64_t offset = address_operand(p, i, &wide);
-    if (!wide || offset < INT32_MIN || offset > INT32_MAX)
-        ptx_fail(p, "bad global address");
+    if (!wide || offset < INT32_MIN || offset > INT32_MAX) ptx_fail(p, "bad global address");
     i->target = (u32)(int32_t)offset;
 }
 
-static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool relaxed)
-{
+static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool relaxed) {
     bool braces = accept(p, '{');
     do {
         bool *wide = dst ? &i->wide_dst : &i->wide_src;
@@ -356,8 +326,7 @@ static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool
         expect(p, '}');
 }
 
-static void predicate_source(Parser *p, Inst *i)
-{
+static void predicate_source(Parser *p, Inst *i) {
     if (accept(p, '!'))
         i->src_flip |= 1u << i->n_src;
     accept(p, '-');
@@ -370,8 +339,7 @@ static void predicate_source(Parser *p, Inst *i)
 }
 
 /* An operand of mov: a register, or a list whose elements share the width. */
-static void move_operand(Parser *p, Inst *i, bool dst, Type t, int bits)
-{
+static void move_operand(Parser *p, Inst *i, bool dst, Type t, int bits) {
     if (t == T_PRED && dst)
         add_dst(p, i, predicate(p, true));
     else if (t == T_PRED)
@@ -382,15 +350,13 @@ static void move_operand(Parser *p, Inst *i, bool dst, Type t, int bits)
         list_operand(p, i, dst, t, bits, false);
 }
 
-static bool is_predicate(Parser *p)
-{
+static bool is_predicate(Parser *p) {
     u32 at;
     Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
     return (p->tok == TOK_PUNCT && p->punct == '!') || (s && s->kind == K_REG && s->type == T_PRED);
 }
 
-static void operand(Parser *p, Inst *i, char letter)
-{
+static void operand(Parser *p, Inst *i, char letter) {
     Type t = (Type)i->type, t2 = (Type)i->type2;
     int bits = width_bits(t);
     switch (letter) {
@@ -435,14 +401,12 @@ static void operand(Parser *p, Inst *i, char letter)
     case 'm': i->imm = address_operand(p, i, &i->wide_addr); break;
     case 'M': second_address(p, i); break;
     case 'i':
-        if (p->tok != TOK_NUMBER)
-            ptx_fail(p, "expected an integer constant before '%s'", p->word);
+        if (p->tok != TOK_NUMBER) ptx_fail(p, "expected an integer constant before '%s'", p->word);
         i->imm = (int64_t)p->number;
         next(p);
         break;
     case 'L':
-        if (p->tok != TOK_WORD)
-            ptx_fail(p, "expected a label");
+        if (p->tok != TOK_WORD) ptx_fail(p, "expected a label");
         add_fixup(p, (u32)(i - p->code->inst), keep(p, p->word));
         next(p);
         break;
@@ -452,8 +416,7 @@ static void operand(Parser *p, Inst *i, char letter)
         i->dst_pred = predicate(p, true);
 }
 
-static void operands(Parser *p, Inst *i, const char *letters)
-{
+static void operands(Parser *p, Inst *i, const char *letters) {
     bool optional = false, first = true;
     for (; *letters; letters++) {
         if (*letters == '?') {
@@ -461,8 +424,7 @@ static void operands(Parser *p, Inst *i, const char *letters)
             continue;
         }
         if (first ? optional && p->tok == TOK_PUNCT && p->punct == ';' : !accept(p, ',')) {
-            if (!optional)
-                ptx_fail(p, "operands are missing");
+            if (!optional) ptx_fail(p, "operands are missing");
             break;
         }
         operand(p, i, *letters);
@@ -474,33 +436,35 @@ static void operands(Parser *p, Inst *i, const char *letters)
  * instructions */
 
 /* The handler that reads %clock and the other registers that change by themselves. */
-static bool reads_clock(const SimCode *c, const Inst *i)
-{
+static bool reads_clock(const SimCode *c, const Inst *i) {
     for (int k = SR_CLOCK; k < SR_COUNT; k++)
         for (int s = 0; s < i->n_src; s++)
-            if (c->special[k] && i->src[s] == c->special[k])
-                return true;
+            if (c->special[k] && i->src[s] == c->special[k]) return true;
     return false;
 }
 
-static void check_vector(Parser *p, const Inst *i, const Form *f)
-{
-    if (!strpbrk(f->operands, "DA") || i->class == SIM_C_CVT)
-        return;
+static void check_vector(Parser *p, const Inst *i, const Form *f) {
+    if (!strpbrk(f->operands, "DA") || i->class == SIM_C_CVT) return;
     int n = strchr(f->operands, 'D') ? i->n_dst : i->n_src - 1;
     if (n != (i->vec ? i->vec : 1))
         ptx_fail(p, "%d registers for a vector of %d", n, i->vec ? i->vec : 1);
 }
 
-static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode)
-{
+static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode) {
     i->run = i->ftz && f->run_ftz ? f->run_ftz : f->run;
     i->class = f->class;
     i->out_bits = f->out_bits;
+    if (!i->run && !f->choose) {
+        int size = type_bytes((Type)i->type);
+        i->run = f->by_type[(size == 8 ? 4 : size == 4 ? 2 : 0) + type_is_signed((Type)i->type)];
+    }
+    if (!i->out_bits && f->class == SIM_C_INT && i->n_dst) {
+        bool twice = f->operands[0] == 'e';
+        i->out_bits = type_bytes((Type)i->type) << twice == 8 ? 64 : 32;
+    }
     if (f->choose)
         i->run = f->choose(i);
-    if (!i->run)
-        ptx_fail(p, "unsupported combination of types in '%s'", opcode);
+    if (!i->run) ptx_fail(p, "unsupported combination of types in '%s'", opcode);
     if (i->class == SIM_C_CVT || f->choose)
         return; /* these see to rounding and saturation themselves */
     bool rounded = i->round == RND_RZ || i->round == RND_RM || i->round == RND_RP;
@@ -510,8 +474,7 @@ static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode
     }
 }
 
-void decode_instruction(Parser *p, u32 guard, bool flip)
-{
+void decode_instruction(Parser *p, u32 guard, bool flip) {
     char opcode[sizeof p->word];
     strcpy(opcode, p->word);
     int line = p->line;
@@ -542,8 +505,7 @@ void decode_instruction(Parser *p, u32 guard, bool flip)
     check_vector(p, i, f);
     p->code->global_atomics |= i->class == SIM_C_ATOMIC && i->space != SP_SHARED;
     if (reads_clock(p->code, i)) {
-        if (strncmp(opcode, "mov.", 4))
-            ptx_fail(p, "clock registers can only be moved");
+        if (strncmp(opcode, "mov.", 4)) ptx_fail(p, "clock registers can only be moved");
         i->run = run_clock;
         i->out_bits = 0;
     }
@@ -566,18 +528,15 @@ typedef struct {
     u64 *set, *in;     /* registers that are certainly set at the end / at the beginning */
 } Basic;
 
-static bool ends_block(const Inst *i)
-{
+static bool ends_block(const Inst *i) {
     return i->run == run_bra || i->run == run_exit || i->run == run_trap || i->run == run_assert;
 }
 
-static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst)
-{
+static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst) {
     u8 *leader = calloc(c->n_inst + 1, 1);
     Basic *b = NULL;
     u32 n = 0, cap = 0;
-    if (!leader)
-        abort();
+    if (!leader) abort();
     for (u32 k = 0; k < c->n_inst; k++) {
         if (c->inst[k].run == run_bra)
             leader[c->inst[k].target] = 1;
@@ -604,17 +563,14 @@ static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst)
     return n;
 }
 
-static bool is_register(const u8 *fixed, u32 offset)
-{
+static bool is_register(const u8 *fixed, u32 offset) {
     return offset && !fixed[offset / 32];
 }
 
 /* Marks slots that are set from the start: constants, special registers, the sink. */
-static u8 *fixed_slots(const SimCode *c)
-{
+static u8 *fixed_slots(const SimCode *c) {
     u8 *fixed = calloc(c->frame_bytes / 32 + 1, 1);
-    if (!fixed)
-        abort();
+    if (!fixed) abort();
     for (u32 k = 0; k < c->n_consts; k++)
         fixed[c->consts[k].offset / 32] = 1;
     for (int k = 0; k < SR_COUNT; k++)
@@ -626,17 +582,14 @@ static u8 *fixed_slots(const SimCode *c)
 #define BIT_GET(set, n) ((set)[(n) / 64] >> ((n) % 64) & 1)
 #define BIT_ADD(set, n) ((set)[(n) / 64] |= 1ull << ((n) % 64))
 
-static void add_writes(const Inst *i, u64 *set)
-{
-    if (i->guard)
-        return;
+static void add_writes(const Inst *i, u64 *set) {
+    if (i->guard) return;
     for (int k = 0; k < i->n_dst; k++)
         BIT_ADD(set, i->dst[k] / 32);
     BIT_ADD(set, i->dst_pred / 32);
 }
 
-static void reads_of(const Inst *i, u32 *out, int *n)
-{
+static void reads_of(const Inst *i, u32 *out, int *n) {
     *n = 0;
     for (int k = 0; k < i->n_src; k++)
         out[(*n)++] = i->src[k];
@@ -645,14 +598,12 @@ static void reads_of(const Inst *i, u32 *out, int *n)
 }
 
 /* Solves in = AND over predecessors of (in | set); entry: nothing is set. */
-static void definitely_set(Basic *b, u32 n, u32 words)
-{
+static void definitely_set(Basic *b, u32 n, u32 words) {
     for (bool changed = true; changed;) {
         changed = false;
         for (u32 k = 0; k < n; k++)
             for (int s = 0; s < 2; s++) {
-                if (b[k].next[s] < 0)
-                    continue;
+                if (b[k].next[s] < 0) continue;
                 u64 *to = b[b[k].next[s]].in;
                 for (u32 w = 0; w < words; w++) {
                     u64 v = to[w] & (b[k].in[w] | b[k].set[w]);
@@ -663,12 +614,10 @@ static void definitely_set(Basic *b, u32 n, u32 words)
     }
 }
 
-static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed)
-{
+static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed) {
     u8 *tracked = calloc(c->frame_bytes / 32 + 1, 1);
     u64 *now = malloc(words * 8);
-    if (!tracked || !now)
-        abort();
+    if (!tracked || !now) abort();
     for (u32 k = 0; k < n; k++) {
         memcpy(now, b[k].in, words * 8);
         for (u32 x = b[k].first; x <= b[k].last; x++) {
@@ -748,18 +697,15 @@ static int pressure(const SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixe
     return most;
 }
 
-void analyse(SimModule *m, SimKernel *kernel)
-{
+void analyse(SimModule *m, SimKernel *kernel) {
     SimCode *c = kernel->code;
     int *of_inst = malloc((c->n_inst + 1) * sizeof *of_inst);
     Basic *b;
-    if (!of_inst)
-        abort();
+    if (!of_inst) abort();
     u32 n = find_blocks(c, &b, of_inst), words = c->frame_bytes / 32 / 64 + 1;
     u8 *fixed = fixed_slots(c), *width = calloc((size_t)words * 64, 1);
     u64 *sets = calloc((size_t)n * 2 * words, 8);
-    if (!sets || !width)
-        abort();
+    if (!sets || !width) abort();
     for (u32 k = 0; k < n; k++) {
         b[k].set = sets + (size_t)k * 2 * words;
         b[k].in = b[k].set + words;

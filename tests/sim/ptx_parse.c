@@ -17,8 +17,7 @@ struct Chunk {
     _Alignas(16) u8 bytes[];
 };
 
-static void *xalloc(size_t bytes)
-{
+static void *xalloc(size_t bytes) {
     void *p = calloc(1, bytes);
     if (!p) {
         fprintf(stderr, "sim: out of host memory (%zu bytes)\n", bytes);
@@ -27,8 +26,7 @@ static void *xalloc(size_t bytes)
     return p;
 }
 
-void *arena_get(SimModule *m, size_t bytes)
-{
+void *arena_get(SimModule *m, size_t bytes) {
     bytes = (bytes + 15) & ~(size_t)15;
     if (!m->arena || m->arena->size - m->arena->used < bytes) {
         size_t size = bytes > 65536 ? bytes : 65536;
@@ -42,21 +40,17 @@ void *arena_get(SimModule *m, size_t bytes)
     return p;
 }
 
-void *xgrow(void *array, u32 count, u32 *cap, size_t item)
-{
-    if (count < *cap)
-        return array;
+void *xgrow(void *array, u32 count, u32 *cap, size_t item) {
+    if (count < *cap) return array;
     u32 more = *cap ? *cap * 2 : 16;
     array = realloc(array, more * item);
-    if (!array)
-        abort();
+    if (!array) abort();
     memset((char *)array + *cap * item, 0, (more - *cap) * item);
     *cap = more;
     return array;
 }
 
-char *keep(Parser *p, const char *text)
-{
+char *keep(Parser *p, const char *text) {
     size_t n = strlen(text) + 1;
     return memcpy(arena_get(p->m, n), text, n);
 }
@@ -64,8 +58,7 @@ char *keep(Parser *p, const char *text)
 /* ------------------------------------------------------------------------------------------------
  * tokens */
 
-void ptx_fail(Parser *p, const char *format, ...)
-{
+void ptx_fail(Parser *p, const char *format, ...) {
     va_list ap;
     va_start(ap, format);
     int n = p->log_size ? snprintf(p->log, p->log_size, "line %d: ", p->line) : 0;
@@ -77,8 +70,7 @@ void ptx_fail(Parser *p, const char *format, ...)
     longjmp(p->fail, 1);
 }
 
-static void skip_blank(Parser *p)
-{
+static void skip_blank(Parser *p) {
     for (; p->p < p->end; p->p++) {
         if (*p->p == '\n') {
             p->read_line++;
@@ -96,21 +88,17 @@ static void skip_blank(Parser *p)
     }
 }
 
-static bool word_char(const Parser *p, const char *c)
-{
-    if (isalnum((unsigned char)*c) || *c == '_' || *c == '$' || *c == '.' || *c == '%')
-        return true;
+static bool word_char(const Parser *p, const char *c) {
+    if (isalnum((unsigned char)*c) || *c == '_' || *c == '$' || *c == '.' || *c == '%') return true;
     /* the two colons of ".L1::no_allocate" */
     return *c == ':' && ((c + 1 < p->end && c[1] == ':' && isalnum((unsigned char)c[2])) ||
                          (c[-1] == ':' && isalnum((unsigned char)c[1]) && c[-2] != ' '));
 }
 
-static void read_word(Parser *p)
-{
+static void read_word(Parser *p) {
     size_t n = 0;
     while (p->p < p->end && word_char(p, p->p)) {
-        if (n + 1 == sizeof p->word)
-            ptx_fail(p, "name longer than %zu bytes", sizeof p->word - 1);
+        if (n + 1 == sizeof p->word) ptx_fail(p, "name longer than %zu bytes", sizeof p->word - 1);
         p->word[n++] = *p->p++;
     }
     p->word[n] = 0;
@@ -118,8 +106,7 @@ static void read_word(Parser *p)
 }
 
 /* 0f and 0d bit patterns, hexadecimal, binary, octal, decimal, decimal fractions. */
-static void read_number(Parser *p)
-{
+static void read_number(Parser *p) {
     char *stop;
     p->tok = TOK_NUMBER;
     p->is_float = false;
@@ -152,8 +139,7 @@ static void read_number(Parser *p)
     p->p = stop;
 }
 
-void next(Parser *p)
-{
+void next(Parser *p) {
     skip_blank(p);
     p->line = p->read_line;
     if (p->p >= p->end) {
@@ -182,48 +168,38 @@ void next(Parser *p)
     }
 }
 
-bool accept(Parser *p, int punct)
-{
-    if (p->tok != TOK_PUNCT || p->punct != punct)
-        return false;
+bool accept(Parser *p, int punct) {
+    if (p->tok != TOK_PUNCT || p->punct != punct) return false;
     next(p);
     return true;
 }
 
-void expect(Parser *p, int punct)
-{
+void expect(Parser *p, int punct) {
     if (!accept(p, punct))
         ptx_fail(p, "expected '%c' before '%s'", punct, p->tok == TOK_NUMBER ? "number" : p->word);
 }
 
-bool accept_word(Parser *p, const char *word)
-{
-    if (p->tok != TOK_WORD || strcmp(p->word, word))
-        return false;
+bool accept_word(Parser *p, const char *word) {
+    if (p->tok != TOK_WORD || strcmp(p->word, word)) return false;
     next(p);
     return true;
 }
 
-static u64 expect_number(Parser *p)
-{
-    if (p->tok != TOK_NUMBER)
-        ptx_fail(p, "expected a number before '%s'", p->word);
+static u64 expect_number(Parser *p) {
+    if (p->tok != TOK_NUMBER) ptx_fail(p, "expected a number before '%s'", p->word);
     u64 v = p->number;
     next(p);
     return v;
 }
 
-static const char *expect_name(Parser *p)
-{
-    if (p->tok != TOK_WORD)
-        ptx_fail(p, "expected a name");
+static const char *expect_name(Parser *p) {
+    if (p->tok != TOK_WORD) ptx_fail(p, "expected a name");
     const char *name = keep(p, p->word);
     next(p);
     return name;
 }
 
-Type parse_type(const char *dotted)
-{
+Type parse_type(const char *dotted) {
     static const struct { const char *name; Type type; } types[] = {
         {".pred", T_PRED}, {".b8", T_B8}, {".u8", T_U8}, {".s8", T_S8}, {".b16", T_B16},
         {".u16", T_U16}, {".s16", T_S16}, {".f16", T_F16}, {".bf16", T_BF16}, {".b32", T_B32},
@@ -231,16 +207,14 @@ Type parse_type(const char *dotted)
         {".bf16x2", T_BF16X2}, {".b64", T_B64}, {".u64", T_U64}, {".s64", T_S64}, {".f64", T_F64},
     };
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
-        if (!strcmp(dotted, types[i].name))
-            return types[i].type;
+        if (!strcmp(dotted, types[i].name)) return types[i].type;
     return T_NONE;
 }
 
 /* ------------------------------------------------------------------------------------------------
  * symbols and slots */
 
-static Symbol *add_symbol(Parser *p, const char *name, SymKind kind)
-{
+static Symbol *add_symbol(Parser *p, const char *name, SymKind kind) {
     p->syms = xgrow(p->syms, p->n_syms, &p->cap_syms, sizeof *p->syms);
     Symbol *s = &p->syms[p->n_syms++];
     memset(s, 0, sizeof *s);
@@ -252,45 +226,36 @@ static Symbol *add_symbol(Parser *p, const char *name, SymKind kind)
 }
 
 /* Does `name` belong to the register family s? Then gives its slot. */
-static bool in_family(const Symbol *s, const char *name, u32 *slot)
-{
+static bool in_family(const Symbol *s, const char *name, u32 *slot) {
     size_t n = strlen(s->name);
-    if (strncmp(name, s->name, n) || !isdigit((unsigned char)name[n]))
-        return false;
+    if (strncmp(name, s->name, n) || !isdigit((unsigned char)name[n])) return false;
     char *stop;
     long k = strtol(name + n, &stop, 10);
-    if (*stop || k < 0 || k >= s->count || (name[n] == '0' && name[n + 1]))
-        return false;
+    if (*stop || k < 0 || k >= s->count || (name[n] == '0' && name[n + 1])) return false;
     *slot = s->slot + (u32)k * s->stride;
     return true;
 }
 
-Symbol *find_symbol(Parser *p, const char *name, u32 *slot)
-{
+Symbol *find_symbol(Parser *p, const char *name, u32 *slot) {
     for (u32 i = p->n_syms; i-- > 0;) {
         if (i == p->func_base - 1 && i >= p->n_module)
             i = p->n_module - 1; /* a callee does not see its caller's names */
-        if (i == ~0u)
-            break;
+        if (i == ~0u) break;
         Symbol *s = &p->syms[i];
         *slot = s->slot;
-        if (s->count >= 0 ? in_family(s, name, slot) : !strcmp(s->name, name))
-            return s;
+        if (s->count >= 0 ? in_family(s, name, slot) : !strcmp(s->name, name)) return s;
     }
     return NULL;
 }
 
-u32 new_slot(Parser *p, int bits)
-{
+u32 new_slot(Parser *p, int bits) {
     u32 at = p->code->frame_bytes;
     p->code->frame_bytes += bits == 1 ? 32 : bits == 64 ? 256 : 128;
-    if (p->code->frame_bytes > 64u << 20)
-        ptx_fail(p, "too many registers");
+    if (p->code->frame_bytes > 64u << 20) ptx_fail(p, "too many registers");
     return at;
 }
 
-u32 const_slot(Parser *p, u64 value, int bits, bool dynamic)
-{
+u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
     SimCode *c = p->code;
     if (bits < 64 && bits > 1)
         value = (u32)value;
@@ -304,8 +269,7 @@ u32 const_slot(Parser *p, u64 value, int bits, bool dynamic)
     return at;
 }
 
-static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const char *what)
-{
+static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const char *what) {
     u64 at = (*used + align - 1) & ~(align - 1);
     if (at + bytes > limit)
         ptx_fail(p, "%s memory over %llu bytes", what, (unsigned long long)limit);
@@ -313,8 +277,7 @@ static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const ch
     return (u32)at;
 }
 
-u64 symbol_address(Parser *p, Symbol *s)
-{
+u64 symbol_address(Parser *p, Symbol *s) {
     if (s->kind == K_SHARED && !s->dynamic && s->owner != p->code) {
         s->owner = p->code;
         s->value = place(p, &p->code->static_shared, s->bytes, s->align, 1 << 20, "shared");
@@ -322,8 +285,7 @@ u64 symbol_address(Parser *p, Symbol *s)
     return s->value;
 }
 
-Inst *new_inst(Parser *p)
-{
+Inst *new_inst(Parser *p) {
     SimCode *c = p->code;
     c->inst = xgrow(c->inst, c->n_inst, &c->cap_inst, sizeof *c->inst);
     Inst *i = &c->inst[c->n_inst++];
@@ -334,8 +296,7 @@ Inst *new_inst(Parser *p)
     return i;
 }
 
-void add_fixup(Parser *p, u32 inst, const char *label)
-{
+void add_fixup(Parser *p, u32 inst, const char *label) {
     p->fixups = xgrow(p->fixups, p->n_fixups, &p->cap_fixups, sizeof *p->fixups);
     p->fixups[p->n_fixups++] = (Fixup){inst, label, p->line};
 }
@@ -354,8 +315,7 @@ typedef struct {
 } Variable;
 
 /* ".align 4 .v4 .b8 name[64]"; the state space has been read. */
-static Variable parse_variable(Parser *p, SymKind kind)
-{
+static Variable parse_variable(Parser *p, SymKind kind) {
     Variable v = {.kind = kind, .vec = 1};
     while (p->tok == TOK_WORD && p->word[0] == '.') {
         Type t = parse_type(p->word);
@@ -374,8 +334,7 @@ static Variable parse_variable(Parser *p, SymKind kind)
         }
         next(p);
     }
-    if (type_bytes(v.type) == 0)
-        ptx_fail(p, "variable without a type");
+    if (type_bytes(v.type) == 0) ptx_fail(p, "variable without a type");
     v.name = expect_name(p);
     v.bytes = (u64)type_bytes(v.type) * (u64)v.vec;
     if (!v.align)
@@ -384,16 +343,14 @@ static Variable parse_variable(Parser *p, SymKind kind)
         ptx_fail(p, "bad alignment of '%s'", v.name);
     while (accept(p, '[')) {
         u64 n = p->tok == TOK_NUMBER ? expect_number(p) : 0;
-        if (n > (1ull << 40) / v.bytes)
-            ptx_fail(p, "array '%s' is too large", v.name);
+        if (n > (1ull << 40) / v.bytes) ptx_fail(p, "array '%s' is too large", v.name);
         v.bytes *= n;
         expect(p, ']');
     }
     return v;
 }
 
-static void put_value(Parser *p, const Variable *v, u8 *to)
-{
+static void put_value(Parser *p, const Variable *v, u8 *to) {
     bool minus = accept(p, '-');
     u64 x = 0;
     if (p->tok == TOK_NUMBER) {
@@ -423,8 +380,7 @@ static void put_value(Parser *p, const Variable *v, u8 *to)
     memcpy(to, &x, type_bytes(v->type) < 8 ? (size_t)type_bytes(v->type) : 8);
 }
 
-static void parse_initialiser(Parser *p, const Variable *v, u8 *host, u64 *at)
-{
+static void parse_initialiser(Parser *p, const Variable *v, u8 *host, u64 *at) {
     if (accept(p, '{')) {
         while (!accept(p, '}')) {
             parse_initialiser(p, v, host, at);
@@ -435,18 +391,15 @@ static void parse_initialiser(Parser *p, const Variable *v, u8 *host, u64 *at)
     u8 value[8] = {0};
     put_value(p, v, value);
     u64 n = (u64)type_bytes(v->type);
-    if (*at + n > v->bytes)
-        ptx_fail(p, "too many initial values for '%s'", v->name);
+    if (*at + n > v->bytes) ptx_fail(p, "too many initial values for '%s'", v->name);
     memcpy(host + *at, value, n);
     *at += n;
 }
 
-static void add_global(Parser *p, const Variable *v)
-{
+static void add_global(Parser *p, const Variable *v) {
     SimModule *m = p->m;
     Alloc *a;
-    if (v->external || !v->bytes)
-        ptx_fail(p, "unsupported: external variable '%s'", v->name);
+    if (v->external || !v->bytes) ptx_fail(p, "unsupported: external variable '%s'", v->name);
     if (mem_alloc(m->device, v->bytes, true, &a) != SIM_SUCCESS) {
         p->error = SIM_ERROR_OUT_OF_MEMORY;
         ptx_fail(p, "no device memory for '%s'", v->name);
@@ -456,8 +409,7 @@ static void add_global(Parser *p, const Variable *v)
     a->read_only = v->kind == K_CONST;
     m->const_bytes += v->kind == K_CONST ? (u32)v->bytes : 0;
     struct Global *g = realloc(m->globals, ((size_t)m->n_globals + 1) * sizeof *g);
-    if (!g)
-        abort();
+    if (!g) abort();
     m->globals = g;
     g[m->n_globals++] = (struct Global){keep(p, v->name), a->base, v->bytes};
     Symbol *s = add_symbol(p, v->name, v->kind);
@@ -471,13 +423,11 @@ static void add_global(Parser *p, const Variable *v)
 }
 
 /* A variable at module level or in a body, up to and including ';'. */
-static void declare_variable(Parser *p, SymKind kind, bool external)
-{
+static void declare_variable(Parser *p, SymKind kind, bool external) {
     Variable v = parse_variable(p, kind);
     v.external = external;
     if (kind == K_GLOBAL || kind == K_CONST) {
-        if (p->code)
-            ptx_fail(p, "unsupported: global variable '%s' inside a function", v.name);
+        if (p->code) ptx_fail(p, "unsupported: global variable '%s' inside a function", v.name);
         add_global(p, &v);
     } else {
         Symbol *s = add_symbol(p, v.name, kind);
@@ -492,11 +442,9 @@ static void declare_variable(Parser *p, SymKind kind, bool external)
 }
 
 /* ".reg .b32 %r<10>, %x;" */
-static void declare_registers(Parser *p)
-{
+static void declare_registers(Parser *p) {
     Type type = p->tok == TOK_WORD ? parse_type(p->word) : T_NONE;
-    if (type == T_NONE)
-        ptx_fail(p, "unsupported register type '%s'", p->word);
+    if (type == T_NONE) ptx_fail(p, "unsupported register type '%s'", p->word);
     int bits = type == T_PRED ? 1 : type_bytes(type) == 8 ? 64 : 32;
     do {
         next(p);
@@ -506,8 +454,7 @@ static void declare_registers(Parser *p)
         if (family) {
             count = (u32)expect_number(p);
             expect(p, '>');
-            if (count > 1u << 18)
-                ptx_fail(p, "too many registers");
+            if (count > 1u << 18) ptx_fail(p, "too many registers");
         }
         Symbol *s = add_symbol(p, name, K_REG);
         s->type = type;
@@ -523,16 +470,14 @@ static void declare_registers(Parser *p)
 /* ------------------------------------------------------------------------------------------------
  * bodies */
 
-static void skip_statement(Parser *p)
-{
+static void skip_statement(Parser *p) {
     while (p->tok != TOK_END && !(p->tok == TOK_PUNCT && p->punct == ';'))
         next(p);
     next(p);
 }
 
 /* ".loc file line column [, function_name ..., inlined_at ...]" ends with its line. */
-static void parse_loc(Parser *p)
-{
+static void parse_loc(Parser *p) {
     int line = p->line;
     next(p);
     p->loc_file = (int)expect_number(p);
@@ -542,8 +487,7 @@ static void parse_loc(Parser *p)
 }
 
 /* Takes the labels of a closing scope out of the fixups; the rest belongs to the scope around. */
-static void resolve_labels(Parser *p, u32 first_symbol, u32 first_fixup)
-{
+static void resolve_labels(Parser *p, u32 first_symbol, u32 first_fixup) {
     u32 kept = first_fixup;
     for (u32 f = first_fixup; f < p->n_fixups; f++) {
         Fixup *x = &p->fixups[f];
@@ -561,8 +505,7 @@ static void resolve_labels(Parser *p, u32 first_symbol, u32 first_fixup)
 
 static void parse_scope(Parser *p);
 
-static void parse_directive(Parser *p)
-{
+static void parse_directive(Parser *p) {
     if (!strcmp(p->word, ".loc")) {
         parse_loc(p);
     } else if (accept_word(p, ".reg")) {
@@ -580,8 +523,7 @@ static void parse_directive(Parser *p)
     }
 }
 
-static void parse_guarded(Parser *p)
-{
+static void parse_guarded(Parser *p) {
     u32 guard = 0, at;
     bool flip = false;
     if (accept(p, '@')) {
@@ -592,21 +534,18 @@ static void parse_guarded(Parser *p)
         guard = at;
         next(p);
     }
-    if (p->tok != TOK_WORD)
-        ptx_fail(p, "expected an instruction before '%s'", p->word);
+    if (p->tok != TOK_WORD) ptx_fail(p, "expected an instruction before '%s'", p->word);
     decode_instruction(p, guard, flip);
 }
 
-static bool at_label(const Parser *p)
-{
+static bool at_label(const Parser *p) {
     const char *c = p->p;
     while (c < p->end && (*c == ' ' || *c == '\t'))
         c++;
     return p->tok == TOK_WORD && c < p->end && *c == ':' && c[1] != ':';
 }
 
-static void parse_statement(Parser *p)
-{
+static void parse_statement(Parser *p) {
     if (p->tok == TOK_PUNCT && p->punct == '{') {
         parse_scope(p);
     } else if (accept(p, ';')) {
@@ -625,8 +564,7 @@ static void parse_statement(Parser *p)
     }
 }
 
-static void parse_scope(Parser *p)
-{
+static void parse_scope(Parser *p) {
     u32 syms = p->n_syms, fixups = p->n_fixups;
     expect(p, '{');
     while (!(p->tok == TOK_PUNCT && p->punct == '}'))
@@ -640,13 +578,11 @@ static void parse_scope(Parser *p)
  * functions and calls */
 
 /* Reads "(.param .b32 a, ...)" of a callee and binds its names to the caller's bytes. */
-static void bind_params(Parser *p, Symbol *const *actual, int n_actual)
-{
+static void bind_params(Parser *p, Symbol *const *actual, int n_actual) {
     if (!accept(p, '('))
         return;
     for (int k = 0; !accept(p, ')'); k++) {
-        if (!accept_word(p, ".param"))
-            ptx_fail(p, "unsupported: register parameters of functions");
+        if (!accept_word(p, ".param")) ptx_fail(p, "unsupported: register parameters of functions");
         Variable v = parse_variable(p, K_LOCAL);
         if (k >= n_actual || v.bytes > actual[k]->bytes)
             ptx_fail(p, "call does not match the parameters of the function");
@@ -659,8 +595,7 @@ static void bind_params(Parser *p, Symbol *const *actual, int n_actual)
     }
 }
 
-static int call_arguments(Parser *p, Symbol *out, int max)
-{
+static int call_arguments(Parser *p, Symbol *out, int max) {
     int n = 0;
     expect(p, '(');
     while (!accept(p, ')')) {
@@ -681,8 +616,7 @@ static void inline_call(Parser *p, const Symbol *f, Symbol *ret, int n_ret, Symb
     Parser saved = *p;
     Symbol *rets[8], *args[64];
     char label[32];
-    if (++p->depth > 16)
-        ptx_fail(p, "unsupported: recursion in '%s'", f->name);
+    if (++p->depth > 16) ptx_fail(p, "unsupported: recursion in '%s'", f->name);
     for (int k = 0; k < n_ret; k++)
         rets[k] = &ret[k];
     for (int k = 0; k < n_arg; k++)
@@ -717,8 +651,7 @@ static void inline_call(Parser *p, const Symbol *f, Symbol *ret, int n_ret, Symb
     p->depth--;
 }
 
-void parse_call(Parser *p, u32 guard, bool flip)
-{
+void parse_call(Parser *p, u32 guard, bool flip) {
     Symbol ret[8], arg[64];
     u32 at;
     int n_ret = 0, n_arg = 0;
@@ -727,8 +660,7 @@ void parse_call(Parser *p, u32 guard, bool flip)
         expect(p, ',');
     }
     Symbol *found = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
-    if (!found || found->kind != K_FUNC)
-        ptx_fail(p, "unsupported: call of '%s'", p->word);
+    if (!found || found->kind != K_FUNC) ptx_fail(p, "unsupported: call of '%s'", p->word);
     Symbol f = *found;
     next(p);
     if (accept(p, ','))
@@ -742,8 +674,7 @@ void parse_call(Parser *p, u32 guard, bool flip)
         i->class = SIM_C_CONTROL;
         return;
     }
-    if (!f.text)
-        ptx_fail(p, "unsupported: call of external function '%s'", f.name);
+    if (!f.text) ptx_fail(p, "unsupported: call of external function '%s'", f.name);
     u32 skip = p->code->n_inst;
     if (guard) {
         Inst *i = new_inst(p);
@@ -757,12 +688,10 @@ void parse_call(Parser *p, u32 guard, bool flip)
         p->code->inst[skip].target = p->code->n_inst;
 }
 
-static void skip_braces(Parser *p)
-{
+static void skip_braces(Parser *p) {
     int depth = 0;
     do {
-        if (p->tok == TOK_END)
-            ptx_fail(p, "text ends inside a function");
+        if (p->tok == TOK_END) ptx_fail(p, "text ends inside a function");
         if (p->tok == TOK_PUNCT)
             depth += p->punct == '{' ? 1 : p->punct == '}' ? -1 : 0;
         next(p);
@@ -770,8 +699,7 @@ static void skip_braces(Parser *p)
 }
 
 /* ".func (ret) name (params) { ... }": noted, read when called. */
-static void parse_func(Parser *p, const char *text, int line)
-{
+static void parse_func(Parser *p, const char *text, int line) {
     if (accept(p, '('))
         while (!accept(p, ')'))
             next(p);
@@ -782,26 +710,22 @@ static void parse_func(Parser *p, const char *text, int line)
         s = add_symbol(p, name, K_FUNC);
     while (!(p->tok == TOK_PUNCT && (p->punct == '{' || p->punct == ';')) && p->tok != TOK_END)
         next(p);
-    if (accept(p, ';'))
-        return;
+    if (accept(p, ';')) return;
     s->text = text;
     s->line = line;
     skip_braces(p);
 }
 
-static void entry_params(Parser *p)
-{
+static void entry_params(Parser *p) {
     SimKernel *k = p->kernel;
     SimParam params[512];
     if (!accept(p, '('))
         return;
     while (!accept(p, ')')) {
-        if (!accept_word(p, ".param"))
-            ptx_fail(p, "expected .param");
+        if (!accept_word(p, ".param")) ptx_fail(p, "expected .param");
         Variable v = parse_variable(p, K_PARAM);
         u32 at = place(p, &k->param_bytes, v.bytes, v.align, 4352, "parameter");
-        if (k->n_params == 512)
-            ptx_fail(p, "too many parameters");
+        if (k->n_params == 512) ptx_fail(p, "too many parameters");
         params[k->n_params++] = (SimParam){at, (u32)v.bytes, (u32)v.align};
         Symbol *s = add_symbol(p, v.name, K_PARAM);
         s->value = at;
@@ -813,8 +737,7 @@ static void entry_params(Parser *p)
     k->params = memcpy(arena_get(p->m, bytes + 1), params, bytes);
 }
 
-static void entry_limits(Parser *p)
-{
+static void entry_limits(Parser *p) {
     SimKernel *k = p->kernel;
     k->max_threads = 1024;
     while (p->tok == TOK_WORD && p->word[0] == '.') {
@@ -822,8 +745,7 @@ static void entry_limits(Parser *p)
         bool known = required || !strcmp(p->word, ".maxntid") || !strcmp(p->word, ".maxnreg") ||
                      !strcmp(p->word, ".minnctapersm");
         bool threads = required || !strcmp(p->word, ".maxntid");
-        if (!known)
-            ptx_fail(p, "unsupported directive '%s'", p->word);
+        if (!known) ptx_fail(p, "unsupported directive '%s'", p->word);
         next(p);
         unsigned n[3] = {1, 1, 1};
         int k_dim = 0;
@@ -837,14 +759,12 @@ static void entry_limits(Parser *p)
     }
 }
 
-static void parse_entry(Parser *p)
-{
+static void parse_entry(Parser *p) {
     SimModule *m = p->m;
     SimKernel *k = arena_get(m, sizeof *k);
     SimCode *c = xalloc(sizeof *c);
     SimKernel **list = realloc(m->kernels, ((size_t)m->n_kernels + 1) * sizeof *list);
-    if (!list)
-        abort();
+    if (!list) abort();
     m->kernels = list;
     list[m->n_kernels++] = k;
     k->module = m;
@@ -876,10 +796,8 @@ static void parse_entry(Parser *p)
 /* ------------------------------------------------------------------------------------------------
  * modules */
 
-static void parse_version(Parser *p)
-{
-    if (p->tok != TOK_NUMBER)
-        ptx_fail(p, "bad .version");
+static void parse_version(Parser *p) {
+    if (p->tok != TOK_NUMBER) ptx_fail(p, "bad .version");
     double d = 0;
     memcpy(&d, &p->number, 8);
     p->m->version = (int)(d * 10 + 0.5);
@@ -892,8 +810,7 @@ static void parse_version(Parser *p)
     }
 }
 
-static void parse_target(Parser *p)
-{
+static void parse_target(Parser *p) {
     if (p->tok != TOK_WORD || sscanf(p->word, "sm_%d", &p->m->target) != 1)
         ptx_fail(p, "bad .target '%s'", p->word);
     if (strspn(p->word + 3, "0123456789") != strlen(p->word + 3))
@@ -904,16 +821,13 @@ static void parse_target(Parser *p)
         next(p);
 }
 
-static void parse_file(Parser *p)
-{
+static void parse_file(Parser *p) {
     SimModule *m = p->m;
     int n = (int)expect_number(p);
-    if (n < 0 || n > 10000 || p->tok != TOK_STRING)
-        ptx_fail(p, "bad .file");
+    if (n < 0 || n > 10000 || p->tok != TOK_STRING) ptx_fail(p, "bad .file");
     while (m->n_files <= n) {
         m->files = realloc(m->files, ((size_t)m->n_files + 1) * sizeof *m->files);
-        if (!m->files)
-            abort();
+        if (!m->files) abort();
         m->files[m->n_files++] = "";
     }
     m->files[n] = keep(p, p->word);
@@ -922,8 +836,7 @@ static void parse_file(Parser *p)
 }
 
 /* Notes all functions, so that they can be called before their text. */
-static void find_functions(Parser *p)
-{
+static void find_functions(Parser *p) {
     Parser start = *p;
     while (p->tok != TOK_END) {
         const char *text = p->p;
@@ -940,8 +853,7 @@ static void find_functions(Parser *p)
     memcpy(p->word, start.word, sizeof p->word);
 }
 
-static void parse_top(Parser *p)
-{
+static void parse_top(Parser *p) {
     bool external = false;
     while (accept_word(p, ".visible") || accept_word(p, ".weak") || accept_word(p, ".common") ||
            (p->tok == TOK_WORD && !strcmp(p->word, ".extern"))) {
@@ -979,8 +891,7 @@ static void parse_top(Parser *p)
 }
 
 int sim_module_load(int device, const char *ptx, size_t size, SimModule **module, char *log,
-                    size_t log_size)
-{
+                    size_t log_size) {
     Parser *p = xalloc(sizeof *p);
     SimModule *m = xalloc(sizeof *m);
     m->device = device;
@@ -1007,8 +918,7 @@ int sim_module_load(int device, const char *ptx, size_t size, SimModule **module
     return error;
 }
 
-void sim_module_unload(SimModule *m)
-{
+void sim_module_unload(SimModule *m) {
     for (int k = 0; k < m->n_kernels; k++) {
         SimCode *c = m->kernels[k]->code;
         free(c->inst);
@@ -1033,41 +943,33 @@ void sim_module_unload(SimModule *m)
     free(m);
 }
 
-int sim_module_device(const SimModule *m)
-{
+int sim_module_device(const SimModule *m) {
     return m->device;
 }
 
-int sim_module_ptx_version(const SimModule *m)
-{
+int sim_module_ptx_version(const SimModule *m) {
     return m->version;
 }
 
-int sim_module_target(const SimModule *m)
-{
+int sim_module_target(const SimModule *m) {
     return m->target;
 }
 
-int sim_module_n_kernels(const SimModule *m)
-{
+int sim_module_n_kernels(const SimModule *m) {
     return m->n_kernels;
 }
 
-SimKernel *sim_module_kernel(const SimModule *m, int index)
-{
+SimKernel *sim_module_kernel(const SimModule *m, int index) {
     return index >= 0 && index < m->n_kernels ? m->kernels[index] : NULL;
 }
 
-SimKernel *sim_module_find(const SimModule *m, const char *name)
-{
+SimKernel *sim_module_find(const SimModule *m, const char *name) {
     for (int k = 0; k < m->n_kernels; k++)
-        if (!strcmp(m->kernels[k]->name, name))
-            return m->kernels[k];
+        if (!strcmp(m->kernels[k]->name, name)) return m->kernels[k];
     return NULL;
 }
 
-int sim_module_global(const SimModule *m, const char *name, u64 *address, u64 *bytes)
-{
+int sim_module_global(const SimModule *m, const char *name, u64 *address, u64 *bytes) {
     for (int g = 0; g < m->n_globals; g++)
         if (!strcmp(m->globals[g].name, name)) {
             *address = m->globals[g].address;

@@ -1,5 +1,5 @@
-/* test_ptx_bugs.c: every check catches its bug, with the right words, and leaves the correct twin of
- * the bug alone. A case is a kernel body in which $ stands for the wrong or the right text. */
+/* test_ptx_bugs.c: every check catches its bug, with the right words, and leaves the correct twin
+ * of the bug alone. A case is a kernel body in which $ stands for the wrong or the right text. */
 #include "sim.h"
 
 #include <stdio.h>
@@ -37,15 +37,16 @@ typedef struct {
 static const Case cases[] = {
     {"store one past the end", SIM_BOUNDS, "past the end", "st.global.u32 [%d3+$], %r0;", "4", "0",
      0, 0, 0},
-    {"load before the start", SIM_BOUNDS, "outside every block",
-     "ld.global.u32 %r10, [%d4+$];", "-4", "0", 0, 0, 0},
+    {"load before the start", SIM_BOUNDS, "outside every block", "ld.global.u32 %r10, [%d4+$];",
+     "-4", "0", 0, 0, 0},
     {"vector store across the end", SIM_BOUNDS, "cross the end",
      "mul.wide.u32 %d5, %r3, 16;\n add.u64 %d6, %d0, %d5;\n setp.lt.u32 %p4, %r3, $;\n"
-     "@%p4 st.global.v4.u32 [%d6], {%r0, %r0, %r0, %r0};\n", "4", "3", 0, 0, SMALL},
+     "@%p4 st.global.v4.u32 [%d6], {%r0, %r0, %r0, %r0};\n",
+     "4", "3", 0, 0, SMALL},
     {"null pointer", SIM_BOUNDS, "not a device address", "mov.u64 %d5, $;\n ld.u32 %r10, [%d5];",
      "0", "%d4", 0, 0, 0},
-    {"use after free", SIM_FREED, "freed block of 512", "ld.global.u32 %r10, [%d4$];", "+0", "+0", 0,
-     0, FREED},
+    {"use after free", SIM_FREED, "freed block of 512", "ld.global.u32 %r10, [%d4$];", "+0", "+0",
+     0, 0, FREED},
     {"memory of another device", SIM_FOREIGN, "memory of device 1", "ld.global.u32 %r10, [%d4$];",
      "+0", "+0", 0, 0, FOREIGN},
     {"host memory that is not registered", SIM_BOUNDS, "registered", "ld.global.u32 %r10, [%d4$];",
@@ -54,7 +55,8 @@ static const Case cases[] = {
      0},
     {"misaligned vector", SIM_ALIGN, "access size 16",
      "mul.wide.u32 %d5, %r1, $;\n add.u64 %d6, %d1, %d5;\n"
-     "ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%d6];", "8", "16", 0, 0, 0},
+     "ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%d6];",
+     "8", "16", 0, 0, 0},
     {"shared memory overrun", SIM_BOUNDS, "4096 bytes", "st.shared.u32 [%r6+$], %r0;", "3844",
      "3840", 0, 0, 0},
     {"misaligned shared vector", SIM_ALIGN, "access size 8",
@@ -78,26 +80,32 @@ static const Case cases[] = {
      "", "bar.sync 0;", 0, 0, 0},
     {"missing warp synchronisation", SIM_RACE, "shared-memory race",
      "st.shared.u32 [%r6], %r0;\n $\n xor.b32 %r10, %r4, 4;\n add.u32 %r10, %r10, %r5;\n"
-     "ld.shared.u32 %r11, [%r10];", "", "bar.warp.sync 0xffffffff;", 0, 0, 0},
+     "ld.shared.u32 %r11, [%r10];",
+     "", "bar.warp.sync 0xffffffff;", 0, 0, 0},
     {"two warps write one shared word", SIM_RACE, "this write and a write",
      "shr.u32 %r10, %r0, 5;\n and.b32 %r11, %r0, 31;\n"
      "setp.eq.u32 %p4, %r11, 0;\n mul.lo.u32 %r12, %r10, $;\n add.u32 %r12, %r12, %r5;\n"
-     "add.u32 %r13, %r0, 1;\n @%p4 st.shared.u32 [%r12], %r13;", "0", "4", 0, 0, 0},
+     "add.u32 %r13, %r0, 1;\n @%p4 st.shared.u32 [%r12], %r13;",
+     "0", "4", 0, 0, 0},
     {"bytes of one word by two warps", SIM_RACE, "this write and a write",
      "mul.lo.u32 %r10, %r0, 1;\n and.b32 %r10, %r10, $;\n add.u32 %r10, %r10, %r5;\n"
-     "st.shared.u8 [%r10], %r0;", "31", "63", 0, 0, 0},
+     "st.shared.u8 [%r10], %r0;",
+     "31", "63", 0, 0, 0},
     {"blocks write one global word", SIM_RACE, "global-memory race",
      "setp.eq.u32 %p4, %r0, 0;\n mul.wide.u32 %d5, %r1, $;\n add.u64 %d6, %d0, %d5;\n"
-     "add.u32 %r10, %r1, 1;\n @%p4 st.global.u32 [%d6], %r10;", "0", "4", 0, 0, 0},
+     "add.u32 %r10, %r1, 1;\n @%p4 st.global.u32 [%d6], %r10;",
+     "0", "4", 0, 0, 0},
     {"a block reads what another writes", SIM_RACE, "of block",
      "st.global.u32 [%d4], %r0;\n setp.eq.u32 %p4, %r1, $;\n @%p4 ld.global.u32 %r10, [%d1];", "1",
      "0", 0, 1, 0},
     {"a block writes what another reads", SIM_RACE, "of block",
      "ld.global.u32 %r10, [%d1];\n setp.eq.u32 %p4, %r1, $;\n add.u32 %r10, %r10, 7;\n"
-     "@%p4 st.global.u32 [%d1], %r10;", "1", "2", 0, 1, 0},
+     "@%p4 st.global.u32 [%d1], %r10;",
+     "1", "2", 0, 1, 0},
     {"missing barrier on global memory", SIM_RACE, "global-memory race",
      "st.global.u32 [%d4], %r0;\n $\n xor.b32 %r10, %r3, 32;\n mul.wide.u32 %d5, %r10, 4;\n"
-     "add.u64 %d6, %d1, %d5;\n ld.global.u32 %r11, [%d6];", "", "bar.sync 0;", 0, 0, 0},
+     "add.u64 %d6, %d1, %d5;\n ld.global.u32 %r11, [%d6];",
+     "", "bar.sync 0;", 0, 0, 0},
     {"plain read of an atomic counter", SIM_RACE, "global-memory race",
      "atom.global.add.u32 %r10, [%d1], 1;\n $", "ld.global.u32 %r11, [%d1];",
      "ld.relaxed.gpu.global.u32 %r11, [%d1];", 0, 0, 0},
@@ -105,14 +113,18 @@ static const Case cases[] = {
      0},
     {"barrier that some lanes reach by a jump back", SIM_BARRIER, "ended",
      "@%p1 bra MEET; bra OTHER;\nMEET: bar.sync 0; bra END;\nOTHER: add.u32 %r10, %r0, 1;\n"
-     "st.shared.u32 [%r6], %r10; bra $;\nEND:", "END", "MEET", 1, 32, 0},
+     "st.shared.u32 [%r6], %r10; bra $;\nEND:",
+     "END", "MEET", 1, 32, 0},
     {"shuffle that some lanes reach by a jump back", SIM_WARP_MASK, "not here",
      "mov.u32 %r11, 0; @%p1 bra MEET; bra OTHER;\n"
-     "MEET: shfl.sync.idx.b32 %r11, %r0, 5, 31, 0xffffffff; bra END;\nOTHER: add.u32 %r10, %r0, 1;\n"
-     "bra $;\nEND: bar.warp.sync 0xffffffff;", "END", "MEET", 1, 32, 0},
+     "MEET: shfl.sync.idx.b32 %r11, %r0, 5, 31, 0xffffffff; bra END;\nOTHER: add.u32 %r10, %r0, "
+     "1;\n"
+     "bra $;\nEND: bar.warp.sync 0xffffffff;",
+     "END", "MEET", 1, 32, 0},
     {"copy of a register on some paths", SIM_UNINIT, "never written",
      "mov.b32 %r11, 0; setp.lt.u32 %p4, %r0, $; @%p4 mov.b32 %r10, %r11;\n"
-     "add.u32 %r12, %r10, %r10;", "2", "99", 1, 3, 0},
+     "add.u32 %r12, %r10, %r10;",
+     "2", "99", 1, 3, 0},
     {"barrier after threads have ended", SIM_BARRIER, "ended",
      "setp.lt.u32 %p4, %r0, $;\n @%p4 ret;\n bar.sync 0;", "16", "0", 0, 0, 0},
     {"barrier that a warp never reaches", SIM_BARRIER, "dead lock",
@@ -134,29 +146,36 @@ static const Case cases[] = {
     {"mma in divergent code", SIM_WARP_MASK, "mma needs all 32",
      "mov.f32 %f0, 0f00000000;\n mov.f32 %f1, %f0;\n mov.f32 %f2, %f0;\n mov.f32 %f3, %f0;\n"
      "$ mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f0, %f1, %f2, %f3}, {%r0, %r0}, {%r0},"
-     " {%f0, %f1, %f2, %f3};", "@%p1", "@%p2", 1, 32, 0},
+     " {%f0, %f1, %f2, %f3};",
+     "@%p1", "@%p2", 1, 32, 0},
     {"ldmatrix in divergent code", SIM_WARP_MASK, "ldmatrix needs all 32",
      "st.shared.u32 [%r6], %r0;\n bar.warp.sync 0xffffffff;\n and.b32 %r10, %r0, 7;\n"
      "shl.b32 %r10, %r10, 4;\n add.u32 %r10, %r10, %r5;\n mov.u32 %r11, 0;\n"
-     "$ ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r11}, [%r10];", "@%p1", "@%p2", 1, 32, 0},
+     "$ ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r11}, [%r10];",
+     "@%p1", "@%p2", 1, 32, 0},
     {"ldmatrix row not on 16 bytes", SIM_ALIGN, "access size 16",
      "st.shared.u32 [%r6], %r0;\n bar.warp.sync 0xffffffff;\n mul.lo.u32 %r10, %r0, $;\n"
      "and.b32 %r10, %r10, 112;\n mul.lo.u32 %r12, %r0, $;\n and.b32 %r12, %r12, 8;\n"
      "add.u32 %r10, %r10, %r12;\n add.u32 %r10, %r10, %r5;\n"
-     "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r11}, [%r10];", "8", "16", 1, 32, 0},
+     "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r11}, [%r10];",
+     "8", "16", 1, 32, 0},
     {"asynchronous copy that nobody waits for", SIM_CP_ASYNC, "still fills",
      "cp.async.ca.shared.global [%r6], [%d4], 4;\n cp.async.commit_group;\n $\n"
-     "ld.shared.u32 %r10, [%r6];", "", "cp.async.wait_group 0;", 0, 0, 0},
+     "ld.shared.u32 %r10, [%r6];",
+     "", "cp.async.wait_group 0;", 0, 0, 0},
     {"wait that leaves the group under way", SIM_CP_ASYNC, "still fills",
      "cp.async.ca.shared.global [%r6], [%d4], 4;\n cp.async.commit_group;\n"
-     "cp.async.wait_group $;\n ld.shared.u32 %r10, [%r6];", "1", "0", 0, 0, 0},
+     "cp.async.wait_group $;\n ld.shared.u32 %r10, [%r6];",
+     "1", "0", 0, 0, 0},
     {"asynchronous copy not committed", SIM_CP_ASYNC, "still fills",
      "cp.async.ca.shared.global [%r6], [%d4], 4;\n $\n cp.async.wait_group 0;\n"
-     "ld.shared.u32 %r10, [%r6];", "", "cp.async.commit_group;", 0, 0, 0},
+     "ld.shared.u32 %r10, [%r6];",
+     "", "cp.async.commit_group;", 0, 0, 0},
     {"asynchronous copy seen by another warp without a barrier", SIM_RACE, "shared-memory race",
      "cp.async.ca.shared.global [%r6], [%d4], 4;\n cp.async.wait_all;\n $\n"
      "xor.b32 %r10, %r4, 128;\n add.u32 %r10, %r10, %r5;\n setp.ge.u32 %p4, %r0, 32;\n"
-     "@%p4 ld.shared.u32 %r11, [%r10];", "", "bar.sync 0;", 0, 0, 0},
+     "@%p4 ld.shared.u32 %r11, [%r10];",
+     "", "bar.sync 0;", 0, 0, 0},
     {"store under an asynchronous copy", SIM_CP_ASYNC, "write of shared",
      "cp.async.ca.shared.global [%r6], [%d4], 4;\n $\n st.shared.u32 [%r6], %r0;", "",
      "cp.async.wait_all;", 0, 0, 0},
@@ -165,20 +184,21 @@ static const Case cases[] = {
     {"64-bit remainder by zero", SIM_DIV_ZERO, "division by zero",
      "or.b32 %r10, %r0, $;\n cvt.u64.u32 %d5, %r10;\n rem.s64 %d6, %d4, %d5;", "0", "1", 0, 0, 0},
     {"endless loop", SIM_TIMEOUT, "endless loop",
-     "mov.u32 %r10, 0;\nLOOP:\n add.u32 %r10, %r10, $;\n setp.lt.u32 %p4, %r10, 9;\n @%p4 bra LOOP;",
+     "mov.u32 %r10, 0;\nLOOP:\n add.u32 %r10, %r10, $;\n setp.lt.u32 %p4, %r10, 9;\n @%p4 bra "
+     "LOOP;",
      "0", "1", 0, 0, 0},
     {"trap", SIM_TRAP, "trap", "setp.gt.u32 %p4, %r0, $;\n @%p4 trap;", "5", "99", 0, 0, 0},
     {"store to constant memory", SIM_READONLY, "constant",
      "mov.u64 %d5, table;\n setp.eq.u32 %p4, %r0, $;\n @%p4 st.global.u32 [%d5], %r0;\n"
-     "ld.const.u32 %r10, [table+4];", "3", "999", 0, 0, 0},
+     "ld.const.u32 %r10, [table+4];",
+     "3", "999", 0, 0, 0},
 };
 
 static SimFinding last;
 static char last_line[1000];
 static int n_findings, passed, failed;
 
-static void sink(void *user, const SimFinding *f)
-{
+static void sink(void *user, const SimFinding *f) {
     (void)user;
     if (!n_findings++) {
         last = *f;
@@ -186,8 +206,7 @@ static void sink(void *user, const SimFinding *f)
     }
 }
 
-static void result(bool ok, const char *name, const char *what, const char *detail)
-{
+static void result(bool ok, const char *name, const char *what, const char *detail) {
     passed += ok;
     failed += !ok;
     if (!ok)
@@ -195,8 +214,7 @@ static void result(bool ok, const char *name, const char *what, const char *deta
 }
 
 /* body with every $ replaced, between head and tail. */
-static char *kernel_text(const char *body, const char *with)
-{
+static char *kernel_text(const char *body, const char *with) {
     static char text[8192];
     size_t n = (size_t)snprintf(text, sizeof text, "%s", head);
     for (; *body; body++)
@@ -206,8 +224,7 @@ static char *kernel_text(const char *body, const char *with)
     return text;
 }
 
-static int launch(const Case *c, const char *with, int host, int threads)
-{
+static int launch(const Case *c, const char *with, int host, int threads) {
     unsigned grid = c->grid ? c->grid : 2, block = c->block ? c->block : 64;
     unsigned bytes = grid * block * 4;
     static uint32_t memory[1024];
@@ -249,8 +266,7 @@ static int launch(const Case *c, const char *with, int host, int threads)
     return error;
 }
 
-static void run_case(const Case *c)
-{
+static void run_case(const Case *c) {
     for (int seed = 0; seed < 4; seed++) {
         sim_options.seed = (uint64_t)seed;
         int error = launch(c, c->good, 0, 1 + seed % 2);
@@ -261,7 +277,8 @@ static void run_case(const Case *c)
     result(error > 0, c->name, "not caught", "no error");
     result(n_findings == 1 && last.kind == c->kind, c->name, "wrong kind", last_line);
     result(strstr(last.text, c->words) != NULL, c->name, "wrong words", last_line);
-    result(strstr(last_line, "kernel k, device 0, PTX line") != NULL, c->name, "no kernel name", last_line);
+    result(strstr(last_line, "kernel k, device 0, PTX line") != NULL, c->name, "no kernel name",
+           last_line);
     result(last.ptx_line > 22, c->name, "no line", last_line);
     if (getenv("VERBOSE"))
         puts(last_line);
@@ -297,8 +314,7 @@ static const struct {
     {"{", "text ends inside"},
 };
 
-static void run_refused(void)
-{
+static void run_refused(void) {
     char log[500];
     SimModule *m;
     for (size_t k = 0; k < sizeof refused / sizeof *refused; k++) {
@@ -319,8 +335,7 @@ static void run_refused(void)
 }
 
 /* Cutting a text anywhere, or changing a byte, gives a module or an error, never a crash. */
-static void run_damaged(void)
-{
+static void run_damaged(void) {
     char log[500], text[8192];
     SimModule *m;
     const Case *c = &cases[37];
@@ -340,8 +355,7 @@ static void run_damaged(void)
     result(true, "damaged text", "", "");
 }
 
-int main(void)
-{
+int main(void) {
     sim_options.watchdog = 10000;
     sim_set_sink(sink, NULL);
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)

@@ -68,8 +68,7 @@ static const char f16_c[] = "0x3c00, 1, 0x8400, 0x7bff, 0, 0xfc00, 0x1234, 0xb8a
 static const char bf16_b[] = "0, 0x8000, 0x3f80, 0xbf81, 1, 0x7f7f, 0x7f80, 0x3eab";
 static const char bf16_c[] = "0x3f80, 1, 0x8080, 0x7f7f, 0, 0xff80, 0x1234, 0xb8a7";
 
-static uint32_t crc32(const uint8_t *p, size_t n)
-{
+static uint32_t crc32(const uint8_t *p, size_t n) {
     uint32_t c = ~0u;
     for (size_t k = 0; k < n; k++) {
         c ^= p[k];
@@ -80,8 +79,7 @@ static uint32_t crc32(const uint8_t *p, size_t n)
 }
 
 /* The checksum in the reference file; false if it has none of that name. */
-static bool reference(const char *name, uint32_t *crc)
-{
+static bool reference(const char *name, uint32_t *crc) {
     char line[100], found[60];
     bool ok = false;
     FILE *f = fopen("tests/sim/test_ptx_half.ref", "r");
@@ -92,8 +90,7 @@ static bool reference(const char *name, uint32_t *crc)
     return ok;
 }
 
-static bool run_case(int c, uint64_t out)
-{
+static bool run_case(int c, uint64_t out) {
     char text[4000], log[300] = "";
     bool bf16 = strstr(cases[c].name, "bf16") != NULL;
     SimModule *m;
@@ -105,8 +102,8 @@ static bool run_case(int c, uint64_t out)
         printf("FAIL %s: no reference or no module: %s\n", cases[c].name, log);
         return false;
     }
-    SimLaunch l = {sim_module_kernel(m, 0), {N / 256, (unsigned)cases[c].variants, 1}, {256, 1, 1}, 0,
-                   &out};
+    SimLaunch l = {
+        sim_module_kernel(m, 0), {N / 256, (unsigned)cases[c].variants, 1}, {256, 1, 1}, 0, &out};
     int error = sim_launch(&l, &counters);
     sim_module_unload(m);
     if (strstr(cases[c].name, "to_f32")) /* a shift may carry the payload of a NaN */
@@ -114,12 +111,12 @@ static bool run_case(int c, uint64_t out)
             result[k] = (result[k] & 0x7fffffff) > 0x7f800000 ? 0x7fffffff : result[k];
     uint32_t got = crc32((const uint8_t *)result, (size_t)N * (size_t)cases[c].variants * 4);
     if (error || got != want)
-        printf("FAIL %s: error %d, checksum %08x, should be %08x\n", cases[c].name, error, got, want);
+        printf("FAIL %s: error %d, checksum %08x, should be %08x\n", cases[c].name, error, got,
+               want);
     return !error && got == want;
 }
 
-int main(void)
-{
+int main(void) {
     int passed = 0, n = sizeof cases / sizeof *cases;
     uint64_t out;
     sim_mem_alloc(0, N * VARIANTS * 4, &out);

@@ -17,16 +17,14 @@ typedef int16_t s16;
 
 enum { N = 4096 };
 
-static float fl(u64 bits)
-{
+static float fl(u64 bits) {
     u32 u = (u32)bits;
     float f;
     memcpy(&f, &u, 4);
     return f;
 }
 
-static double db(u64 bits)
-{
+static double db(u64 bits) {
     double d;
     memcpy(&d, &bits, 8);
     return d;
@@ -39,15 +37,13 @@ static u64 fb(float f) /* the bits, NaN as the GPU writes it */
     return f == f ? u : 0x7fffffff;
 }
 
-static u64 dbits(double d)
-{
+static u64 dbits(double d) {
     u64 u;
     memcpy(&u, &d, 8);
     return d == d ? u : 0x7fffffffffffffff;
 }
 
-static float ftz(float f)
-{
+static float ftz(float f) {
     return fabsf(f) < 0x1p-126f ? copysignf(0, f) : f;
 }
 
@@ -98,8 +94,7 @@ REF(r_lclamp, z > 32 ? x : (unsigned __int128)(y << 32 | x) << z >> 32)
 REF(r_rclamp, z > 32 ? y : (y << 32 | x) >> z)
 REF(r_popc, __builtin_popcountll(x))
 
-static u64 count_zeros(u64 x, int bits)
-{
+static u64 count_zeros(u64 x, int bits) {
     int n = 0;
     while (n < bits && !(x >> (bits - 1 - n) & 1))
         n++;
@@ -113,8 +108,7 @@ REF(r_find_u64, x ? 63 - count_zeros(x, 64) : ~0u)
 REF(r_find_s64, (X64 < 0 ? ~x : x) ? 63 - count_zeros(X64 < 0 ? ~x : x, 64) : ~0u)
 REF(r_shamt_u32, x ? count_zeros(x, 32) : ~0u)
 
-static u64 reverse(u64 x, int bits)
-{
+static u64 reverse(u64 x, int bits) {
     u64 r = 0;
     for (int k = 0; k < bits; k++)
         r |= (x >> k & 1) << (bits - 1 - k);
@@ -124,17 +118,16 @@ static u64 reverse(u64 x, int bits)
 REF(r_brev32, reverse(x, 32)) REF(r_brev64, reverse(x, 64))
 
 /* The manual's loops for bfe and bfi. */
-static u64 bfe(u64 a, u64 b, u64 c, int msb, int is_signed)
-{
-    int pos = (int)(b & 0xff), len = (int)(c & 0xff), top = pos + len - 1 < msb ? pos + len - 1 : msb;
+static u64 bfe(u64 a, u64 b, u64 c, int msb, int is_signed) {
+    int pos = (int)(b & 0xff), len = (int)(c & 0xff),
+        top = pos + len - 1 < msb ? pos + len - 1 : msb;
     u64 sign = !is_signed || len == 0 ? 0 : a >> top & 1, d = 0;
     for (int i = 0; i <= msb; i++)
         d |= (i < len && pos + i <= msb ? a >> (pos + i) & 1 : sign) << i;
     return d;
 }
 
-static u64 bfi(u64 a, u64 b, u64 c, u64 d, int msb)
-{
+static u64 bfi(u64 a, u64 b, u64 c, u64 d, int msb) {
     int pos = (int)(c & 0xff), len = (int)(d & 0xff);
     for (int i = 0; i < len && pos + i <= msb; i++)
         b = (b & ~(1ull << (pos + i))) | (a >> i & 1) << (pos + i);
@@ -145,8 +138,7 @@ REF(r_bfe_u32, bfe(x, y, z, 31, 0)) REF(r_bfe_s32, bfe(x, y, z, 31, 1))
 REF(r_bfe_u64, bfe(x, y, z, 63, 0)) REF(r_bfe_s64, bfe(x, y, z, 63, 1))
 REF(r_bfi32, bfi(x, y, z, 7, 31)) REF(r_bfi64, bfi(x, y, z, 9, 63))
 
-static u64 lop3(u64 a, u64 b, u64 c, int table)
-{
+static u64 lop3(u64 a, u64 b, u64 c, int table) {
     u64 r = 0;
     for (int k = 0; k < 32; k++)
         r |= (u64)(table >> ((a >> k & 1) * 4 + (b >> k & 1) * 2 + (c >> k & 1)) & 1) << k;
@@ -161,8 +153,7 @@ static u64 pick(u64 a, u64 b, unsigned selector) /* one byte of prmt */
     return selector & 8 ? byte & 128 ? 255 : 0 : byte;
 }
 
-static u64 pick4(u64 a, u64 b, int s3, int s2, int s1, int s0)
-{
+static u64 pick4(u64 a, u64 b, int s3, int s2, int s1, int s0) {
     return pick(a, b, (unsigned)s3) << 24 | pick(a, b, (unsigned)s2) << 16 |
            pick(a, b, (unsigned)s1) << 8 | pick(a, b, (unsigned)s0);
 }
@@ -176,12 +167,12 @@ REF(r_ecl, pick4(x, y, 3, C4 > 2 ? C4 : 2, C4 > 1 ? C4 : 1, C4))
 REF(r_ecr, pick4(x, y, C4, C4 < 2 ? C4 : 2, C4 < 1 ? C4 : 1, 0))
 REF(r_rc16, C4 & 1 ? pick4(x, y, 3, 2, 3, 2) : pick4(x, y, 1, 0, 1, 0))
 
-static u64 dot(u64 a, u64 b, u64 c, int a_signed, int b_signed, int step, int first)
-{
+static u64 dot(u64 a, u64 b, u64 c, int a_signed, int b_signed, int step, int first) {
     s64 sum = (s32)c;
     int n = step == 8 ? 4 : 2;
     for (int k = 0; k < n; k++) {
-        s64 x = (s64)(a >> (step * k) & (step == 8 ? 255 : 65535)), y = (s64)(b >> (8 * k + first) & 255);
+        s64 x = (s64)(a >> (step * k) & (step == 8 ? 255 : 65535)),
+            y = (s64)(b >> (8 * k + first) & 255);
         x -= a_signed && x >> (step - 1) ? 1ll << step : 0;
         y -= b_signed && y >> 7 ? 256 : 0;
         sum += x * y;
@@ -194,8 +185,7 @@ REF(r_dp_su, dot(x, y, z, 1, 0, 8, 0)) REF(r_dp_ss, dot(x, y, z, 1, 1, 8, 0))
 REF(r_dp2lo, dot(x, y, z, 1, 1, 16, 0)) REF(r_dp2hi, dot(x, y, z, 0, 1, 16, 16))
 
 /* f32 and f64. `volatile` keeps the compiler from moving sums across changes of the mode. */
-static u64 in_mode(int mode, int op, int zero, u64 x, u64 y, u64 z)
-{
+static u64 in_mode(int mode, int op, int zero, u64 x, u64 y, u64 z) {
     volatile float a = zero ? ftz(fl(x)) : fl(x), b = zero ? ftz(fl(y)) : fl(y), r;
     volatile float c = zero ? ftz(fl(z)) : fl(z);
     fesetround(mode);
@@ -220,30 +210,21 @@ static u64 in_mode(int mode, int op, int zero, u64 x, u64 y, u64 z)
 MODES('+', f_add) MODES('-', f_sub) MODES('*', f_mul) MODES('/', f_div) MODES('s', f_sqrt)
 MODES('f', f_fma)
 
-static float sat(float f)
-{
+static float sat(float f) {
     return f > 0 ? f < 1 ? f : 1 : 0;
 }
 
-static float fmin_gpu(float a, float b, int max)
-{
-    if (a != a)
-        return b;
-    if (b != b)
-        return a;
-    if (a == b)
-        return (signbit(a) != 0) != max ? a : b;
+static float fmin_gpu(float a, float b, int max) {
+    if (a != a) return b;
+    if (b != b) return a;
+    if (a == b) return (signbit(a) != 0) != max ? a : b;
     return (a < b) != max ? a : b;
 }
 
-static double dmin_gpu(double a, double b, int max)
-{
-    if (a != a)
-        return b;
-    if (b != b)
-        return a;
-    if (a == b)
-        return (signbit(a) != 0) != max ? a : b;
+static double dmin_gpu(double a, double b, int max) {
+    if (a != a) return b;
+    if (b != b) return a;
+    if (a == b) return (signbit(a) != 0) != max ? a : b;
     return (a < b) != max ? a : b;
 }
 
@@ -279,21 +260,16 @@ REF(s_selp, z & 1 ? x : y) REF(s_slct, (s32)z >= 0 ? x : y) REF(s_slctf, fl(z) >
 REF(s_set, X32 < Y32 ? ~0u : 0) REF(s_setf, fb(FX > FY ? 1 : 0))
 
 /* Conversions. */
-static u64 to_int(double v, int bits, int is_signed, char mode)
-{
+static u64 to_int(double v, int bits, int is_signed, char mode) {
     double low = is_signed ? -ldexp(1, bits - 1) : 0, high = ldexp(1, bits - is_signed);
-    if (v != v)
-        return bits == 64 ? 1ull << 63 : 0;
+    if (v != v) return bits == 64 ? 1ull << 63 : 0;
     v = mode == 'n' ? nearbyint(v) : mode == 'z' ? trunc(v) : mode == 'm' ? floor(v) : ceil(v);
-    if (v >= high)
-        return ~0ull >> (64 - bits + is_signed);
-    if (v < low)
-        return is_signed ? ~0ull << (bits - 1) : 0;
+    if (v >= high) return ~0ull >> (64 - bits + is_signed);
+    if (v < low) return is_signed ? ~0ull << (bits - 1) : 0;
     return v < 0 ? (u64)(s64)v : (u64)v;
 }
 
-static u64 sat_int(s64 v, s64 low, s64 high)
-{
+static u64 sat_int(s64 v, s64 low, s64 high) {
     return (u64)(v < low ? low : v > high ? high : v);
 }
 
@@ -316,8 +292,7 @@ REF(v_fsat, fb(sat(FX))) REF(v_pack8, (z << 16) | (sat_int(X32, -128, 127) & 255
                                           (sat_int(Y32, -128, 127) & 255))
 REF(v_pack16, (sat_int(X32, 0, 65535) << 16) | sat_int(Y32, 0, 65535))
 
-static u64 float_in_mode(int mode, s64 v)
-{
+static u64 float_in_mode(int mode, s64 v) {
     volatile s64 from = v;
     fesetround(mode);
     volatile float f = (float)from;
@@ -379,20 +354,24 @@ static const struct {
     {"bfe.u64", "l:lww", r_bfe_u64}, {"bfe.s64", "l:lww", r_bfe_s64},
     {"bfi.b32 D, A, B, C, 7", "w:www", r_bfi32}, {"bfi.b64 D, A, B, C, 9", "l:llw", r_bfi64},
     {"lop3.b32 D, A, B, C, 0x96", "w:www", r_lop96}, {"lop3.b32 D, A, B, C, 27", "w:www", r_lop1b},
-    {"prmt.b32", "w:www", r_prmt}, {"prmt.b32.f4e", "w:www", r_f4e}, {"prmt.b32.b4e", "w:www", r_b4e},
+    {"prmt.b32", "w:www", r_prmt}, {"prmt.b32.f4e", "w:www", r_f4e},
+    {"prmt.b32.b4e", "w:www", r_b4e},
     {"prmt.b32.rc8", "w:www", r_rc8}, {"prmt.b32.ecl", "w:www", r_ecl},
     {"prmt.b32.ecr", "w:www", r_ecr}, {"prmt.b32.rc16", "w:www", r_rc16},
     {"dp4a.u32.u32", "w:www", r_dp_uu}, {"dp4a.u32.s32", "w:www", r_dp_us},
     {"dp4a.s32.u32", "w:www", r_dp_su}, {"dp4a.s32.s32", "w:www", r_dp_ss},
     {"dp2a.lo.s32.s32", "w:www", r_dp2lo}, {"dp2a.hi.u32.s32", "w:www", r_dp2hi},
 
-    {"add.f32", "f:ff", f_add_rn}, {"add.rz.f32", "f:ff", f_add_rz}, {"add.rm.f32", "f:ff", f_add_rm},
+    {"add.f32", "f:ff", f_add_rn}, {"add.rz.f32", "f:ff", f_add_rz},
+    {"add.rm.f32", "f:ff", f_add_rm},
     {"add.rp.f32", "f:ff", f_add_rp}, {"add.ftz.f32", "f:ff", f_add_ftz},
-    {"sub.rn.f32", "f:ff", f_sub_rn}, {"sub.rm.f32", "f:ff", f_sub_rm}, {"sub.rz.f32", "f:ff", f_sub_rz},
+    {"sub.rn.f32", "f:ff", f_sub_rn}, {"sub.rm.f32", "f:ff", f_sub_rm},
+    {"sub.rz.f32", "f:ff", f_sub_rz},
     {"sub.rp.f32", "f:ff", f_sub_rp}, {"mul.rm.f32", "f:ff", f_mul_rm},
     {"div.rm.f32", "f:ff", f_div_rm}, {"div.rp.f32", "f:ff", f_div_rp},
     {"sqrt.rz.f32", "f:f", f_sqrt_rz}, {"sqrt.rp.f32", "f:f", f_sqrt_rp},
-    {"sub.ftz.f32", "f:ff", f_sub_ftz}, {"mul.f32", "f:ff", f_mul_rn}, {"mul.rz.f32", "f:ff", f_mul_rz},
+    {"sub.ftz.f32", "f:ff", f_sub_ftz}, {"mul.f32", "f:ff", f_mul_rn},
+    {"mul.rz.f32", "f:ff", f_mul_rz},
     {"mul.rp.f32", "f:ff", f_mul_rp}, {"mul.ftz.f32", "f:ff", f_mul_ftz},
     {"fma.rn.f32", "f:fff", f_fma_rn}, {"fma.rz.f32", "f:fff", f_fma_rz},
     {"fma.rm.f32", "f:fff", f_fma_rm}, {"fma.rp.f32", "f:fff", f_fma_rp},
@@ -417,13 +396,17 @@ static const struct {
     {"setp.eq.u32", "p:ww", c_eq}, {"setp.ne.b16", "p:hh", c_ne}, {"setp.lt.u64", "p:ll", c_ltu},
     {"setp.le.u32", "p:ww", c_leu}, {"setp.gt.u16", "p:hh", c_gtu}, {"setp.ge.u64", "p:ll", c_geu},
     {"setp.lo.u32", "p:ww", c_ltu}, {"setp.ls.u32", "p:ww", c_leu}, {"setp.hi.u32", "p:ww", c_gtu},
-    {"setp.hs.u32", "p:ww", c_geu}, {"setp.lt.s32", "p:ww", c_lt32}, {"setp.ge.s32", "p:ww", c_ge32},
-    {"setp.gt.s16", "p:hh", c_gt16}, {"setp.le.s64", "p:ll", c_le64}, {"setp.eq.f32", "p:ff", c_feq},
+    {"setp.hs.u32", "p:ww", c_geu}, {"setp.lt.s32", "p:ww", c_lt32},
+    {"setp.ge.s32", "p:ww", c_ge32},
+    {"setp.gt.s16", "p:hh", c_gt16}, {"setp.le.s64", "p:ll", c_le64},
+    {"setp.eq.f32", "p:ff", c_feq},
     {"setp.ne.f32", "p:ff", c_fne}, {"setp.lt.f32", "p:ff", c_flt}, {"setp.le.f32", "p:ff", c_fle},
-    {"setp.gt.f32", "p:ff", c_fgt}, {"setp.ge.f32", "p:ff", c_fge}, {"setp.equ.f32", "p:ff", c_fequ},
+    {"setp.gt.f32", "p:ff", c_fgt}, {"setp.ge.f32", "p:ff", c_fge},
+    {"setp.equ.f32", "p:ff", c_fequ},
     {"setp.neu.f32", "p:ff", c_fneu}, {"setp.ltu.f32", "p:ff", c_fltu},
     {"setp.leu.f32", "p:ff", c_fleu}, {"setp.gtu.f32", "p:ff", c_fgtu},
-    {"setp.geu.f32", "p:ff", c_fgeu}, {"setp.num.f32", "p:ff", c_num}, {"setp.nan.f32", "p:ff", c_nan},
+    {"setp.geu.f32", "p:ff", c_fgeu}, {"setp.num.f32", "p:ff", c_num},
+    {"setp.nan.f32", "p:ff", c_nan},
     {"setp.gt.f64", "p:DD", c_dgt}, {"setp.eq.ftz.f32", "p:ff", c_ftzeq},
     {"setp.lt.and.s32", "p:wwp", c_and}, {"setp.eq.or.s32 D, A, B, !C", "p:wwp", c_orn},
     {"setp.lt.xor.f32", "p:ffp", c_xor}, {"setp.ge.s32 _|D, A, B", "p:ww", c_lt32},
@@ -450,7 +433,8 @@ static const struct {
     {"cvt.rn.f32.u64", "f:l", v_fu64}, {"cvt.rn.f32.s16", "f:h", v_fs16},
     {"cvt.rn.f32.u8", "f:h", v_fu8}, {"cvt.rn.f32.s8", "f:w", v_fs8},
     {"cvt.rz.f32.s32", "f:w", v_fs32rz}, {"cvt.rp.f32.s64", "f:l", v_fs64rp},
-    {"cvt.rn.f64.s32", "D:w", v_ds32}, {"cvt.rn.f64.s64", "D:l", v_ds64}, {"cvt.f64.f32", "D:f", v_df},
+    {"cvt.rn.f64.s32", "D:w", v_ds32}, {"cvt.rn.f64.s64", "D:l", v_ds64},
+    {"cvt.f64.f32", "D:f", v_df},
     {"cvt.rn.f32.f64", "f:D", v_fd}, {"cvt.rni.f32.f32", "f:f", v_frni},
     {"cvt.rmi.f32.f32", "f:f", v_frmi}, {"cvt.rpi.f32.f32", "f:f", v_frpi},
     {"cvt.rzi.f32.f32", "f:f", v_frzi}, {"cvt.sat.f32.f32", "f:f", v_fsat},
@@ -474,16 +458,14 @@ static const float float_edges[] = {0.0f, -0.0f, 1, -1, 0.5f, -0.5f, 1.5f, 2.5f,
                                     -128.5f, 255.5f, 32767.5f, 0x1p31f, -0x1p31f, 0x1p32f, 0x1p63f,
                                     -0x1p63f, 0x1p64f, INFINITY, -INFINITY, NAN, 1e-20f, 3.14159f};
 
-static u64 random64(void)
-{
+static u64 random64(void) {
     static u64 s = 88172645463325252ull;
     s ^= s << 13, s ^= s >> 7, s ^= s << 17;
     return s * 0x2545f4914f6cdd1dull;
 }
 
 /* Value `i` of source `k`: all pairs of edges first, then random. */
-static u64 input(char letter, int k, int i)
-{
+static u64 input(char letter, int k, int i) {
     int n_int = sizeof int_edges / sizeof *int_edges, n_float = sizeof float_edges / 4;
     int which = k == 0 ? i : k == 1 ? i / 30 : i / 7;
     bool edge = i < 1000, plain = i % 2;
@@ -492,8 +474,7 @@ static u64 input(char letter, int k, int i)
                        : ldexpf((float)(random64() >> 40) - 0x1p23f, (int)(random64() % 24) - 32);
         double d = (double)f;
         u64 bits = 0;
-        if (!edge && plain)
-            return letter == 'f' ? (u32)random64() : random64();
+        if (!edge && plain) return letter == 'f' ? (u32)random64() : random64();
         memcpy(&bits, letter == 'f' ? (void *)&f : (void *)&d, letter == 'f' ? 4 : 8);
         return bits;
     }
@@ -504,22 +485,19 @@ static u64 input(char letter, int k, int i)
 /* ------------------------------------------------------------------------------------------------
  * kernels: case c is the entry k<c>(out, in), 8 bytes an item, in[k][N] */
 
-static size_t append(char *text, size_t n, const char *s)
-{
+static size_t append(char *text, size_t n, const char *s) {
     size_t len = strlen(s);
     memcpy(text + n, s, len + 1);
     return n + len;
 }
 
-static size_t operand_text(char *text, size_t n, char letter, int k)
-{
+static size_t operand_text(char *text, size_t n, char letter, int k) {
     char s[32];
     snprintf(s, sizeof s, "%%%c%d", letter, k);
     return append(text, n, s);
 }
 
-static size_t write_kernel(char *text, size_t n, int c)
-{
+static size_t write_kernel(char *text, size_t n, int c) {
     char line[400];
     const char *sig = cases[c].sig, *op = cases[c].op;
     int n_src = (int)strlen(sig) - 2;
@@ -557,24 +535,27 @@ static size_t write_kernel(char *text, size_t n, int c)
             n = operand_text(text, n, sig[2 + k], k + 1);
         }
     }
-    const char *store = sig[0] == 'h' ? ";\n cvt.u64.u16 %l5, %h4;\n st.global.u64 [%l6], %l5;\n"
-                      : sig[0] == 'w' ? ";\n cvt.u64.u32 %l5, %w4;\n st.global.u64 [%l6], %l5;\n"
-                      : sig[0] == 'f' ? ";\n mov.b32 %w8, %f4;\n st.global.v2.b32 [%l6], {%w8, 0};\n"
-                      : sig[0] == 'l' ? ";\n st.global.b64 [%l6], %l4;\n"
-                      : sig[0] == 'D' ? ";\n st.global.f64 [%l6], %D4;\n"
-                      : ";\n selp.u64 %l5, 1, 0, %p4;\n st.global.u64 [%l6], %l5;\n";
+    const char *store =
+        sig[0] == 'h'   ? ";\n cvt.u64.u16 %l5, %h4;\n st.global.u64 [%l6], %l5;\n"
+        : sig[0] == 'w' ? ";\n cvt.u64.u32 %l5, %w4;\n st.global.u64 [%l6], %l5;\n"
+        : sig[0] == 'f' ? ";\n mov.b32 %w8, %f4;\n st.global.v2.b32 [%l6], {%w8, 0};\n"
+        : sig[0] == 'l' ? ";\n st.global.b64 [%l6], %l4;\n"
+        : sig[0] == 'D' ? ";\n st.global.f64 [%l6], %D4;\n"
+                        : ";\n selp.u64 %l5, 1, 0, %p4;\n st.global.u64 [%l6], %l5;\n";
     n = append(text, n, store);
     return append(text, n, " ret;\n}\n");
 }
 
 static int passed, failed;
 
-static void run_case(SimModule *m, int c, u64 out, u64 in)
-{
+static void run_case(SimModule *m, int c, u64 out, u64 in) {
     const char *sig = cases[c].sig;
     int n_src = (int)strlen(sig) - 2, wrong = 0;
     u64 *to = sim_mem_ptr(in), *got = sim_mem_ptr(out);
-    u64 mask = sig[0] == 'h' ? 0xffff : strchr("wf", sig[0]) ? 0xffffffff : sig[0] == 'p' ? 1 : ~0ull;
+    u64 mask = sig[0] == 'h'          ? 0xffff
+               : strchr("wf", sig[0]) ? 0xffffffff
+               : sig[0] == 'p'        ? 1
+                                      : ~0ull;
     char name[16];
     struct {
         u64 out, in;
@@ -594,8 +575,7 @@ static void run_case(SimModule *m, int c, u64 out, u64 in)
     for (int i = 0; i < N; i++) {
         u64 x = to[i], y = to[N + i], z = to[2 * N + i];
         u64 want = cases[c].ref(x, y, z) & mask;
-        if (want == got[i] || wrong++)
-            continue;
+        if (want == got[i] || wrong++) continue;
         printf("FAIL %s: %llx %llx %llx gives %llx, should be %llx\n", cases[c].op,
                (unsigned long long)x, (unsigned long long)y, (unsigned long long)z,
                (unsigned long long)got[i], (unsigned long long)want);
@@ -606,8 +586,7 @@ static void run_case(SimModule *m, int c, u64 out, u64 in)
     failed += wrong != 0;
 }
 
-int main(void)
-{
+int main(void) {
     static char text[1 << 20];
     char log[400];
     SimModule *m;

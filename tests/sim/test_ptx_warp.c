@@ -1,6 +1,6 @@
-/* test_ptx_warp.c: memory, control flow and what lanes do together, against plain C: matrix fragments
- * element by element from the tables of the PTX manual, shuffles from its pseudo-code, counters from
- * closed forms. */
+/* test_ptx_warp.c: memory, control flow and what lanes do together, against plain C: matrix
+ * fragments element by element from the tables of the PTX manual, shuffles from its pseudo-code,
+ * counters from closed forms. */
 #include "sim.h"
 
 #include <math.h>
@@ -18,8 +18,7 @@ static u32 in[16][1024], out[16][1024]; /* [register][thread] */
 static SimCounters counters;
 static char problem[1000];
 
-static void check(const char *name, bool ok)
-{
+static void check(const char *name, bool ok) {
     passed += ok;
     failed += !ok;
     if (!ok)
@@ -27,14 +26,12 @@ static void check(const char *name, bool ok)
     problem[0] = 0;
 }
 
-static void sink(void *user, const SimFinding *f)
-{
+static void sink(void *user, const SimFinding *f) {
     (void)user;
     sim_finding_text(f, problem, sizeof problem);
 }
 
-static u32 random32(void)
-{
+static u32 random32(void) {
     static u64 s = 1234567;
     s = s * 6364136223846793005ull + 1442695040888963407ull;
     return (u32)(s >> 33) ^ (u32)(s >> 11);
@@ -50,11 +47,10 @@ static const char head[] =
     " mul.wide.u32 %%d2, %%t0, 4; add.u64 %%d0, %%d0, %%d2; add.u64 %%d1, %%d1, %%d2;\n"
     " mov.u32 %%t1, sm; shl.b32 %%t2, %%t0, 2; add.u32 %%t2, %%t2, %%t1;\n";
 
-/* Runs `body` with %i0.. loaded from in and %o0.. stored to out; %t0 = tid, %t1 = sm, %t2 = &sm[tid]
- * as words, %d0 / %d1 = this thread's first output / input. Text before `body` goes to the module. */
+/* Runs `body` with %i0.. loaded from in and %o0.. stored to out; %t0 = tid, %t1 = sm, %t2 = word
+ * tid of sm, %d0 / %d1 = this thread's first output / input. `module` goes before the kernel. */
 static bool run(const char *module, const char *body, int n_in, int n_out, unsigned threads,
-                u32 dynamic)
-{
+                u32 dynamic) {
     static char text[20000];
     char log[400];
     SimModule *m;
@@ -88,8 +84,7 @@ static bool run(const char *module, const char *body, int n_in, int n_out, unsig
     return error == 0;
 }
 
-static void randomise(int n)
-{
+static void randomise(int n) {
     for (int k = 0; k < n; k++)
         for (int t = 0; t < 1024; t++)
             in[k][t] = random32();
@@ -103,8 +98,7 @@ typedef struct {
     int k, bits;               /* of an element */
 } Shape;
 
-static void a_place(const Shape *s, int lane, int e, int *row, int *col)
-{
+static void a_place(const Shape *s, int lane, int e, int *row, int *col) {
     int group = lane >> 2, in_group = lane % 4;
     if (s->bits == 16 && s->k == 16) {
         *row = e < 2 || (e >= 4 && e < 6) ? group : group + 8;
@@ -121,8 +115,7 @@ static void a_place(const Shape *s, int lane, int e, int *row, int *col)
     }
 }
 
-static void b_place(const Shape *s, int lane, int e, int *row, int *col)
-{
+static void b_place(const Shape *s, int lane, int e, int *row, int *col) {
     int group = lane >> 2, in_group = lane % 4;
     *col = group;
     if (s->bits == 16)
@@ -131,35 +124,32 @@ static void b_place(const Shape *s, int lane, int e, int *row, int *col)
         *row = in_group * 4 + (e & 3) + (e >= 4 ? 16 : 0);
 }
 
-static void c_place(int lane, int e, int *row, int *col)
-{
+static void c_place(int lane, int e, int *row, int *col) {
     *row = (lane >> 2) + (e < 2 ? 0 : 8);
     *col = (lane % 4) * 2 + (e & 1);
 }
 
 /* An element's bits for a small integer value. */
-static u32 element(const char *type, int v)
-{
+static u32 element(const char *type, int v) {
     float f = (float)v;
     u32 u;
     memcpy(&u, &f, 4);
-    if (!strcmp(type, "bf16"))
-        return u >> 16;
+    if (!strcmp(type, "bf16")) return u >> 16;
     if (!strcmp(type, "f16")) /* exact: an integer below 2048 */
         return v == 0 ? 0 : (u >> 16 & 0x8000) | ((u >> 23 & 255) - 112) << 10 | (u >> 13 & 1023);
     return (u32)v & 255;
 }
 
-static void test_mma(const Shape *s)
-{
+static void test_mma(const Shape *s) {
     int a[16][32], b[32][8], c[16][8], n_a = s->k * 16 / 32, n_b = s->k * 8 / 32, r, q;
     int per = 32 / s->bits, regs_a = n_a / per, regs_b = n_b / per;
     bool is_float = s->bits == 16, ok;
     char body[900], name[100];
     memset(in, 0, sizeof in);
     for (int x = 0; x < 16 * 32; x++)
-        a[x / 32][x % 32] = is_float ? (int)(random32() % 31) - 15
-                          : s->a[0] == 'u' ? (int)(random32() & 255) : (int)(random32() & 255) - 128;
+        a[x / 32][x % 32] = is_float         ? (int)(random32() % 31) - 15
+                            : s->a[0] == 'u' ? (int)(random32() & 255)
+                                             : (int)(random32() & 255) - 128;
     for (int x = 0; x < 32 * 8; x++)
         b[x / 8][x % 8] = is_float ? (int)(random32() % 31) - 15
                         : s->b[0] == 'u' ? (int)(random32() & 255) : (int)(random32() & 255) - 128;
@@ -202,8 +192,7 @@ static void test_mma(const Shape *s)
                                 : counters.mma_int == 1 && counters.mma_int_mac == mac);
 }
 
-static void test_mma_all(void)
-{
+static void test_mma_all(void) {
     static const char *const bytes[] = {"s8", "u8"};
     for (int k = 0; k < 20; k++) {
         test_mma(&(Shape){"m16n8k16", "bf16", "bf16", 16, 16});
@@ -215,10 +204,9 @@ static void test_mma_all(void)
     }
 }
 
-/* ldmatrix: matrix m of 8 rows of 16 bytes, lane 8 m + r gives the address of row r; lane l gets the
- * elements of row l / 4 at columns 2 (l % 4) and the next, transposed: of column l / 4. */
-static void test_ldmatrix(int n, bool trans)
-{
+/* ldmatrix: matrix m of 8 rows of 16 bytes, lane 8 m + r gives the address of row r; lane l gets
+ * the elements of row l / 4 at columns 2 (l % 4) and the next, transposed: of column l / 4. */
+static void test_ldmatrix(int n, bool trans) {
     char body[600], name[50];
     u16 memory[4][8][8];
     bool ok;
@@ -245,8 +233,7 @@ static void test_ldmatrix(int n, bool trans)
 /* ------------------------------------------------------------------------------------------------
  * shuffles, votes */
 
-static void test_shfl(const char *mode, u32 c)
-{
+static void test_shfl(const char *mode, u32 c) {
     char body[300], name[60];
     bool ok;
     randomise(2);
@@ -272,8 +259,7 @@ static void test_shfl(const char *mode, u32 c)
     check(name, ok);
 }
 
-static void test_votes(void)
-{
+static void test_votes(void) {
     bool ok = true;
     for (int k = 0; k < 4; k++) {
         u32 mask = 0, m2;
@@ -303,8 +289,7 @@ static void test_votes(void)
     check("vote, match, activemask", ok);
 }
 
-static void test_redux(void)
-{
+static void test_redux(void) {
     u32 want[8] = {0, ~0u, 0, ~0u, 0, 0};
     int32_t low = INT32_MAX, high = INT32_MIN;
     bool ok;
@@ -329,16 +314,14 @@ static void test_redux(void)
 /* ------------------------------------------------------------------------------------------------
  * control flow, functions, barriers */
 
-static u32 collatz(u32 v)
-{
+static u32 collatz(u32 v) {
     u32 n = 0;
     for (v = v % 1000 + 1; v != 1; n++)
         v = v & 1 ? 3 * v + 1 : v / 2;
     return n;
 }
 
-static void test_control(void)
-{
+static void test_control(void) {
     bool ok;
     randomise(2);
     ok = run("", "rem.u32 %t3, %i0, 1000; add.u32 %t3, %t3, 1; mov.u32 %o0, 0;\n"
@@ -349,22 +332,25 @@ static void test_control(void)
     for (int t = 0; t < 64; t++)
         ok &= out[0][t] == collatz(in[0][t]) && out[1][t] == ~0u;
     check("divergent loop", ok && counters.divergent > 0);
-    ok = run(".global .align 4 .u32 gv[3] = {7, 8, 9};\n.const .align 4 .b8 cb[4] = {1, 2, 3, 4};\n"
-             ".extern .shared .align 16 .b8 dyn[];\n"
-             ".func (.param .b32 r) twice(.param .b32 a, .param .b64 b)\n{\n .reg .b32 %x<4>;\n"
-             ".reg .b64 %y; .reg .pred %q;\n ld.param.u32 %x1, [a]; ld.param.u64 %y, [b];\n"
-             "setp.gt.u32 %q, %x1, 100; @%q bra BIG;\n add.u32 %x2, %x1, %x1;\n"
-             "st.param.b32 [r], %x2; ret;\nBIG: cvt.u32.u64 %x3, %y; st.param.b32 [r+0], %x3;\n"
-             "ret;\n}\n",
-             "{ .param .b32 p0; .param .b64 p1; .param .b32 r0;\n mul.lo.u32 %t3, %t0, 5;\n"
-             "st.param.b32 [p0], %t3; st.param.b64 [p1+0], 4242;\n call.uni (r0), twice, (p0, p1);\n"
-             "ld.param.b32 %o0, [r0]; }\n"
-             "{ .reg .b32 %t3; mov.u32 %t3, 77; { .reg .b32 %t3; mov.u32 %t3, 5; bra L; L: } "
-             "mov.u32 %o1, %t3; bra L; L: }\n"
-             "ld.global.u32 %o2, [gv+4]; ld.const.u8 %o3, [cb+2];\n"
-             "st.shared.u32 [dyn+28], 99; bar.warp.sync -1; mov.u32 %t4, dyn; ld.shared.u32 %o4, [%t4+28];\n"
-             "mov.b64 %d5, s; add.u64 %d5, %d5, 8; ld.param.u32 %o5, [%d5]; ld.param.u32 %o6, [s+4];"
-             "\nmov.u32 %o7, %dynamic_smem_size;", 0, 8, 32, 32);
+    ok =
+        run(".global .align 4 .u32 gv[3] = {7, 8, 9};\n.const .align 4 .b8 cb[4] = {1, 2, 3, 4};\n"
+            ".extern .shared .align 16 .b8 dyn[];\n"
+            ".func (.param .b32 r) twice(.param .b32 a, .param .b64 b)\n{\n .reg .b32 %x<4>;\n"
+            ".reg .b64 %y; .reg .pred %q;\n ld.param.u32 %x1, [a]; ld.param.u64 %y, [b];\n"
+            "setp.gt.u32 %q, %x1, 100; @%q bra BIG;\n add.u32 %x2, %x1, %x1;\n"
+            "st.param.b32 [r], %x2; ret;\nBIG: cvt.u32.u64 %x3, %y; st.param.b32 [r+0], %x3;\n"
+            "ret;\n}\n",
+            "{ .param .b32 p0; .param .b64 p1; .param .b32 r0;\n mul.lo.u32 %t3, %t0, 5;\n"
+            "st.param.b32 [p0], %t3; st.param.b64 [p1+0], 4242;\n call.uni (r0), twice, (p0, p1);\n"
+            "ld.param.b32 %o0, [r0]; }\n"
+            "{ .reg .b32 %t3; mov.u32 %t3, 77; { .reg .b32 %t3; mov.u32 %t3, 5; bra L; L: } "
+            "mov.u32 %o1, %t3; bra L; L: }\n"
+            "ld.global.u32 %o2, [gv+4]; ld.const.u8 %o3, [cb+2];\n"
+            "st.shared.u32 [dyn+28], 99; bar.warp.sync -1; mov.u32 %t4, dyn; ld.shared.u32 %o4, "
+            "[%t4+28];\n"
+            "mov.b64 %d5, s; add.u64 %d5, %d5, 8; ld.param.u32 %o5, [%d5]; ld.param.u32 %o6, [s+4];"
+            "\nmov.u32 %o7, %dynamic_smem_size;",
+            0, 8, 32, 32);
     for (u32 t = 0; t < 32; t++)
         ok &= out[0][t] == (t * 5 > 100 ? 4242 : t * 10) && out[1][t] == 77 && out[2][t] == 8 &&
               out[3][t] == 3 && out[4][t] == 99 && out[5][t] == 0xddeeff00 &&
@@ -372,8 +358,7 @@ static void test_control(void)
     check("functions, scopes, variables, parameters", ok);
 }
 
-static void test_barriers(void)
-{
+static void test_barriers(void) {
     u32 n = 0;
     bool ok;
     randomise(1);
@@ -394,8 +379,7 @@ static void test_barriers(void)
 /* ------------------------------------------------------------------------------------------------
  * memory */
 
-static void test_widths(const char *space, const char *base)
-{
+static void test_widths(const char *space, const char *base) {
     char body[1500], name[50];
     bool ok;
     randomise(4);
@@ -420,8 +404,7 @@ static void test_widths(const char *space, const char *base)
     check(name, ok);
 }
 
-static void test_atomics(const char *space, const char *address)
-{
+static void test_atomics(const char *space, const char *address) {
     static const struct {
         const char *op, *type;
     } ops[] = {{"add", "u32"}, {"min", "s32"}, {"max", "u32"}, {"and", "b32"}, {"or", "b32"},
@@ -466,8 +449,7 @@ static void test_atomics(const char *space, const char *address)
     }
 }
 
-static void test_async(void)
-{
+static void test_async(void) {
     bool ok;
     randomise(8);
     ok = run("", "mul.lo.u32 %t3, %t0, 32; add.u32 %t3, %t3, %t1; mul.wide.u32 %d5, %t0, 12;\n"
@@ -486,8 +468,7 @@ static void test_async(void)
     check("cp.async", ok);
 }
 
-static void test_special(void)
-{
+static void test_special(void) {
     static const char text[] =
         ".version 7.4\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 out)\n{\n"
         ".reg .b32 %r<20>; .reg .b64 %d<4>; ld.param.u64 %d0, [out];\n"
@@ -518,12 +499,12 @@ static void test_special(void)
 /* ------------------------------------------------------------------------------------------------
  * counters */
 
-static void test_counters(void)
-{
+static void test_counters(void) {
     /* the template itself stores nothing and loads nothing when n_in = n_out = 0 */
     bool ok = run("", "ld.global.u32 %t3, [%d1];", 0, 0, 32, 0);
-    check("32 words: 4 sectors", ok && counters.load[2].sectors == 4 && counters.load[2].warp == 1 &&
-          counters.load[2].bytes == 128 && counters.unique_load_sectors == 4);
+    check("32 words: 4 sectors", ok && counters.load[2].sectors == 4 &&
+                                     counters.load[2].warp == 1 && counters.load[2].bytes == 128 &&
+                                     counters.unique_load_sectors == 4);
     ok = run("", "ld.global.u32 %t3, [%d1+16];", 0, 0, 32, 0);
     check("32 words off by 16 bytes: 5 sectors", ok && counters.load[2].sectors == 5);
     ok = run("", "add.u64 %d1, %d1, %d2; ld.global.u32 %t3, [%d1]; ld.global.u32 %t3, [%d1];", 0, 0,
@@ -535,8 +516,9 @@ static void test_counters(void)
     check("16 bytes a lane: 16 sectors", ok && counters.load[4].sectors == 16 &&
           counters.load[4].bytes == 512);
     ok = run("", "setp.lt.u32 %p1, %t0, 8; @%p1 st.global.u32 [%d0], %t0;", 0, 0, 32, 0);
-    check("8 lanes: 1 sector", ok && counters.store[2].sectors == 1 && counters.store[2].lane == 8 &&
-          counters.lane[SIM_C_GLOBAL] == 8 && counters.warp[SIM_C_GLOBAL] == 1);
+    check("8 lanes: 1 sector",
+          ok && counters.store[2].sectors == 1 && counters.store[2].lane == 8 &&
+              counters.lane[SIM_C_GLOBAL] == 8 && counters.warp[SIM_C_GLOBAL] == 1);
     static const struct {
         int stride, passes;
     } banks[] = {{1, 1}, {2, 2}, {3, 1}, {4, 4}, {8, 8}, {16, 16}, {32, 32}, {33, 1}, {0, 1}};
@@ -559,10 +541,10 @@ static void test_counters(void)
 }
 
 /* The same results and counters whatever the seed and the number of threads. */
-static void test_same(void)
-{
+static void test_same(void) {
     static const char body[] =
-        "shl.b32 %t3, %i0, 2; and.b32 %t3, %t3, 252; add.u32 %t3, %t3, %t1; st.shared.u32 [%t2], 0;\n"
+        "shl.b32 %t3, %i0, 2; and.b32 %t3, %t3, 252; add.u32 %t3, %t3, %t1; st.shared.u32 [%t2], "
+        "0;\n"
         "bar.sync 0; atom.shared.add.u32 %o1, [%t3], 1; bar.sync 0; ld.shared.u32 %o0, [%t2];\n"
         "mov.u32 %o1, 0;";
     SimCounters first;
@@ -582,8 +564,7 @@ static void test_same(void)
     check("the same with every seed", ok);
 }
 
-int main(void)
-{
+int main(void) {
     static const char *const modes[] = {"up", "down", "bfly", "idx"};
     static const u32 clamps[] = {0x1f, 0, 0x1c03, 0x1000, 0x1808, 0x181f};
     sim_set_sink(sink, NULL);
@@ -598,7 +579,8 @@ int main(void)
     test_redux();
     test_control();
     test_barriers();
-    test_widths(".global", "mul.lo.u64 %d5, %d2, 3; add.u64 %d5, %d5, %d0; add.u64 %d5, %d5, 40960;");
+    test_widths(".global",
+                "mul.lo.u64 %d5, %d2, 3; add.u64 %d5, %d5, %d0; add.u64 %d5, %d5, 40960;");
     test_widths(".shared", "shl.b32 %t3, %t0, 4; add.u32 %t3, %t3, %t1; cvt.u64.u32 %d5, %t3;");
     test_widths(".local", "mov.u64 %d5, loc; add.u64 %d5, %d5, 16;");
     test_widths("", "mov.u64 %d5, loc; cvta.local.u64 %d5, %d5;");
