@@ -2369,9 +2369,7 @@ static bool read_generation_config(Span text, const char *name, int vocab, Sampl
 // ---------------------------------------------------------------------------
 // threads: one pool; a parallel region hands out ranges of items, large ones first
 
-#include <float.h>
 #if defined(__x86_64__)
-#include <immintrin.h>
 static void cpu_pause(void) { _mm_pause(); }
 #else
 static void cpu_pause(void) { }
@@ -2511,12 +2509,14 @@ static Pool *pool_new(int n_threads) {
     return p;
 }
 
+#define INLINE __attribute__((always_inline)) static inline
+
 // ---------------------------------------------------------------------------
 // number formats
 
-static float f32_of_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-static uint32_t bits_of_f32(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
-static float f32_of_bf16(bf16 h) { return f32_of_bits((uint32_t)h << 16); }
+INLINE float f32_of_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+INLINE uint32_t bits_of_f32(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+INLINE float f32_of_bf16(bf16 h) { return f32_of_bits((uint32_t)h << 16); }
 
 // Round to nearest even; a NaN stays one.
 static bf16 bf16_of_f32(float f) {
@@ -2526,7 +2526,7 @@ static bf16 bf16_of_f32(float f) {
 }
 
 // e8m0: 2^(b-127), 255 is NaN
-static float f32_of_e8m0(uint8_t b) {
+INLINE float f32_of_e8m0(uint8_t b) {
     return f32_of_bits(b == 255 ? 0x7fc00000 : b ? (uint32_t)b << 23 : 0x400000);
 }
 
@@ -2547,20 +2547,24 @@ static size_t row_bytes(const Mat *m) {
     return (size_t)m->k * bits[m->fmt] / 8;
 }
 
-static bf16 load_bf16(const void *p, size_t i) {
+INLINE bf16 load_bf16(const void *p, size_t i) {
     bf16 h;
     memcpy(&h, (const char *)p + 2 * i, 2);
     return h;
 }
 
-// The scale of column k of row i (FP4: of the values themselves); 1 for formats without one.
-static float scale_at(const Mat *m, int i, int k) {
+// The scale of the 128 x 128 block of INT8 or FP8 weights that holds W[i][k]
+INLINE float block_scale(const Mat *m, int i, int k) {
     size_t block = (size_t)(i / 128) * (size_t)((m->k + 127) / 128) + (size_t)(k / 128);
+    return m->fmt == W_INT8 ? f32_of_bf16(load_bf16(m->s, block)) : f32_of_e8m0(((const uint8_t *)m->s)[block]);
+}
+
+// The scale of W[i][k] (FP4: of the values themselves); 1 for formats without one.
+static float scale_at(const Mat *m, int i, int k) {
     size_t group = (size_t)i * (size_t)(m->k / 32) + (size_t)(k / 32);
     switch (m->fmt) {
-    case W_INT8: return f32_of_bf16(load_bf16(m->s, block));
+    case W_INT8: case W_FP8: return block_scale(m, i, k);
     case W_INT4: return f32_of_bf16(load_bf16(m->s, group));
-    case W_FP8: return f32_of_e8m0(((const uint8_t *)m->s)[block]);
     case W_FP4: return f32_of_e8m0(((const uint8_t *)m->s)[group]);
     default: return 1;
     }
@@ -2682,8 +2686,9 @@ typedef struct {
 
 enum { LANES = 16, T_BLOCK = 64 };
 
-// Packed activations [groups, T]: one contiguous run of tokens per group of 32 columns.
-typedef struct { int8_t q[32]; int32_t c; float s; } GroupI;   // c: what the weights' bias adds, negated
+// Packed activations [groups, T]: one contiguous run of tokens per group of 32 columns, zero groups up to a
+// multiple of 4, so that a tile works in whole steps of 64 bytes.
+typedef struct { int32_t q[8], c; float s; } GroupI;   // c: what the weights' bias adds, negated
 typedef struct { float x[32]; } GroupF;
 
 typedef struct {
@@ -2704,7 +2709,7 @@ typedef struct {
 } Job;
 
 static bool takes_int8(Format f) { return f == W_INT8 || f == W_INT4 || f == W_FP4; }
-static int n_groups(const Mat *m) { return (m->k + 31) / 32; }
+static int n_groups(const Mat *m) { return (m->k + 127) / 128 * 4; }
 
 // The SIMD kernels multiply unsigned weights w + bias with signed activations.
 static int weight_bias(Format f) {
@@ -2721,12 +2726,18 @@ static void pack_int(const Product *p, int t, GroupI *out) {
     int bias = weight_bias(p->w->fmt);
     for (int g = 0; g < n_groups(p->w); g++, q += 32) {
         GroupI *o = out + (size_t)g * (size_t)p->T + t;
+        int8_t even_odd[32];
         int sum = 0;
-        for (int i = 0; i < 32; i++) sum += q[i];
-        for (int i = 0; i < 16; i++) {      // nibbles: even columns first
-            o->q[i] = nibbles ? q[2 * i] : q[i];
-            o->q[16 + i] = nibbles ? q[2 * i + 1] : q[16 + i];
+        if (g * 32 >= p->w->k) {
+            *o = (GroupI){ 0 };
+            continue;
         }
+        for (int i = 0; i < 32; i++) sum += q[i];
+        for (int i = 0; i < 16 && nibbles; i++) {
+            even_odd[i] = q[2 * i];
+            even_odd[16 + i] = q[2 * i + 1];
+        }
+        memcpy(o->q, nibbles ? even_odd : q, 32);
         o->c = -bias * sum;
         o->s = half ? s[g] * 0.5f : s[g];
     }
@@ -2736,9 +2747,7 @@ static void pack_float(const Product *p, int t, GroupF *out) {
     const float *x = p->a->x + (p->rows ? (size_t)p->rows[t] : (size_t)t) * p->a->ld;
     for (int g = 0; g < n_groups(p->w); g++) {
         GroupF *o = out + (size_t)g * (size_t)p->T + t;
-        int n = p->w->k - g * 32 < 32 ? p->w->k - g * 32 : 32;
-        memcpy(o->x, x + g * 32, (size_t)n * 4);
-        memset(o->x + n, 0, (size_t)(32 - n) * 4);
+        for (int i = 0; i < 32; i++) o->x[i] = g * 32 + i < p->w->k ? x[g * 32 + i] : 0;
     }
 }
 
@@ -2757,7 +2766,7 @@ static void tile_int(const Tile *t) {
     const Mat *m = t->w;
     for (int r = 0; r < t->rows; r++) {
         const uint8_t *w = (const uint8_t *)m->w + (size_t)(t->row + r) * row_bytes(m);
-        for (int g = 0; g < n_groups(m); g++) {
+        for (int g = 0; g * 32 < m->k; g++) {
             int v[32] = { 0 };
             int n = m->k - g * 32 < 32 ? m->k - g * 32 : 32;
             for (int i = 0; i < 16 && m->fmt != W_INT8; i++) {
@@ -2770,7 +2779,8 @@ static void tile_int(const Tile *t) {
             float s = scale_at(m, t->row + r, g * 32);
             for (int j = 0; j < t->T; j++) {
                 int sum = 0;
-                for (int i = 0; i < 32; i++) sum += v[i] * a[j].q[i];
+                const int8_t *q = (const int8_t *)a[j].q;
+                for (int i = 0; i < 32; i++) sum += v[i] * q[i];
                 float *acc = t->acc + j * LANES + r;
                 *acc = fmaf((float)sum, s * a[j].s, *acc);
             }
@@ -2799,14 +2809,14 @@ static void tile_portable(const Tile *t) {
         tile_int(t);
         return;
     }
-    float *row = xalloc((size_t)n_groups(t->w) * 32, sizeof *row);
+    float *row = xalloc((size_t)n_groups(t->w), 32 * sizeof *row);
     tile_float(t, row);
     free(row);
 }
 
 // ---------------------------------------------------------------------------
-// AVX-512 and AVX2 tiles. Rows of W are read 64 (AVX2: 32) bytes at a time and transposed, so that lane r of
-// vector j holds dword j of row r.
+// AVX2 and AVX-512 tiles. Rows of W are read 32 (AVX-512: 64) bytes at a time and transposed, so that lane r of
+// vector j holds dword j of row r. nt = 1, 2, 4: that many tokens, sums in registers; 0: t->T, sums in memory.
 
 #if defined(__x86_64__)
 
@@ -2814,40 +2824,55 @@ static void tile_portable(const Tile *t) {
 typedef struct {
     const uint8_t *row[LANES];
     size_t bytes;           // of one row
-    size_t ahead;           // to the rows to prefetch, 0 = none
+    const uint8_t *ahead[LANES];    // what to prefetch of the next tile with the first bytes of this one
+    size_t run;             // rows of the next tile prefetched as one run of addresses, at least a page
 } Rows;
 
-static Rows tile_rows(const Tile *t, const void *base, size_t bytes) {
-    Rows r = { .bytes = bytes, .ahead = t->more ? (size_t)t->rows * bytes : 0 };
-    for (int i = 0; i < LANES; i++)     // lanes without a row repeat the first
-        r.row[i] = (const uint8_t *)base + (size_t)(t->row + (i < t->rows ? i : 0)) * bytes;
+typedef struct { const uint8_t *row[LANES]; uint8_t bytes[LANES][64]; } Edge;
+
+INLINE Rows tile_rows(const Tile *t, const void *base, size_t bytes) {
+    Rows r = { .bytes = bytes, .run = 1 };
+    while (r.run < LANES && r.run * bytes < 4096) r.run *= 2;
+    for (size_t i = 0; i < LANES; i++) {    // lanes without a row repeat the first
+        r.row[i] = (const uint8_t *)base + ((size_t)t->row + (i < (size_t)t->rows ? i : 0)) * bytes;
+        r.ahead[i] = r.row[0];
+        if (t->more) r.ahead[i] += ((size_t)t->rows + i - i % r.run) * bytes + i % r.run * 64;
+    }
     return r;
 }
 
-// Columns [off, off + n) of rows [r0, r0 + count): in place, or a zero-padded copy at the rows' end.
-static void rows_at(const Rows *w, int r0, int count, size_t off, size_t n, const uint8_t **p, uint8_t (*edge)[64]) {
-    for (int i = 0; i < count; i++) {
-        p[i] = w->row[r0 + i] + off;
-        if (off + n <= w->bytes) continue;
-        memset(edge[i], 0, 64);
-        memcpy(edge[i], p[i], w->bytes - off);
-        p[i] = edge[i];
+// A table of the rows' bytes [*off, *off + n): the rows themselves, or at their end zero-padded copies.
+INLINE const uint8_t *const *rows_at(const Rows *w, size_t *off, size_t n, Edge *e) {
+    if (*off + n <= w->bytes) return w->row;
+    size_t left = *off < w->bytes ? w->bytes - *off : 0;
+    for (int i = 0; i < LANES; i++) {
+        memset(e->bytes[i], 0, 64);
+        memcpy(e->bytes[i], w->row[i] + (left ? *off : 0), left);
+        e->row[i] = e->bytes[i];
     }
+    *off = 0;
+    return e->row;
 }
 
 static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
 
-// v[j] lane r = dword j of p[r], 32 bytes of 8 rows
-TARGET_AVX2 static inline void transpose_256(const uint8_t *const *p, size_t ahead, __m256i v[8]) {
+// For e4m3 -> BF16: bytes of 4 rows ordered by column; the high byte from sign and upper exponent bits; where the
+// exponent is 0, what to add to that and the low byte: m * 2^-9 normalised
+static const int8_t e4m3_tables[4][16] __attribute__((aligned(16))) = {
+    { 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15 },
+    { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
+    { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
+
+// v[j] lane r = dword j of p[r] + off, 32 bytes of 8 rows. Prefetches as many bytes: ahead[] + skip
+TARGET_AVX2 INLINE void transpose_256(const uint8_t *const *p, size_t off, const uint8_t *const *ahead, size_t skip,
+                                      __m256i v[8]) {
     __m256i z[4][2];        // [row % 4][half]: lane = row / 4
     for (int e = 0; e < 4; e++) {
-        if (ahead) {
-            _mm_prefetch((const char *)p[e] + ahead, _MM_HINT_T1);
-            _mm_prefetch((const char *)p[4 + e] + ahead, _MM_HINT_T1);
-        }
+        const uint8_t *r0 = p[e] + off, *r1 = p[4 + e] + off;
+        _mm_prefetch((const char *)ahead[e] + skip, _MM_HINT_T1);
         for (int q = 0; q < 2; q++) {
-            __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(p[e] + 16 * q)));
-            z[e][q] = _mm256_inserti128_si256(a, _mm_loadu_si128((const __m128i *)(p[4 + e] + 16 * q)), 1);
+            __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(r0 + 16 * q)));
+            z[e][q] = _mm256_inserti128_si256(a, _mm_loadu_si128((const __m128i *)(r1 + 16 * q)), 1);
         }
     }
     for (int q = 0; q < 2; q++) {
@@ -2860,43 +2885,34 @@ TARGET_AVX2 static inline void transpose_256(const uint8_t *const *p, size_t ahe
     }
 }
 
-// acc[t] += scale * a[t].s * (sum of u * q + c) for one group of 32 columns; u[j]: columns 4j .. 4j+3 of 8 rows
-TARGET_AVX2 static inline void group_256(const __m256i u[8], __m256 scale, const GroupI *a, int T,
-                                         float *acc, bool is_signed) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int t = 0; t < T; t++) {
-        int32_t q[8];
-        memcpy(q, a[t].q, 32);
-        __m256i sum = _mm256_set1_epi32(a[t].c);
-        for (int j = 0; j < 8 && is_signed; j++) {      // |w| * (q with the sign of w): 2 x 128 x 127 fits
-            __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(q[j]), u[j]);
-            x = _mm256_maddubs_epi16(_mm256_abs_epi8(u[j]), x);
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, ones));
-        }
-        for (int h = 0; h < 8 && !is_signed; h += 4) {  // 4 x 2 x 24 x 127 fits in 16 bits
-            __m256i s = _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(q[h]));
-            for (int j = h + 1; j < h + 4; j++)
-                s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(q[j])));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
-        }
-        __m256 f = _mm256_mul_ps(scale, _mm256_set1_ps(a[t].s));
-        float *o = acc + t * LANES;
-        _mm256_storeu_ps(o, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), f, _mm256_loadu_ps(o)));
+// Bytes [off, off + 32) of rows [r0, r0 + 8), transposed
+TARGET_AVX2 INLINE void read_256(const Rows *w, int r0, size_t off, Edge *edge, __m256i v[8]) {
+    size_t skip = off / 64 * 64 * w->run;
+    const uint8_t *const *ahead = w->ahead + r0 + off % 64 / 8;     // half of the 8 lines at a time
+    const uint8_t *const *p = rows_at(w, &off, 32, edge);
+    transpose_256(p + r0, off, ahead, skip, v);
+}
+
+// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 8 rows
+TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const GroupI *a, __m256 acc, bool is_signed) {
+    __m256i sum = _mm256_set1_epi32(a->c), ones = _mm256_set1_epi16(1);
+    for (int j = 0; j < 8 && is_signed; j++) {          // |w| * (q with the sign of w): 2 x 128 x 127 fits
+        __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(a->q[j]), u[j]);
+        x = _mm256_maddubs_epi16(_mm256_abs_epi8(u[j]), x);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, ones));
     }
+    for (int h = 0; h < 8 && !is_signed; h += 4) {      // 4 x 2 x 24 x 127 fits in 16 bits
+        __m256i s = _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(a->q[h]));
+        for (int j = h + 1; j < h + 4; j++)
+            s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(a->q[j])));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
+    }
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(a->s)), acc);
 }
 
-// The scales of a run of groups, transposed: 16 groups of BF16 or 32 of E8M0.
-TARGET_AVX2 static inline void scales_256(const Rows *s, int r0, size_t off, uint32_t *out) {
-    const uint8_t *p[8];
-    uint8_t edge[8][64];
-    __m256i v[8];
-    rows_at(s, r0, 8, off, 32, p, edge);
-    transpose_256(p, s->ahead, v);
-    for (int j = 0; j < 8; j++) _mm256_storeu_si256((__m256i *)(out + 8 * j), v[j]);
-}
-
-TARGET_AVX2 static inline __m256 nibble_scale_256(const uint32_t *s, int g, bool fp4) {
-    __m256i v = _mm256_loadu_si256((const __m256i *)(s + (fp4 ? g % 32 / 4 : g % 16 / 2) * 8));
+// Scale of group g (8 rows) from the transposed scales of a run of groups: 16 of BF16 or 32 of E8M0
+TARGET_AVX2 INLINE __m256 nibble_scale_256(const __m256i *s, int g, bool fp4) {
+    __m256i v = s[fp4 ? g % 32 / 4 : g % 16 / 2];
     if (fp4) {
         v = _mm256_srlv_epi32(v, _mm256_set1_epi32(g % 4 * 8));
         v = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(255)), 23);
@@ -2907,24 +2923,23 @@ TARGET_AVX2 static inline __m256 nibble_scale_256(const uint32_t *s, int g, bool
 }
 
 // Rows [r0, r0 + 8) of a tile
-TARGET_AVX2 static inline void tile_int_256(const Tile *t, int r0, Format fmt) {
+TARGET_AVX2 INLINE void tile_int_256(const Tile *t, int r0, Format fmt, int nt) {
     const Mat *m = t->w;
-    bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
-    int per = nibbles ? 2 : 1, groups = n_groups(m), period = fp4 ? 32 : 16;
+    const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
+    const int per = nibbles ? 2 : 1, T = nt ? nt : t->T;        // groups in 32 bytes
     Rows w = tile_rows(t, m->w, row_bytes(m));
-    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)groups * (fp4 ? 1 : 2) : 0);
-    uint32_t scales[64];
-    uint8_t edge[8][64];
-    const uint8_t *p[8];
-    __m256i v[8], u[8];
-    const __m256i low = _mm256_set1_epi8(15);
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_biased));
-    for (int g0 = 0; g0 < groups; g0 += per) {
-        if (nibbles && g0 % period == 0) scales_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), scales);
-        rows_at(&w, r0, 8, (size_t)(g0 / per) * 32, 32, p, edge);
-        transpose_256(p, w.ahead, v);
-        for (int i = 0; i < per && g0 + i < groups; i++) {
-            __m256 s;
+    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
+    Edge edge;
+    __m256i v[8], u[8], scales[8], low = _mm256_set1_epi8(15);
+    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_biased));
+    __m256 s = _mm256_setzero_ps(), regs[4];
+    for (int i = 0; i < nt; i++) regs[i] = s;
+    for (int g0 = 0; g0 < n_groups(m); g0 += per) {
+        if (nibbles && g0 % (fp4 ? 32 : 16) == 0) read_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
+        read_256(&w, r0, (size_t)(g0 / per) * 32, &edge, v);
+        if (!nibbles && g0 % 4 == 0) s = _mm256_set1_ps(block_scale(m, t->row, g0 * 32));
+#pragma GCC unroll 2
+        for (int i = 0; i < per; i++) {
             for (int j = 0; j < 4 && nibbles; j++) {
                 u[j] = _mm256_and_si256(v[4 * i + j], low);
                 u[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v[4 * i + j], 4), low);
@@ -2932,110 +2947,121 @@ TARGET_AVX2 static inline void tile_int_256(const Tile *t, int r0, Format fmt) {
             for (int j = 0; j < 8 && fp4; j++) u[j] = _mm256_shuffle_epi8(table, u[j]);
             for (int j = 0; j < 8 && !nibbles; j++) u[j] = v[j];
             if (nibbles) s = nibble_scale_256(scales, g0 + i, fp4);
-            else s = _mm256_set1_ps(scale_at(m, t->row, (g0 + i) * 32));
-            group_256(u, s, (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch, t->T, t->acc + r0, !nibbles);
+            const GroupI *a = (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch;
+            for (int k = 0; k < T; k++) {
+                float *acc = t->acc + k * LANES + r0;
+                if (nt) regs[k] = group_256(u, s, a + k, regs[k], !nibbles);
+                else _mm256_store_ps(acc, group_256(u, s, a + k, _mm256_load_ps(acc), !nibbles));
+            }
         }
     }
+    for (int i = 0; i < nt; i++) _mm256_store_ps(t->acc + i * LANES + r0, regs[i]);
 }
 
-// acc[t] += scale * (8 columns of 8 rows) . x[t]: even and odd columns apart, then added
-TARGET_AVX2 static inline void columns_256(const __m256 f[8], __m256 scale, const GroupF *a, int off, int T, float *acc) {
-    for (int t = 0; t < T; t++) {
-        const float *x = a[t].x + off;
-        __m256 s0 = _mm256_mul_ps(f[0], _mm256_set1_ps(x[0])), s1 = _mm256_mul_ps(f[1], _mm256_set1_ps(x[1]));
-        for (int j = 2; j < 8; j += 2) {
-            s0 = _mm256_fmadd_ps(f[j], _mm256_set1_ps(x[j]), s0);
-            s1 = _mm256_fmadd_ps(f[j + 1], _mm256_set1_ps(x[j + 1]), s1);
-        }
-        float *o = acc + t * LANES;
-        _mm256_storeu_ps(o, _mm256_fmadd_ps(_mm256_add_ps(s0, s1), scale, _mm256_loadu_ps(o)));
+// acc + scale * (8 columns of 8 rows) . x: even and odd columns apart, then added
+TARGET_AVX2 INLINE __m256 columns_256(const __m256 f[8], __m256 scale, const float *x, __m256 acc) {
+    __m256 s0 = _mm256_mul_ps(f[0], _mm256_set1_ps(x[0])), s1 = _mm256_mul_ps(f[1], _mm256_set1_ps(x[1]));
+    for (int j = 2; j < 8; j += 2) {
+        s0 = _mm256_fmadd_ps(f[j], _mm256_set1_ps(x[j]), s0);
+        s1 = _mm256_fmadd_ps(f[j + 1], _mm256_set1_ps(x[j + 1]), s1);
     }
+    return _mm256_fmadd_ps(_mm256_add_ps(s0, s1), scale, acc);
 }
 
-// 32 e4m3 -> 32 BF16, exact. The byte's low nibble is the BF16's low byte / 16; the high one gives the high byte.
-TARGET_AVX2 static inline void bf16_of_e4m3_256(const uint8_t *p, uint8_t *out) {
-    const __m256i low = _mm256_set1_epi8(15), all = _mm256_set1_epi8(127);
-    __m256i high_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67,
-                                                                -68, -67, -66, -65, -64, -63, -62, -61));
-    // mantissas of exponent 0, normalised: m * 2^-9
-    __m256i sub_low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
-    __m256i sub_high = _mm256_broadcastsi128_si256(_mm_setr_epi8(-60, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
-    __m256i b = _mm256_loadu_si256((const __m256i *)p), n = _mm256_and_si256(b, low);
-    __m256i hi = _mm256_shuffle_epi8(high_of, _mm256_and_si256(_mm256_srli_epi16(b, 4), low));
+// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16: its low nibble is
+// the low byte / 16, its high nibble gives the high byte.
+TARGET_AVX2 INLINE void columns_of_e4m3_256(__m256i b, __m256 f[4]) {
+    const __m256i low = _mm256_set1_epi8(15), upper = _mm256_set1_epi32((int)0xffff0000);
+    __m256i table[4];
+    for (int i = 0; i < 4; i++)
+        table[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)e4m3_tables[i]));
+    b = _mm256_shuffle_epi8(b, table[0]);
+    __m256i n = _mm256_and_si256(b, low);
+    __m256i hi = _mm256_shuffle_epi8(table[1], _mm256_and_si256(_mm256_srli_epi16(b, 4), low));
     __m256i sub = _mm256_cmpeq_epi8(_mm256_and_si256(b, _mm256_set1_epi8(0x78)), _mm256_setzero_si256());
-    __m256i nan = _mm256_cmpeq_epi8(_mm256_and_si256(b, all), all);
-    hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(sub_high, n)));
-    __m256i lo = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(sub_low, n), sub);
-    hi = _mm256_blendv_epi8(hi, all, nan);
-    __m256i a = _mm256_unpacklo_epi8(lo, hi), c = _mm256_unpackhi_epi8(lo, hi);
-    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(a, c, 0x20));
-    _mm256_storeu_si256((__m256i *)(out + 32), _mm256_permute2x128_si256(a, c, 0x31));
+    hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(table[2], n)));
+    __m256i lo = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(table[3], n), sub);
+    __m256i x = _mm256_unpacklo_epi8(lo, hi), y = _mm256_unpackhi_epi8(lo, hi);
+    f[0] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    f[1] = _mm256_castsi256_ps(_mm256_and_si256(x, upper));
+    f[2] = _mm256_castsi256_ps(_mm256_slli_epi32(y, 16));
+    f[3] = _mm256_castsi256_ps(_mm256_and_si256(y, upper));
 }
 
-// 32 bytes of 8 rows of BF16 (16 columns) or F32 (8 columns), from column k on
-TARGET_AVX2 static inline void chunk_float_256(const Tile *t, int r0, const uint8_t *const *p, size_t ahead,
-                                               bool f32, int k, float scale) {
-    __m256i v[8];
-    __m256 f[8];
-    transpose_256(p, ahead, v);
-    const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
-    for (int i = 0; i < (f32 ? 1 : 2); i++) {
-        for (int j = 0; j < 8 && f32; j++) f[j] = _mm256_castsi256_ps(v[j]);
-        for (int j = 0; j < 4 && !f32; j++) {
-            f[2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(v[4 * i + j], 16));
-            f[2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(v[4 * i + j], _mm256_set1_epi32((int)0xffff0000)));
-        }
-        columns_256(f, _mm256_set1_ps(scale), a, k % 32 + 8 * i, t->T, t->acc + r0);
+// 8 columns of 8 rows from transposed dwords: step i of the 32 bytes
+TARGET_AVX2 INLINE void unpack_float_256(const __m256i v[8], Format fmt, int i, __m256 f[8]) {
+    for (int j = 0; j < 8 && fmt == W_F32; j++) f[j] = _mm256_castsi256_ps(v[j]);
+    for (int j = 0; j < 4 && fmt == W_BF16; j++) {
+        f[2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(v[4 * i + j], 16));
+        f[2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(v[4 * i + j], _mm256_set1_epi32((int)0xffff0000)));
     }
+    for (int j = 0; j < 2 && fmt == W_FP8; j++) columns_of_e4m3_256(v[2 * i + j], f + 4 * j);
 }
 
-TARGET_AVX2 static inline void tile_float_256(const Tile *t, int r0, Format fmt) {
+// Rows [r0, r0 + 8) of a tile
+TARGET_AVX2 INLINE void tile_float_256(const Tile *t, int r0, Format fmt, int nt) {
     const Mat *m = t->w;
-    int per = fmt == W_F32 ? 8 : fmt == W_BF16 ? 16 : 32;       // columns in 32 bytes
+    const int steps = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4, T = nt ? nt : t->T;
     Rows w = tile_rows(t, m->w, row_bytes(m));
-    uint8_t edge[8][64], wide[8][64];
-    const uint8_t *p[8];
-    for (int k = 0; k < m->k; k += per) {
-        rows_at(&w, r0, 8, (size_t)(k / per) * 32, 32, p, edge);
-        if (fmt != W_FP8) {
-            chunk_float_256(t, r0, p, w.ahead, fmt == W_F32, k, 1);
-            continue;
+    Edge edge;
+    __m256i v[8], top = _mm256_setzero_si256(), magnitude = _mm256_set1_epi8(127);
+    __m256 f[8], s = _mm256_set1_ps(1), regs[4];
+    for (int i = 0; i < nt; i++) regs[i] = _mm256_setzero_ps();
+    for (int k = 0; k < m->k; ) {
+        read_256(&w, r0, (size_t)(k / (8 * steps)) * 32, &edge, v);
+        for (int i = 0; i < 8 && fmt == W_FP8; i++)
+            top = _mm256_max_epu8(top, _mm256_and_si256(v[i], magnitude));
+        if (fmt == W_FP8 && k % 128 == 0) s = _mm256_set1_ps(block_scale(m, t->row, k));
+#pragma GCC unroll 4
+        for (int i = 0; i < steps; i++, k += 8) {
+            unpack_float_256(v, fmt, i, f);
+            const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
+            for (int j = 0; j < T; j++) {
+                float *acc = t->acc + j * LANES + r0;
+                if (nt) regs[j] = columns_256(f, s, a[j].x + k % 32, regs[j]);
+                else _mm256_store_ps(acc, columns_256(f, s, a[j].x + k % 32, _mm256_load_ps(acc)));
+            }
         }
-        for (int r = 0; r < 8; r++) {
-            if (w.ahead) _mm_prefetch((const char *)p[r] + w.ahead, _MM_HINT_T1);
-            bf16_of_e4m3_256(p[r], wide[r]);
-        }
-        for (int h = 0; h < 2 && k + 16 * h < m->k; h++) {
-            for (int r = 0; r < 8; r++) p[r] = wide[r] + 32 * h;
-            chunk_float_256(t, r0, p, 0, false, k + 16 * h, scale_at(m, t->row, k));
-        }
+    }
+    for (int i = 0; i < nt; i++) _mm256_store_ps(t->acc + i * LANES + r0, regs[i]);
+    __m256i nan = _mm256_cmpeq_epi8(top, magnitude);    // rows with a NaN weight
+    if (fmt != W_FP8 || _mm256_testz_si256(nan, nan)) return;
+    nan = _mm256_cmpeq_epi32(nan, _mm256_setzero_si256());
+    for (int i = 0; i < T; i++) {
+        float *acc = t->acc + i * LANES + r0;
+        _mm256_store_ps(acc, _mm256_blendv_ps(_mm256_set1_ps(NAN), _mm256_load_ps(acc), _mm256_castsi256_ps(nan)));
     }
 }
 
 TARGET_AVX2 static void tile_avx2(const Tile *t) {
     for (int r0 = 0; r0 < t->rows; r0 += 8) {
-        switch (t->w->fmt) {
-        case W_INT4: tile_int_256(t, r0, W_INT4); break;
-        case W_INT8: tile_int_256(t, r0, W_INT8); break;
-        case W_FP4: tile_int_256(t, r0, W_FP4); break;
-        case W_BF16: tile_float_256(t, r0, W_BF16); break;
-        case W_F32: tile_float_256(t, r0, W_F32); break;
-        default: tile_float_256(t, r0, W_FP8);
+        switch (t->w->fmt * 8 + (t->T == 1)) {
+#define CASES(F, TILE) \
+        case F * 8: TILE(t, r0, F, 0); break; \
+        case F * 8 + 1: TILE(t, r0, F, 1); break;
+        CASES(W_INT4, tile_int_256)
+        CASES(W_INT8, tile_int_256)
+        CASES(W_FP4, tile_int_256)
+        CASES(W_F32, tile_float_256)
+        CASES(W_BF16, tile_float_256)
+        CASES(W_FP8, tile_float_256)
+#undef CASES
         }
     }
 }
 
-
-// v[j] lane r = dword j of p[r], 64 bytes of 16 rows
-TARGET_AVX512 static inline void transpose_512(const uint8_t *const *p, size_t ahead, __m512i v[16]) {
+// v[j] lane r = dword j of p[r] + off, 64 bytes of 16 rows. Prefetches as many bytes: ahead[] + skip
+TARGET_AVX512 INLINE void transpose_512(const uint8_t *const *p, size_t off, const uint8_t *const *ahead, size_t skip,
+                                        __m512i v[16]) {
     __m512i z[4][4];        // [row % 4][quarter]: lane = row / 4
     for (int e = 0; e < 4; e++) {
-        for (int i = 0; ahead && i < 4; i++) _mm_prefetch((const char *)p[4 * i + e] + ahead, _MM_HINT_T1);
+        const uint8_t *r0 = p[e] + off, *r1 = p[4 + e] + off, *r2 = p[8 + e] + off, *r3 = p[12 + e] + off;
+        for (int i = 0; i < 4; i++) _mm_prefetch((const char *)ahead[4 * e + i] + skip, _MM_HINT_T1);
         for (int q = 0; q < 4; q++) {
-            __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(p[e] + 16 * q)));
-            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p[4 + e] + 16 * q)), 1);
-            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p[8 + e] + 16 * q)), 2);
-            z[e][q] = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(p[12 + e] + 16 * q)), 3);
+            __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(r0 + 16 * q)));
+            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r1 + 16 * q)), 1);
+            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r2 + 16 * q)), 2);
+            z[e][q] = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r3 + 16 * q)), 3);
         }
     }
     for (int q = 0; q < 4; q++) {
@@ -3048,54 +3074,37 @@ TARGET_AVX512 static inline void transpose_512(const uint8_t *const *p, size_t a
     }
 }
 
-// acc[t] += scale * a[t].s * (sum of u * q + c) for one group of 32 columns; u[j]: columns 4j .. 4j+3 of 16 rows
-TARGET_AVX512 static inline void group_512(const __m512i u[8], __m512 scale, const GroupI *a, int T,
-                                           float *acc, bool vnni, bool is_signed) {
-    __m512i abs[8], ones = _mm512_set1_epi16(1);
-    __mmask64 neg[8];
-    for (int j = 0; j < 8 && !vnni && is_signed; j++) {
-        abs[j] = _mm512_abs_epi8(u[j]);
-        neg[j] = _mm512_movepi8_mask(u[j]);
-    }
-    for (int t = 0; t < T; t++) {
-        int32_t q[8];
-        memcpy(q, a[t].q, 32);
-        __m512i sum = _mm512_set1_epi32(a[t].c);
-        if (vnni) {
-            for (int j = 0; j < 8; j++)
-                __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(a[t].q[4 * j]));
-        } else if (is_signed) {
-            for (int j = 0; j < 8; j++) {
-                __m512i x = _mm512_set1_epi32(q[j]);
-                x = _mm512_mask_sub_epi8(x, neg[j], _mm512_setzero_si512(), x);
-                sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(abs[j], x), ones));
-            }
-        } else {
-            for (int h = 0; h < 8; h += 4) {        // 4 x 2 x 24 x 127 fits in 16 bits
-                __m512i s = _mm512_maddubs_epi16(u[h], _mm512_set1_epi32(q[h]));
-                for (int j = h + 1; j < h + 4; j++)
-                    s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(q[j])));
-                sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
-            }
-        }
-        __m512 f = _mm512_mul_ps(scale, _mm512_set1_ps(a[t].s));
-        float *o = acc + t * LANES;
-        _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), f, _mm512_loadu_ps(o)));
-    }
+// Bytes [off, off + 64) of the rows, transposed
+TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512i v[16]) {
+    size_t skip = off * w->run;
+    const uint8_t *const *p = rows_at(w, &off, 64, edge);
+    transpose_512(p, off, w->ahead, skip, v);
 }
 
-// The scales of a run of groups, transposed: 32 groups of BF16 or 64 of E8M0.
-TARGET_AVX512 static inline void scales_512(const Rows *s, size_t off, uint32_t *out) {
-    const uint8_t *p[LANES];
-    uint8_t edge[LANES][64];
-    __m512i v[16];
-    rows_at(s, 0, LANES, off, 64, p, edge);
-    transpose_512(p, s->ahead, v);
-    for (int j = 0; j < 16; j++) _mm512_storeu_si512(out + 16 * j, v[j]);
+// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 16 rows
+TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const GroupI *a, __m512 acc,
+                                             bool vnni, bool is_signed) {
+    __m512i sum = _mm512_set1_epi32(a->c), ones = _mm512_set1_epi16(1);
+    for (int j = 0; j < 8 && vnni; j++)
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(a->q[j]));
+    for (int j = 0; j < 8 && !vnni && is_signed; j++) {     // |w| * (q with the sign of w)
+        __m512i x = _mm512_set1_epi32(a->q[j]);
+        x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(u[j]), _mm512_setzero_si512(), x);
+        x = _mm512_maddubs_epi16(_mm512_abs_epi8(u[j]), x);
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(x, ones));
+    }
+    for (int h = 0; h < 8 && !vnni && !is_signed; h += 4) { // 4 x 2 x 24 x 127 fits in 16 bits
+        __m512i s = _mm512_maddubs_epi16(u[h], _mm512_set1_epi32(a->q[h]));
+        for (int j = h + 1; j < h + 4; j++)
+            s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(a->q[j])));
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
+    }
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(a->s)), acc);
 }
 
-TARGET_AVX512 static inline __m512 nibble_scale_512(const uint32_t *s, int g, bool fp4) {
-    __m512i v = _mm512_loadu_si512(s + (fp4 ? g % 64 / 4 : g % 32 / 2) * LANES);
+// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of E8M0
+TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) {
+    __m512i v = s[fp4 ? g % 64 / 4 : g % 32 / 2];
     if (fp4) {
         v = _mm512_srlv_epi32(v, _mm512_set1_epi32(g % 4 * 8));
         v = _mm512_slli_epi32(_mm512_and_si512(v, _mm512_set1_epi32(255)), 23);
@@ -3105,23 +3114,23 @@ TARGET_AVX512 static inline __m512 nibble_scale_512(const uint32_t *s, int g, bo
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 }
 
-TARGET_AVX512 static inline void tile_int_512(const Tile *t, Format fmt, bool vnni) {
+TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni, int nt) {
     const Mat *m = t->w;
-    bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
-    int per = nibbles ? 4 : 2, groups = n_groups(m), period = fp4 ? 64 : 32;
+    const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
+    const int per = nibbles ? 4 : 2, T = nt ? nt : t->T;        // groups in 64 bytes
     Rows w = tile_rows(t, m->w, row_bytes(m));
-    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)groups * (fp4 ? 1 : 2) : 0);
-    uint32_t scales[16 * LANES];
-    uint8_t edge[LANES][64];
-    const uint8_t *p[LANES];
-    __m512i v[16], u[8], low = _mm512_set1_epi8(15);
+    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
+    Edge edge;
+    __m512i v[16], u[8], scales[16], low = _mm512_set1_epi8(15);
     __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)e2m1_biased));
-    for (int g0 = 0; g0 < groups; g0 += per) {
-        if (nibbles && g0 % period == 0) scales_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), scales);
-        rows_at(&w, 0, LANES, (size_t)g0 / (size_t)per * 64, 64, p, edge);
-        transpose_512(p, w.ahead, v);
-        for (int i = 0; i < per && g0 + i < groups; i++) {
-            __m512 s;
+    __m512 s = _mm512_setzero_ps(), regs[4];
+    for (int i = 0; i < nt; i++) regs[i] = s;
+    for (int g0 = 0; g0 < n_groups(m); g0 += per) {
+        if (nibbles && g0 % (fp4 ? 64 : 32) == 0) read_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
+        read_512(&w, (size_t)(g0 / per) * 64, &edge, v);
+        if (!nibbles && g0 % 4 == 0) s = _mm512_set1_ps(block_scale(m, t->row, g0 * 32));
+#pragma GCC unroll 4
+        for (int i = 0; i < per; i++) {
             for (int j = 0; j < 4 && nibbles; j++) {
                 u[j] = _mm512_and_si512(v[4 * i + j], low);
                 u[4 + j] = _mm512_and_si512(_mm512_srli_epi16(v[4 * i + j], 4), low);
@@ -3130,97 +3139,103 @@ TARGET_AVX512 static inline void tile_int_512(const Tile *t, Format fmt, bool vn
             for (int j = 0; j < 8 && !nibbles; j++)
                 u[j] = vnni ? _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(-128)) : v[8 * i % 16 + j];
             if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
-            else s = _mm512_set1_ps(scale_at(m, t->row, (g0 + i) * 32));
-            group_512(u, s, (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch, t->T, t->acc, vnni, !nibbles);
+            const GroupI *a = (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch;
+            for (int k = 0; k < T; k++) {
+                float *acc = t->acc + k * LANES;
+                if (nt) regs[k] = group_512(u, s, a + k, regs[k], vnni, !nibbles);
+                else _mm512_store_ps(acc, group_512(u, s, a + k, _mm512_load_ps(acc), vnni, !nibbles));
+            }
         }
     }
+    for (int i = 0; i < nt; i++) _mm512_store_ps(t->acc + i * LANES, regs[i]);
 }
 
-// acc[t] += scale * (8 columns of 16 rows) . x[t]: even and odd columns apart, then added
-TARGET_AVX512 static inline void columns_512(const __m512 f[8], __m512 scale, const GroupF *a, int off, int T, float *acc) {
-    for (int t = 0; t < T; t++) {
-        const float *x = a[t].x + off;
-        __m512 s0 = _mm512_mul_ps(f[0], _mm512_set1_ps(x[0])), s1 = _mm512_mul_ps(f[1], _mm512_set1_ps(x[1]));
-        for (int j = 2; j < 8; j += 2) {
-            s0 = _mm512_fmadd_ps(f[j], _mm512_set1_ps(x[j]), s0);
-            s1 = _mm512_fmadd_ps(f[j + 1], _mm512_set1_ps(x[j + 1]), s1);
-        }
-        float *o = acc + t * LANES;
-        _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_add_ps(s0, s1), scale, _mm512_loadu_ps(o)));
+// acc + scale * (8 columns of 16 rows) . x: even and odd columns apart, then added
+TARGET_AVX512 INLINE __m512 columns_512(const __m512 f[8], __m512 scale, const float *x, __m512 acc) {
+    __m512 s0 = _mm512_mul_ps(f[0], _mm512_set1_ps(x[0])), s1 = _mm512_mul_ps(f[1], _mm512_set1_ps(x[1]));
+    for (int j = 2; j < 8; j += 2) {
+        s0 = _mm512_fmadd_ps(f[j], _mm512_set1_ps(x[j]), s0);
+        s1 = _mm512_fmadd_ps(f[j + 1], _mm512_set1_ps(x[j + 1]), s1);
     }
+    return _mm512_fmadd_ps(_mm512_add_ps(s0, s1), scale, acc);
 }
 
-// 64 e4m3 -> 64 BF16, exact. The byte's low nibble is the BF16's low byte / 16; the high one gives the high byte.
-TARGET_AVX512 static inline void bf16_of_e4m3_512(const uint8_t *p, uint8_t *out) {
+// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16: its low nibble is
+// the low byte / 16, its high nibble gives the high byte.
+TARGET_AVX512 INLINE void columns_of_e4m3_512(__m512i b, __m512 f[4]) {
     const __m512i low = _mm512_set1_epi8(15);
-    __m512i high_of = _mm512_broadcast_i32x4(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67,
-                                                           -68, -67, -66, -65, -64, -63, -62, -61));
-    // mantissas of exponent 0, normalised: m * 2^-9
-    __m512i sub_low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
-    __m512i sub_high = _mm512_broadcast_i32x4(_mm_setr_epi8(-60, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
-    __m512i b = _mm512_loadu_si512(p), n = _mm512_and_si512(b, low);
-    __m512i hi = _mm512_shuffle_epi8(high_of, _mm512_and_si512(_mm512_srli_epi16(b, 4), low));
-    __m512i lo = _mm512_slli_epi16(n, 4);
+    __m512i table[4];
+    for (int i = 0; i < 4; i++) table[i] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)e4m3_tables[i]));
+    b = _mm512_shuffle_epi8(b, table[0]);
+    __m512i n = _mm512_and_si512(b, low), lo = _mm512_slli_epi16(n, 4);
+    __m512i hi = _mm512_shuffle_epi8(table[1], _mm512_and_si512(_mm512_srli_epi16(b, 4), low));
     __mmask64 sub = _mm512_testn_epi8_mask(b, _mm512_set1_epi8(0x78));
-    hi = _mm512_mask_add_epi8(hi, sub, hi, _mm512_shuffle_epi8(sub_high, n));
-    lo = _mm512_mask_shuffle_epi8(lo, sub, sub_low, n);
-    __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(b, _mm512_set1_epi8(127)), _mm512_set1_epi8(127));
-    hi = _mm512_mask_mov_epi8(hi, nan, _mm512_set1_epi8(127));
-    __m512i a = _mm512_unpacklo_epi8(lo, hi), c = _mm512_unpackhi_epi8(lo, hi);
-    __m512i i0 = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), i1 = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(a, i0, c));
-    _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi64(a, i1, c));
+    hi = _mm512_mask_add_epi8(hi, sub, hi, _mm512_shuffle_epi8(table[2], n));
+    lo = _mm512_mask_shuffle_epi8(lo, sub, table[3], n);
+    __m512i x = _mm512_unpacklo_epi8(lo, hi), y = _mm512_unpackhi_epi8(lo, hi);
+    f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    f[1] = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+    f[2] = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
+    f[3] = _mm512_castsi512_ps(_mm512_and_si512(y, _mm512_set1_epi32((int)0xffff0000)));
 }
 
-// 64 bytes of 16 rows of BF16 (32 columns) or F32 (16 columns), from column k on
-TARGET_AVX512 static inline void chunk_float_512(const Tile *t, const uint8_t *const *p, size_t ahead,
-                                                 bool f32, int k, float scale) {
-    __m512i v[16];
-    __m512 f[8];
-    transpose_512(p, ahead, v);
-    const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
-    for (int i = 0; i < (f32 ? 2 : 4); i++) {
-        for (int j = 0; j < 8 && f32; j++) f[j] = _mm512_castsi512_ps(v[8 * i % 16 + j]);
-        for (int j = 0; j < 4 && !f32; j++) {
-            f[2 * j] = _mm512_castsi512_ps(_mm512_slli_epi32(v[4 * i + j], 16));
-            f[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(v[4 * i + j], _mm512_set1_epi32((int)0xffff0000)));
-        }
-        columns_512(f, _mm512_set1_ps(scale), a, k % 32 + 8 * i, t->T, t->acc);
+// 8 columns of 16 rows from transposed dwords: step i of the 64 bytes
+TARGET_AVX512 INLINE void unpack_float_512(const __m512i v[16], Format fmt, int i, __m512 f[8]) {
+    for (int j = 0; j < 8 && fmt == W_F32; j++) f[j] = _mm512_castsi512_ps(v[8 * i + j]);
+    for (int j = 0; j < 4 && fmt == W_BF16; j++) {
+        f[2 * j] = _mm512_castsi512_ps(_mm512_slli_epi32(v[4 * i + j], 16));
+        f[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(v[4 * i + j], _mm512_set1_epi32((int)0xffff0000)));
     }
+    for (int j = 0; j < 2 && fmt == W_FP8; j++) columns_of_e4m3_512(v[2 * i + j], f + 4 * j);
 }
 
-TARGET_AVX512 static inline void tile_float_512(const Tile *t, Format fmt) {
+TARGET_AVX512 INLINE void tile_float_512(const Tile *t, Format fmt, int nt) {
     const Mat *m = t->w;
-    int per = fmt == W_F32 ? 16 : fmt == W_BF16 ? 32 : 64;      // columns in 64 bytes
+    const int steps = fmt == W_F32 ? 2 : fmt == W_BF16 ? 4 : 8, T = nt ? nt : t->T;
     Rows w = tile_rows(t, m->w, row_bytes(m));
-    uint8_t edge[LANES][64], wide[LANES][128];
-    const uint8_t *p[LANES];
-    for (int k = 0; k < m->k; k += per) {
-        rows_at(&w, 0, LANES, (size_t)(k / per) * 64, 64, p, edge);
-        if (fmt != W_FP8) {
-            chunk_float_512(t, p, w.ahead, fmt == W_F32, k, 1);
-            continue;
-        }
-        for (int r = 0; r < LANES; r++) {
-            if (w.ahead) _mm_prefetch((const char *)p[r] + w.ahead, _MM_HINT_T1);
-            bf16_of_e4m3_512(p[r], wide[r]);
-        }
-        for (int h = 0; h < 2 && k + 32 * h < m->k; h++) {
-            for (int r = 0; r < LANES; r++) p[r] = wide[r] + 64 * h;
-            chunk_float_512(t, p, 0, false, k + 32 * h, scale_at(m, t->row, k));
+    Edge edge;
+    __m512i v[16], top = _mm512_setzero_si512(), magnitude = _mm512_set1_epi8(127);
+    __m512 f[8], s = _mm512_set1_ps(1), regs[4];
+    for (int i = 0; i < nt; i++) regs[i] = _mm512_setzero_ps();
+    for (int k = 0; k < m->k; ) {
+        read_512(&w, (size_t)(k / (8 * steps)) * 64, &edge, v);
+        for (int i = 0; i < 16 && fmt == W_FP8; i++)
+            top = _mm512_max_epu8(top, _mm512_and_si512(v[i], magnitude));
+        if (fmt == W_FP8 && k % 128 == 0) s = _mm512_set1_ps(block_scale(m, t->row, k));
+#pragma GCC unroll 8
+        for (int i = 0; i < steps; i++, k += 8) {
+            unpack_float_512(v, fmt, i, f);
+            const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
+            for (int j = 0; j < T; j++) {
+                float *acc = t->acc + j * LANES;
+                if (nt) regs[j] = columns_512(f, s, a[j].x + k % 32, regs[j]);
+                else _mm512_store_ps(acc, columns_512(f, s, a[j].x + k % 32, _mm512_load_ps(acc)));
+            }
         }
     }
+    for (int i = 0; i < nt; i++) _mm512_store_ps(t->acc + i * LANES, regs[i]);
+    __m512i nan = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(top, magnitude));     // rows with a NaN weight
+    __mmask16 rows = fmt == W_FP8 ? _mm512_test_epi32_mask(nan, nan) : 0;
+    for (int i = 0; i < T && rows; i++) _mm512_mask_store_ps(t->acc + i * LANES, rows, _mm512_set1_ps(NAN));
+}
+
+TARGET_AVX512 INLINE void tile_int_512_any(const Tile *t, Format fmt, int nt) {
+    if (cpu_level == CPU_VNNI) tile_int_512(t, fmt, true, nt);
+    else tile_int_512(t, fmt, false, nt);
 }
 
 TARGET_AVX512 static void tile_avx512(const Tile *t) {
-    bool vnni = cpu_level == CPU_VNNI;
-    switch (t->w->fmt) {
-    case W_INT4: vnni ? tile_int_512(t, W_INT4, true) : tile_int_512(t, W_INT4, false); break;
-    case W_INT8: vnni ? tile_int_512(t, W_INT8, true) : tile_int_512(t, W_INT8, false); break;
-    case W_FP4: vnni ? tile_int_512(t, W_FP4, true) : tile_int_512(t, W_FP4, false); break;
-    case W_BF16: tile_float_512(t, W_BF16); break;
-    case W_F32: tile_float_512(t, W_F32); break;
-    default: tile_float_512(t, W_FP8);
+    switch (t->w->fmt * 8 + (t->T == 1)) {
+#define CASES(F, TILE) \
+    case F * 8: TILE(t, F, 0); break; \
+    case F * 8 + 1: TILE(t, F, 1); break;
+    CASES(W_INT4, tile_int_512_any)
+    CASES(W_INT8, tile_int_512_any)
+    CASES(W_FP4, tile_int_512_any)
+    CASES(W_F32, tile_float_512)
+    CASES(W_BF16, tile_float_512)
+    CASES(W_FP8, tile_float_512)
+#undef CASES
     }
 }
 #endif
@@ -3348,6 +3363,117 @@ static void matmul(Pool *p, const Product *job, int n_jobs, bool exact) {
         n += j->tiles * j->blocks;
     }
     parallel(p, n, 1, tile_range, &l);
+}
+
+// ---------------------------------------------------------------------------
+// one vector against many rows (attention, index scores). Every sum in one order, whatever the number of rows.
+
+// 16 partial sums, then halved: lane j + lane j+8, +4, +2, +1
+static float dot_16(const float *a, const float *b, int n) {
+    float s[16] = { 0 };
+    for (int i = 0; i < n; i++) s[i % 16] += a[i] * b[i];
+    for (int w = 8; w; w /= 2)
+        for (int j = 0; j < w; j++) s[j] += s[j + w];
+    return s[0];
+}
+
+#if defined(__x86_64__)
+TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
+    __m256 a = _mm256_add_ps(lo, hi);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+TARGET_AVX2 static void row_scores_256(const float *q, const float *rows, int n, int k, float scale, float *out) {
+    for (int j = 0; j < n; j += 4) {
+        __m256 lo[4], hi[4];
+        const float *r[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = rows + (size_t)(j + i < n ? j + i : j) * (size_t)k;
+            lo[i] = hi[i] = _mm256_setzero_ps();
+        }
+        for (int c = 0; c < k; c += 16) {
+            __m256 a = _mm256_loadu_ps(q + c), b = _mm256_loadu_ps(q + c + 8);
+            for (int i = 0; i < 4; i++) {
+                lo[i] = _mm256_fmadd_ps(a, _mm256_loadu_ps(r[i] + c), lo[i]);
+                hi[i] = _mm256_fmadd_ps(b, _mm256_loadu_ps(r[i] + c + 8), hi[i]);
+            }
+        }
+        for (int i = 0; i < 4 && j + i < n; i++) out[j + i] = sum_16(lo[i], hi[i]) * scale;
+    }
+}
+
+TARGET_AVX512 static void row_scores_512(const float *q, const float *rows, int n, int k, float scale, float *out) {
+    for (int j = 0; j < n; j += 8) {
+        __m512 s[8];
+        const float *r[8];
+        for (int i = 0; i < 8; i++) {
+            r[i] = rows + (size_t)(j + i < n ? j + i : j) * (size_t)k;
+            s[i] = _mm512_setzero_ps();
+        }
+        for (int c = 0; c < k; c += 16) {
+            __m512 a = _mm512_loadu_ps(q + c);
+            for (int i = 0; i < 8; i++) s[i] = _mm512_fmadd_ps(a, _mm512_loadu_ps(r[i] + c), s[i]);
+        }
+        for (int i = 0; i < 8 && j + i < n; i++) {
+            __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s[i]), 1));
+            out[j + i] = sum_16(_mm512_castps512_ps256(s[i]), hi) * scale;
+        }
+    }
+}
+
+// `regs` vectors of o at once
+TARGET_AVX2 INLINE void add_rows_256(float *o, const float *p, const float *rows, int n, int k, int regs) {
+    __m256 s[8];
+    for (int i = 0; i < regs; i++) s[i] = _mm256_loadu_ps(o + 8 * i);
+    for (int j = 0; j < n; j++, rows += k)
+        for (int i = 0; i < regs; i++) s[i] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), _mm256_loadu_ps(rows + 8 * i), s[i]);
+    for (int i = 0; i < regs; i++) _mm256_storeu_ps(o + 8 * i, s[i]);
+}
+
+TARGET_AVX512 INLINE void add_rows_512(float *o, const float *p, const float *rows, int n, int k, int regs) {
+    __m512 s[8];
+    for (int i = 0; i < regs; i++) s[i] = _mm512_loadu_ps(o + 16 * i);
+    for (int j = 0; j < n; j++, rows += k)
+        for (int i = 0; i < regs; i++) s[i] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), _mm512_loadu_ps(rows + 16 * i), s[i]);
+    for (int i = 0; i < regs; i++) _mm512_storeu_ps(o + 16 * i, s[i]);
+}
+
+TARGET_AVX2 static void row_sum_256(float *o, const float *p, const float *rows, int n, int k) {
+    int c = 0;
+    for (; c + 64 <= k; c += 64) add_rows_256(o + c, p, rows + c, n, k, 8);
+    for (; c < k; c += 8) add_rows_256(o + c, p, rows + c, n, k, 1);
+}
+
+TARGET_AVX512 static void row_sum_512(float *o, const float *p, const float *rows, int n, int k) {
+    int c = 0;
+    for (; c + 128 <= k; c += 128) add_rows_512(o + c, p, rows + c, n, k, 8);
+    for (; c < k; c += 16) add_rows_512(o + c, p, rows + c, n, k, 1);
+}
+#endif
+
+// out[j] = scale * (q . rows[j]) for n rows [n, k] of FP32
+static void row_scores(const float *q, const float *rows, int n, int k, float scale, float *out) {
+#if defined(__x86_64__)
+    if (cpu_level >= CPU_AVX2 && k % 16 == 0) {
+        (cpu_level >= CPU_AVX512 ? row_scores_512 : row_scores_256)(q, rows, n, k, scale, out);
+        return;
+    }
+#endif
+    for (int j = 0; j < n; j++) out[j] = dot_16(q, rows + (size_t)j * (size_t)k, k) * scale;
+}
+
+// o [k] += sum_j p[j] * rows[j], row by row: n rows [n, k] of FP32
+static void row_sum(float *o, const float *p, const float *rows, int n, int k) {
+#if defined(__x86_64__)
+    if (cpu_level >= CPU_AVX2 && k % 16 == 0) {
+        (cpu_level >= CPU_AVX512 ? row_sum_512 : row_sum_256)(o, p, rows, n, k);
+        return;
+    }
+#endif
+    for (int j = 0; j < n; j++, rows += k)
+        for (int i = 0; i < k; i++) o[i] += p[j] * rows[i];
 }
 
 // ---------------------------------------------------------------------------
@@ -3820,7 +3946,8 @@ enum {
     MAX_HEAD_DIM = 4096,        // head_dim and index_head_dim
     MAX_STREAMS = 16,           // hc_mult
     COLUMNS = 512,              // of the streams that one item mixes
-    HEAD_BLOCK = 16,            // heads that share the expansion of a cached row
+    HEAD_BLOCK = 16,            // heads that share
+    ROW_BLOCK = 8,              // the expansion of so many cached rows
 };
 static const size_t INDEX_SCORES = 4 << 20;     // index scores held at once
 
@@ -3934,11 +4061,10 @@ static void row_put(const Device *d, void *rows, size_t i, const float *x, int n
     else for (int j = 0; j < n; j++) ((bf16 *)rows)[i * n + j] = bf16_of_f32(x[j]);
 }
 
-// Row i as FP32: in place on the exact path, else expanded into tmp [n].
-static const float *row_get(const Device *d, const void *rows, size_t i, int n, float *tmp) {
-    if (d->exact) return (const float *)rows + i * n;
-    for (int j = 0; j < n; j++) tmp[j] = f32_of_bf16(((const bf16 *)rows)[i * n + j]);
-    return tmp;
+// Row i as FP32 in x [n].
+static void row_get(const Device *d, const void *rows, size_t i, int n, float *x) {
+    if (d->exact) memcpy(x, (const float *)rows + i * n, 4 * (size_t)n);
+    else for (int j = 0; j < n; j++) x[j] = f32_of_bf16(((const bf16 *)rows)[i * n + j]);
 }
 
 // On the fast path what attention and the indexer multiply is rounded to BF16 on every device.
@@ -4194,7 +4320,7 @@ static void index_scores(void *arg, int begin, int end) {
     Run *r = k->r;
     const Config *c = k->c;
     int I = c->index_heads, J = c->index_dim, chunks = (k->keys + k->chunk - 1) / k->chunk;
-    float scale = 1.0f / sqrtf((float)J) / sqrtf((float)I), key[MAX_HEAD_DIM];
+    float scale = 1.0f / sqrtf((float)J) / sqrtf((float)I), key[MAX_HEAD_DIM], *s = xalloc((size_t)I, sizeof *s);
     for (int item = begin; item < end; item++) {
         int t = k->from + item / chunks, w = item % chunks * k->chunk;
         const Row *row = r->rows + t;
@@ -4203,15 +4329,14 @@ static void index_scores(void *arg, int begin, int end) {
         if (n_visible(row->pos, 4) <= c->index_topk) continue;
         for (; w < last; w++) {
             float sum = 0;
-            const float *kw = row_get(k->d, cache->ikeys, (size_t)w, J, key);
-            for (int h = 0; h < I; h++) {
-                float s = dot(r->iq + ((size_t)t * I + h) * J, kw, J);
-                if (s > 0) sum += r->iw[(size_t)t * I + h] * scale * s;
-            }
+            row_get(k->d, cache->ikeys, (size_t)w, J, key);
+            row_scores(key, r->iq + (size_t)t * I * J, I, J, scale, s);
+            for (int h = 0; h < I; h++) sum += r->iw[(size_t)t * I + h] * (s[h] < 0 ? 0 : s[h]);
             if (!isfinite(sum)) die(1, "%s.attn.indexer: a score is not finite (run `dsv4 verify` on the checkpoint)", k->l->name);
             r->iscore[(size_t)(t - k->from) * k->keys + w] = sum;
         }
     }
+    free(s);
 }
 
 // The k largest of score[n] as ascending indices; ties go to the lowest index. NaN counts as smallest.
@@ -4286,10 +4411,15 @@ static Seen rows_seen(const Task *k, int t) {
     return v;
 }
 
-static const float *seen_row(const Task *k, const Seen *v, int j, float *tmp) {
-    int K = k->c->head_dim, w = j - v->window;
-    if (w < 0) return row_get(k->d, v->cache->win, (size_t)((v->from + j) % k->d->ring), K, tmp);
-    return row_get(k->d, v->cache->comp, (size_t)(v->top ? v->top[w] : w), K, tmp);
+// Up to ROW_BLOCK of them from row j on, as FP32 [n, K] in buf; returns n.
+static int seen_rows(const Task *k, const Seen *v, int j, float *buf) {
+    int K = k->c->head_dim, n = v->n - j < ROW_BLOCK ? v->n - j : ROW_BLOCK;
+    for (int i = 0; i < n; i++) {
+        int w = j + i - v->window;
+        const void *rows = w < 0 ? v->cache->win : v->cache->comp;
+        row_get(k->d, rows, (size_t)(w < 0 ? (v->from + j + i) % k->d->ring : v->top ? v->top[w] : w), K, buf + (size_t)i * K);
+    }
+    return n;
 }
 
 // Scores become unnormalised weights exp(s - m); returns their sum with the sink, which has no value row.
@@ -4307,22 +4437,22 @@ static void attend_heads(void *arg, int begin, int end) {
     Task *k = arg;
     Run *r = k->r;
     int H = k->c->n_heads, K = k->c->head_dim, R = k->c->rope_dim, blocks = (H + k->chunk - 1) / k->chunk;
-    float scale = 1.0f / sqrtf((float)K), tmp[MAX_HEAD_DIM];
+    float scale = 1.0f / sqrtf((float)K), *rows = xalloc((size_t)ROW_BLOCK * K, sizeof *rows);
     for (int item = begin; item < end; item++) {
         int t = item / blocks, h0 = item % blocks * k->chunk, hn = H - h0 < k->chunk ? H - h0 : k->chunk;
         Seen v = rows_seen(k, t);
         const float *q = r->q + ((size_t)t * H + h0) * K;
         float *o = r->o.x + t * r->o.ld + (size_t)h0 * K, sum[HEAD_BLOCK];
         float *p = xalloc((size_t)hn * (size_t)v.n, sizeof *p);     // [hn, n]
-        for (int j = 0; j < v.n; j++) {
-            const float *kv = seen_row(k, &v, j, tmp);
-            for (int h = 0; h < hn; h++) p[(size_t)h * v.n + j] = dot(q + (size_t)h * K, kv, K) * scale;
+        for (int j = 0, n; j < v.n; j += n) {
+            n = seen_rows(k, &v, j, rows);
+            for (int h = 0; h < hn; h++) row_scores(q + (size_t)h * K, rows, n, K, scale, p + (size_t)h * v.n + j);
         }
         for (int h = 0; h < hn; h++) sum[h] = softmax_sink(k->d, p + (size_t)h * v.n, v.n, k->l->attn_sink[h0 + h]);
         memset(o, 0, sizeof *o * (size_t)hn * K);
-        for (int j = 0; j < v.n; j++) {
-            const float *kv = seen_row(k, &v, j, tmp);
-            for (int h = 0; h < hn; h++) axpy(o + (size_t)h * K, p[(size_t)h * v.n + j], kv, K);
+        for (int j = 0, n; j < v.n; j += n) {
+            n = seen_rows(k, &v, j, rows);
+            for (int h = 0; h < hn; h++) row_sum(o + (size_t)h * K, p + (size_t)h * v.n + j, rows, n, K);
         }
         for (int h = 0; h < hn; h++, o += K) {
             for (int i = 0; i < K; i++) o[i] /= sum[h];
@@ -4330,6 +4460,7 @@ static void attend_heads(void *arg, int begin, int end) {
         }
         free(p);
     }
+    free(rows);
 }
 
 static void quantise_o(void *arg, int begin, int end) {
@@ -6597,7 +6728,7 @@ static double layer_cost(const Model *m, const Layer *l) {
 // Bytes that layers [first, last) take on a GPU: weights, one session at full context, buffers.
 static size_t stage_bytes(Model *m, int first, int last, bool head) {
     const Config *c = &m->c;
-    Device d = { 0 };
+    Device d = { .name = "cuda" };
     stage_init(m, &d, first, last, false);
     d.has_head = head;
     size_t n = session_bytes(&d) + cuda_buffer_bytes(&d);
@@ -6633,10 +6764,13 @@ static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
     int L = m->c.n_layers, cpus = 0, used = 0;
     double lo = 0, hi = 1e15;
     size_t memory = 0;
+    Err e;
     for (int i = 0; i < n; i++) {
         cpus += !on_gpu(&place[i]);
         if (!on_gpu(&place[i])) continue;
+        if (!cuda_open(&e)) die(1, "%s: %s", place[i].name, e.text);
         place[i].memory = cuda_memory(atoi(place[i].name + 5));
+        if (!place[i].memory) die(1, "%s: there are %d GPUs here", place[i].name, cuda_count());
         memory += place[i].memory;
     }
     int rest = L + 1 - fill_gpus(m, place, n, hi);      // 1: only the head found no place

@@ -1,12 +1,7 @@
 // Unit test of the matrix products, the thread pool, the number formats and quantise(): every format and
 // instruction-set level against FP64 references, on odd shapes, at unaligned addresses, right before an
 // unmapped page; bit-identity over batch size, position, thread count and the company of other products.
-#ifndef FRAGMENTS
-#define DSV4_NO_MAIN
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 
 static int passed, failed;
 
@@ -288,6 +283,44 @@ static void test_nan(Pool *p) {
     free(deq);
 }
 
+// row_scores() and row_sum() against FP64; any split of the rows gives the same bits.
+static void test_rows(void) {
+    enum { N = 37, K = 528 };
+    float *rows = xalloc(N * K, 4), q[K], s[N], part[N], o[K], o2[K];
+    for (int k = 1; k <= K; k += k < 40 ? 1 : 61) {
+        for (int i = 0; i < N * k; i++) rows[i] = heavy();
+        for (int i = 0; i < k; i++) q[i] = heavy();
+        for (int level = 0; level <= cpu_best(); level++) {
+            int cut = 1 + (int)(rnd() % (N - 1));
+            bool ok = true;
+            cpu_level = level;
+            row_scores(q, rows, N, k, 0.25f, s);
+            row_scores(q, rows, cut, k, 0.25f, part);
+            row_scores(q, rows + (size_t)cut * (size_t)k, N - cut, k, 0.25f, part + cut);
+            for (int j = 0; j < N; j++) {
+                double sum = 0, abs = 0;
+                for (int i = 0; i < k; i++) sum += (double)q[i] * (double)rows[j * k + i], abs += fabs((double)q[i] * (double)rows[j * k + i]);
+                ok &= fabs(sum * 0.25 - (double)s[j]) <= abs * 1e-6 + 1e-30;
+            }
+            check(ok && !memcmp(s, part, sizeof s), "row_scores %s: %d columns", cpu_names[level], k);
+            memset(o, 0, sizeof o);
+            memset(o2, 0, sizeof o2);
+            row_sum(o, s, rows, N, k);
+            row_sum(o2, s, rows, cut, k);
+            row_sum(o2, s + cut, rows + (size_t)cut * (size_t)k, N - cut, k);
+            ok = !memcmp(o, o2, sizeof o);
+            for (int i = 0; i < k; i++) {
+                double sum = 0, abs = 0;
+                for (int j = 0; j < N; j++) sum += (double)s[j] * (double)rows[j * k + i], abs += fabs((double)s[j] * (double)rows[j * k + i]);
+                ok &= fabs(sum - (double)o[i]) <= abs * 2e-6 + 1e-30;
+            }
+            check(ok, "row_sum %s: %d columns", cpu_names[level], k);
+        }
+    }
+    cpu_level = cpu_best();
+    free(rows);
+}
+
 typedef struct { Pool *pool; uint8_t *hits; int n, grain; bool ok; } Cover;
 static void cover_inner(void *arg, int begin, int end) {
     Cover *c = arg;
@@ -326,6 +359,7 @@ int main(void) {
     test_quantise();
     test_pool(pools);
     test_nan(pools[1]);
+    test_rows();
     test_company(pools);
     test_products(pools);
     for (int i = 0; i < 4; i++) pool_free(pools[i]);
