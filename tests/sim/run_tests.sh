@@ -49,6 +49,17 @@ abi() {
     [ -s "$out/ours.txt" ] && [ -z "$(comm -13 "$out/real.txt" "$out/ours.txt")" ]
 }
 
+occupancy() {
+    g++ -O1 -w -I"$1/include" -o "$out/test_occupancy" tests/sim/test_occupancy.cc "$out"/*.o \
+        -pthread -lm -ldl && "$out/test_occupancy"
+}
+
+# tinygrad as a client, with the CUDA C and with the PTX that it writes.
+client() {
+    LD_LIBRARY_PATH=$out:$cuda/lib64:$LD_LIBRARY_PATH SIM_DEVICES=2 DEV=$1 \
+        timeout 600 "$py" tests/sim/test_client.py
+}
+
 # The same work gives the same report, whatever the order and the number of threads.
 same_report() {
     for seed in 0 1 2 3; do
@@ -76,9 +87,21 @@ mk sim "$out/test_api" > "$log" 2>&1 || { tail -n 20 "$log"; echo "0 passed, 1 f
 suite "Driver API" timeout 900 "$out/test_api"
 one "the same report with every seed and number of threads" same_report
 one "settings that make no sense are refused" refused
-for cuda in "$CUDA_HOME" /usr/local/cuda; do
-    [ -f "$cuda/include/cuda.h" ] && one "binary interface as in $cuda" abi "$cuda" && break
-done
+cuda=${CUDA_HOME:-/usr/local/cuda}
+if [ -f "$cuda/include/cuda_occupancy.h" ]; then
+    one "binary interface as in $cuda" abi "$cuda"
+    one "occupancy as in $cuda" occupancy "$cuda"
+else
+    echo "skip binary interface, occupancy: no toolkit in $cuda (CUDA_HOME)"
+fi
+py=.venv/bin/python
+[ -x $py ] || py=python3
+if "$py" -c 'import tinygrad, numpy' 2> /dev/null; then
+    suite "tinygrad, CUDA C" client CUDA
+    suite "tinygrad, PTX" client CUDA:PTX
+else
+    echo "skip client: $py has no tinygrad"
+fi
 suite "Driver API under ThreadSanitizer" tsan
 for t in tests/sim/test_*.c; do
     name=$(basename "$t" .c)
