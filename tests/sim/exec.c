@@ -240,6 +240,8 @@ static inline void merge64(u64 *to, const u64 *from, u32 mask) {
 /* Reads of registers that the dataflow could not prove to be set. A plain copy is not a use: the
  * copy is then as unset as its source (compilers copy undefined values). */
 static void check_init(Warp *w, const Inst *i) {
+    u32 guard = i->guard ? w->active & ~w->init[i->guard / 32] : 0;
+    if (guard) finding(w, SIM_UNINIT, __builtin_ctz(guard), 0, "the guard was never written");
     for (int k = 0; k < i->n_src && !i->copy_init; k++) {
         u32 unset = w->mask & ~w->init[i->src[k] / 32];
         if (unset)

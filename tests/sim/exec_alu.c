@@ -147,32 +147,48 @@ static u32 zero_divisors(Warp *w, const Inst *i, int bits) {
 DIVIDE6(div, /, 0 - (u64)x)
 DIVIDE6(rem, %, 0)
 
-/* add.cc and friends: the carry (for sub: borrow) of each lane is a bit of w->carry. `in` uses the
- * carry from before. */
-static void carry_chain(Warp *w, const Inst *i, void *out, bool sub, bool in, bool keep_carry) {
+/* Operand k of lane l, extended to 64 bits as the type's sign says. */
+static u64 extended(const Warp *w, const Inst *i, int k, u32 l) {
+    if (type_bytes((Type)i->type) == 8) return ((u64 *)src(w, i, k))[l];
+    u32 v = ((u32 *)src(w, i, k))[l];
+    return i->type == T_S32 ? (u64)(s64)(s32)v : v;
+}
+
+/* The low or high half of a product. */
+static u64 half_product(const Inst *i, u64 x, u64 y) {
+    int bits = type_bytes((Type)i->type) * 8;
+    u128 p = type_is_signed((Type)i->type) ? (u128)((s128)(s64)x * (s64)y) : (u128)x * y;
+    return (u64)(i->high ? p >> bits : p);
+}
+
+/* add.cc and friends: the carry (for sub: borrow) of each lane is a bit of w->carry. `in`: uses the
+ * one from before; .cc: leaves a new one. */
+static void carry_chain(Warp *w, const Inst *i, void *out, char op, bool in) {
     u32 carry = 0;
-    bool wide = type_bytes((Type)i->type) == 8;
+    int bits = type_bytes((Type)i->type) * 8;
+    u64 all = ~0ull >> (64 - bits);
     EACH(l, w->mask) {
-        u64 x = wide ? ((u64 *)src(w, i, 0))[l] : ((u32 *)src(w, i, 0))[l];
-        u64 y = wide ? ((u64 *)src(w, i, 1))[l] : ((u32 *)src(w, i, 1))[l];
-        u64 c = in ? w->carry >> l & 1 : 0;
-        u128 r = sub ? (u128)x - y - c : (u128)x + y + c;
-        carry |= (u32)(r >> (wide ? 64 : 32) & 1) << l;
-        if (wide)
+        u64 x = extended(w, i, 0, l), y = extended(w, i, 1, l), c = in ? w->carry >> l & 1 : 0;
+        if (op == '*') {
+            x = half_product(i, x, y);
+            y = extended(w, i, 2, l);
+        }
+        u128 r = op == '-' ? (u128)(x & all) - (y & all) - c : (u128)(x & all) + (y & all) + c;
+        carry |= (u32)(r >> bits & 1) << l;
+        if (bits == 64)
             ((u64 *)out)[l] = (u64)r;
         else
             ((u32 *)out)[l] = (u32)r;
     }
-    if (keep_carry)
-        w->carry = (w->carry & ~w->mask) | carry;
+    if (i->carry) w->carry = (w->carry & ~w->mask) | carry;
 }
 
-HANDLER(add_cc) { carry_chain(w, i, out, false, false, true); }
-HANDLER(addc) { carry_chain(w, i, out, false, true, false); }
-HANDLER(addc_cc) { carry_chain(w, i, out, false, true, true); }
-HANDLER(sub_cc) { carry_chain(w, i, out, true, false, true); }
-HANDLER(subc) { carry_chain(w, i, out, true, true, false); }
-HANDLER(subc_cc) { carry_chain(w, i, out, true, true, true); }
+HANDLER(add_carry) { carry_chain(w, i, out, '+', false); }
+HANDLER(addc) { carry_chain(w, i, out, '+', true); }
+HANDLER(sub_carry) { carry_chain(w, i, out, '-', false); }
+HANDLER(subc) { carry_chain(w, i, out, '-', true); }
+HANDLER(mad_carry) { carry_chain(w, i, out, '*', false); }
+HANDLER(madc) { carry_chain(w, i, out, '*', true); }
 
 /* ------------------------------------------------------------------------------------------------
  * bits */
@@ -734,12 +750,12 @@ const Form alu_forms[] = {
     {"sub " NUM, "daa", INT, 0, .by_type = SIZES(sub)},
     {"add .sat .s32", "daa", INT, 32, add_sat_s32},
     {"sub .sat .s32", "daa", INT, 32, sub_sat_s32},
-    {"add .cc " WORD, "daa", INT, 0, add_cc},
-    {"addc " WORD, "daa", INT, 0, addc},
-    {"addc .cc " WORD, "daa", INT, 0, addc_cc},
-    {"sub .cc " WORD, "daa", INT, 0, sub_cc},
-    {"subc " WORD, "daa", INT, 0, subc},
-    {"subc .cc " WORD, "daa", INT, 0, subc_cc},
+    {"add .cc " WORD, "daa", INT, 0, add_carry},
+    {"addc [.cc] " WORD, "daa", INT, 0, addc},
+    {"sub .cc " WORD, "daa", INT, 0, sub_carry},
+    {"subc [.cc] " WORD, "daa", INT, 0, subc},
+    {"mad .lo|.hi .cc " WORD, "daaa", INT, 0, mad_carry},
+    {"madc .lo|.hi [.cc] " WORD, "daaa", INT, 0, madc},
     {"mul .lo " NUM, "daa", INT, 0, .by_type = SIZES(mul_lo)},
     {"mul .hi " NUM, "daa", INT, 0, .by_type = SIGNS(mul_hi)},
     {"mul .wide .u16|.s16|.u32|.s32", "eaa", INT, 0, .by_type = WIDES(mul_wide)},

@@ -89,7 +89,7 @@ struct Inst {
     bool wide_dst, wide_src, wide_addr; /* those registers have 64 bits */
     bool strong;         /* volatile, relaxed, acquire, release: ordered against other threads */
     bool fence;          /* acquire / release */
-    bool high;           /* .hi */
+    bool high, carry;    /* .hi, .cc */
     bool check_init, note_init; /* a source / destination needs run-time tracking */
     bool copy_init;      /* the result is as unset as the source, which is tracked */
     int64_t imm;         /* address offset, barrier, cp.async size */

@@ -18,7 +18,8 @@
  * opcodes */
 
 typedef enum { F_NOTHING, F_SPACE, F_ROUND, F_CMP, F_OP, F_VEC, F_FTZ, F_SAT, F_STRONG, F_FENCE,
-               F_NAN, F_RELU, F_TO, F_TRANS, F_LEFT, F_WRAP, F_SHIFTAMT } Field;
+               F_NAN, F_RELU, F_TO, F_TRANS, F_LEFT, F_WRAP, F_SHIFTAMT,
+               F_CARRY } Field;
 
 static const struct {
     const char *name;
@@ -49,7 +50,7 @@ static const struct {
     {".acquire", F_FENCE, 1}, {".release", F_FENCE, 1}, {".acq_rel", F_FENCE, 1},
     {".sc", F_FENCE, 1}, {".NaN", F_NAN, 1}, {".relu", F_RELU, 1}, {".to", F_TO, 1},
     {".trans", F_TRANS, 1}, {".l", F_LEFT, 1}, {".r", F_NOTHING, 0}, {".wrap", F_WRAP, 1},
-    {".clamp", F_NOTHING, 0}, {".shiftamt", F_SHIFTAMT, 1},
+    {".clamp", F_NOTHING, 0}, {".shiftamt", F_SHIFTAMT, 1}, {".cc", F_CARRY, 1},
 };
 
 static void set_field(Inst *i, Field field, int v) {
@@ -70,6 +71,7 @@ static void set_field(Inst *i, Field field, int v) {
     case F_LEFT: i->left = true; break;
     case F_WRAP: i->wrap = true; break;
     case F_SHIFTAMT: i->shiftamt = true; break;
+    case F_CARRY: i->carry = true; break;
     case F_NOTHING: break;
     }
 }
@@ -630,6 +632,8 @@ static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed)
                     tracked[reads[r] / 32] = 1;
                     i->check_init = c->track_init = true;
                 }
+            for (int r = 0; r < n_reads && i->check_init; r++) /* it will look at all of them */
+                tracked[reads[r] / 32] |= is_register(fixed, reads[r]);
             add_writes(i, now);
         }
     }

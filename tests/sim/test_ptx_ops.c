@@ -304,6 +304,7 @@ REF(v_fs32rz, float_in_mode(FE_TOWARDZERO, X32)) REF(v_fs64rp, float_in_mode(FE_
 REF(m_pack, x | y << 16) REF(m_pack64, x | y << 32)
 REF(m_lo, x & 0xffff) REF(m_hi, x >> 16 & 0xffff) REF(m_same, x)
 REF(a_carry, (u32)x + (u32)y + ((x + y) >> 32 & 1))
+REF(a_mad, ((x * y & 0xffffffff) + z) + (((x * y & 0xffffffff) + z) >> 32) + (x * y >> 32) + 5)
 REF(a_borrow, (u32)x - (u32)y - (x < y))
 
 /* sig: destination, then sources: h 16 bits, w 32, f f32, l 64, D f64, p predicate (bit 0).
@@ -316,6 +317,7 @@ static const struct {
     {"sub.s16", "h:hh", r_sub}, {"sub.u32", "w:ww", r_sub}, {"sub.u64", "l:ll", r_sub},
     {"add.sat.s32", "w:ww", r_sat_add}, {"sub.sat.s32", "w:ww", r_sat_sub},
     {"add.cc.u32 D, A, B; addc.u32 D, D, 0", "w:ww", a_carry},
+    {"mad.lo.cc.u32 D, A, B, C; madc.hi.u32 D, A, B, D; add.u32 D, D, 5", "w:www", a_mad},
     {"sub.cc.u32 D, A, B; subc.u32 D, D, 0", "w:ww", a_borrow},
     {"mul.lo.s16", "h:hh", r_mul}, {"mul.lo.s32", "w:ww", r_mul}, {"mul.lo.u64", "l:ll", r_mul},
     {"mul.hi.u16", "h:hh", r_hi_u16}, {"mul.hi.s16", "h:hh", r_hi_s16},
