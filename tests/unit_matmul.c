@@ -1,6 +1,7 @@
 // Unit test of the matrix products, the thread pool, the number formats and quantise(): every format and
 // instruction-set level against FP64 references, on odd shapes, at unaligned addresses, right before an
 // unmapped page; bit-identity over batch size, position, thread count and the company of other products.
+#define DSV4_NO_MAIN
 #include "../dsv4.c"
 
 static int passed, failed;
