@@ -50,8 +50,7 @@ abi() {
 }
 
 occupancy() {
-    g++ -O1 -w -I"$1/include" -o "$out/test_occupancy" tests/sim/test_occupancy.cc "$out"/*.o \
-        -pthread -lm -ldl && "$out/test_occupancy"
+    mk CUDA_HOME="$1" "$out/test_occupancy" && "$out/test_occupancy"
 }
 
 # tinygrad as a client, with the CUDA C and with the PTX that it writes.

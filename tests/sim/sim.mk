@@ -36,5 +36,8 @@ $(SIM_OUT)/test_api: $(SIM_DIR)/test_api.c $(SIM_OUT)/api_protos.h $(SIM_LIB)
 $(SIM_OUT)/test_%: $(SIM_DIR)/test_%.c $(SIM_OBJ)
 	$(CC) $(SIM_FLAGS) -I$(SIM_DIR) -I$(SIM_OUT) -o $@ $< $(SIM_OBJ) -pthread -lm -ldl
 
+$(SIM_OUT)/test_occupancy: $(SIM_DIR)/test_occupancy.cc $(SIM_OBJ)
+	$(CXX) -O1 -w -I$(CUDA_HOME)/include -o $@ $< $(SIM_OBJ) -pthread -lm -ldl
+
 sim-test: sim
 	sh $(SIM_DIR)/run_tests.sh
