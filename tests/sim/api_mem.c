@@ -10,6 +10,7 @@ typedef struct HostRange {
     unsigned flags;
     bool registered;
     Ctx *ctx;
+    int writer; /* device that last copied into it, or -1 */
     struct HostRange *next;
 } HostRange;
 
@@ -88,7 +89,7 @@ static size_t pages(uint64_t bytes) {
 static CUresult host_add(uint64_t base, uint64_t bytes, unsigned flags, bool registered) {
     if (sim_mem_host_add((void *)(uintptr_t)base, bytes)) return E_HOST_MEMORY_ALREADY_REGISTERED;
     HostRange *h = zalloc(sizeof *h);
-    *h = (HostRange){ base, bytes, flags, registered, cur(), host_ranges };
+    *h = (HostRange){ base, bytes, flags, registered, cur(), -1, host_ranges };
     host_ranges = h;
     return OK;
 }
@@ -234,6 +235,16 @@ static void *bytes_at(uint64_t p, int device) {
     return device >= 0 ? sim_mem_ptr(p) : (void *)(uintptr_t)p;
 }
 
+/* A hop: one device's copy into pinned memory, then another device's copy out of it. */
+static void note_hop(const Work *w) {
+    HostRange *to = w->dst_dev < 0 ? host_find(w->dst, w->bytes) : NULL;
+    HostRange *from = w->src_dev < 0 && !w->owned ? host_find(w->src, w->bytes) : NULL;
+    if (to && w->src_dev >= 0) to->writer = w->src_dev;
+    if (!from || w->dst_dev < 0) return;
+    if (from->writer >= 0 && from->writer != w->dst_dev) stats_hop();
+    from->writer = -1;
+}
+
 /* Runs when its turn has come. Bytes that nothing wrote are reported when they reach the host; from
  * device to device they only carry their mark along. */
 CUresult work_copy(const Work *w) {
@@ -254,6 +265,7 @@ CUresult work_copy(const Work *w) {
             sim_report(&f);
         }
     }
+    note_hop(w);
     unsigned char *dst = bytes_at(w->dst, w->dst_dev);
     memmove(dst, bytes_at(w->src, w->src_dev), w->bytes);
     if (w->dst_dev >= 0 && w->src_dev >= 0) sim_mem_copy_marks(w->dst, w->src, w->bytes);

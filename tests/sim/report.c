@@ -26,7 +26,7 @@ enum { N_CARDS = 2 };
 static const double dram_share = 0.85;  /* of the data sheet's bandwidth that a good kernel gets */
 static const double floor_us = 3;       /* no kernel is shorter */
 static const double gap_us = 1.25;      /* between dependent launches */
-static const double hop_us = 25;        /* a wait across devices, staged through the host */
+static const double hop_us = 25;        /* from device to device through the host */
 static const double pcie_gbs = 25;      /* 4.0 x16, one direction */
 
 typedef enum { B_DRAM, B_ISSUE, B_TENSOR, B_FLOOR, N_BOUNDS } Bound;

@@ -62,7 +62,7 @@ client() {
 # The same work gives the same report, whatever the order and the number of threads.
 same_report() {
     for seed in 0 1 2 3; do
-        SIM_SEED=$seed SIM_THREADS=$((seed + 1)) SIM_REPORT=$out/report$seed.json \
+        SIM_DEVICES=2 SIM_SEED=$seed SIM_THREADS=$((seed + 1)) SIM_REPORT=$out/report$seed.json \
             "$out/test_api" report || return 1
         cmp "$out/report0.json" "$out/report$seed.json" || return 1
     done

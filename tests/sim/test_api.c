@@ -824,19 +824,28 @@ static void case_threads(void) {
     for (int i = 0; i < 64; i++) IS(v[i], 57);
 }
 
+static char report[1 << 16]; /* as written to the file */
+
+static void read_report(void) {
+    GOOD(sim_write_report("build/sim/test_report.json"));
+    FILE *f = fopen("build/sim/test_report.json", "r");
+    if (!f) return;
+    report[fread(report, 1, sizeof report - 1, f)] = 0;
+    fclose(f);
+}
+
 /* The file has the closed-form numbers of what ran. */
 static void case_report(void) {
-    static char text[1 << 16], want[128];
-    setup(1);
+    char want[128];
+    void *pinned;
+    setup(2);
     CUdeviceptr p = alloc(4096), q = alloc(4096);
     GOOD(do_fill(0, p, 0, 1024, NULL));
     GOOD(do_add1(0, q, p, 1024, NULL));
     GOOD(do_add1(0, q, p, 1024, NULL));
     GOOD(cuCtxSynchronize());
-    GOOD(sim_write_report("build/sim/test_report.json"));
-    FILE *f = fopen("build/sim/test_report.json", "r");
-    if (f) text[fread(text, 1, sizeof text - 1, f)] = 0, fclose(f);
-    char *k = strstr(text, "\"add1\": {");
+    read_report();
+    char *k = strstr(report, "\"add1\": {");
     IS(k != NULL, 1);
     if (!k) return;
     IS(strstr(k, "\"launches\": 2,") != NULL, 1);
@@ -846,18 +855,27 @@ static void case_report(void) {
     IS(strstr(k, "\"4\": {\"warp\": 64, \"lane\": 2048, \"bytes\": 8192, \"sectors\": 256}")
        != NULL, 1);
     IS(strstr(k, "\"RTX 3090\": {\"total\": 6.000000") != NULL, 1);
-    IS(strstr(text, "computed, not measured") != NULL, 1);
+    IS(strstr(report, "computed, not measured") != NULL, 1);
+    IS(strstr(report, "\"hops\": 0,") != NULL, 1);
     /* 16 MB stored: bound by 0.85 of the card's bandwidth */
     sim_reset_counters();
     GOOD(do_fill(0, alloc(1 << 24), 0, 1 << 22, NULL));
     GOOD(cuCtxSynchronize());
-    GOOD(sim_write_report("build/sim/test_report.json"));
-    f = fopen("build/sim/test_report.json", "r");
-    if (f) text[fread(text, 1, sizeof text - 1, f)] = 0, fclose(f);
+    read_report();
     snprintf(want, sizeof want, "\"RTX A5000\": {\"total\": %.6f, \"bound_by_dram\": %.6f",
              (1 << 24) / (0.85 * 768e3), (1 << 24) / (0.85 * 768e3));
-    IS(strstr(text, want) != NULL, 1);
-    IS(strstr(text, "\"add1\"") == NULL, 1);
+    IS(strstr(report, want) != NULL, 1);
+    IS(strstr(report, "\"add1\"") == NULL, 1);
+    /* a hop by event and one through pinned memory */
+    CUevent e = event();
+    GOOD(cuMemHostAlloc(&pinned, 4096, 1));
+    GOOD(cuMemcpyDtoHAsync_v2(pinned, p, 4096, NULL));
+    GOOD(cuEventRecord(e, NULL));
+    GOOD(cuCtxSetCurrent(ctx[1]));
+    GOOD(cuStreamWaitEvent(NULL, e, 0));
+    GOOD(cuMemcpyHtoD_v2(alloc(4096), pinned, 4096));
+    read_report();
+    IS(strstr(report, "\"hops\": 2,") != NULL, 1);
     IS(sim_findings(), 0);
 }
 
@@ -897,7 +915,7 @@ static const struct {
     { "fault_memory", "SIM_DEVICES=2 SIM_FAULT=oom:0:1K", case_fault_memory, 0 },
     { "fault_corrupt", "SIM_DEVICES=2 SIM_FAULT=corrupt:2", case_fault_corrupt, 0 },
     { "threads", "SIM_DEVICES=2", case_threads, 8 },
-    { "report", "", case_report, 0 },
+    { "report", "SIM_DEVICES=2", case_report, 0 },
 };
 
 /* Runs case i in a new process with its settings; true if it exits with 0. */
