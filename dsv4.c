@@ -729,51 +729,17 @@ bool json_dump(Json *j, Str *out) {
 // safetensors: u64 length, JSON header, data. A checkpoint is one file, or shards and an index.
 // Nothing is copied: names and data stay in the mapped files. The rules are safetensors' own.
 
-typedef enum {      // in the order of safetensors' own list, by which its writer sorts
-    DT_BOOL, DT_F4, DT_F6_E2M3, DT_F6_E3M2, DT_U8, DT_I8, DT_F8_E5M2, DT_F8_E4M3, DT_F8_E8M0,
-    DT_I16, DT_U16, DT_F16, DT_BF16, DT_I32, DT_U32, DT_F32, DT_C64, DT_F64, DT_I64, DT_U64,
-    N_DTYPES
-} Dtype;
-
-static const struct { const char *name; int bits; } dtypes[N_DTYPES] = {
+const DtypeInfo dtypes[N_DTYPES] = {
     { "BOOL", 8 }, { "F4", 4 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "U8", 8 }, { "I8", 8 },
     { "F8_E5M2", 8 }, { "F8_E4M3", 8 }, { "F8_E8M0", 8 }, { "I16", 16 }, { "U16", 16 },
     { "F16", 16 }, { "BF16", 16 }, { "I32", 32 }, { "U32", 32 }, { "F32", 32 }, { "C64", 64 },
     { "F64", 64 }, { "I64", 64 }, { "U64", 64 },
 };
 
-enum { TENSOR_RANK = 8, SHARD_HEADER = 100 * 1000 * 1000 };
-
-typedef struct {
-    Span name;                  // in the mapped header
-    int dtype, rank, shard;
-    int64_t shape[TENSOR_RANK];
-    const uint8_t *data;        // in the mapped file, at any address
-    size_t bytes;
-} Tensor;
-
-typedef struct {
-    char *path;
-    Span map;                   // the whole file
-    Span metadata;              // "__metadata__" as it stands in the header, or empty
-    size_t header;              // bytes before the data
-} Shard;
-
-// Valid until store_close; a zeroed Store is empty.
-typedef struct {
-    Tensor *tensors;            // [n], shard by shard, each in the order of its header
-    uint32_t *slots;            // [n_slots] tensor + 1, 0 = empty; n_slots is a power of two
-    Shard *shards;              // [n_shards]
-    char **owned;               // [n_owned] names that the file spells with escapes
-    size_t n, cap, n_slots;
-    int n_shards, n_owned;
-} Store;
-
-// The arguments of a %.*s that shows a name from a file, up to a sane length.
-#define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
+enum { SHARD_HEADER = 100 * 1000 * 1000 };
 
 // "BF16 [64, 128]"
-static const char *tensor_kind(const Tensor *t, char out[static 256]) {
+const char *tensor_kind(const Tensor *t, char out[static 256]) {
     int n = snprintf(out, 256, "%s [", dtypes[t->dtype].name);
     for (int i = 0; i < t->rank; i++)
         n += snprintf(out + n, 256 - (size_t)n, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
@@ -790,7 +756,7 @@ static uint32_t *store_slot(const Store *s, Span name) {
     }
 }
 
-static const Tensor *store_find_span(const Store *s, Span name) {
+const Tensor *store_find_span(const Store *s, Span name) {
     uint32_t *slot = s->n_slots ? store_slot(s, name) : NULL;
     return slot && *slot ? &s->tensors[*slot - 1] : NULL;
 }
@@ -810,7 +776,7 @@ static const char *store_find_address(const Store *s, const void *addr) {
     return NULL;
 }
 
-static void store_close(Store *s) {
+void store_close(Store *s) {
     for (int i = 0; i < s->n_shards; i++) {
         if (s->shards[i].map.n) munmap((void *)(uintptr_t)s->shards[i].map.p, s->shards[i].map.n);
         free(s->shards[i].path);
@@ -1107,7 +1073,7 @@ static bool store_open_index(Store *s, Span text, const char *path, const char *
 
 // Opens the checkpoint in a directory: what model.safetensors.index.json lists, else
 // model.safetensors. On an error *s is empty.
-static bool store_open(Store *s, const char *dir, Err *e) {
+bool store_open(Store *s, const char *dir, Err *e) {
     *s = (Store){ 0 };
     Str path = { 0 };
     Span text = { 0 };
@@ -1439,123 +1405,24 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
     if (!ok) config_free(c);
     return ok;
 }
-// ---------------------------------------------------------------------------
-// what the programs in apps/ may use (apps/dsv4.h): files, JSON, the store
-
-static Dsv4Error *to_app(Dsv4Error *to, const Err *from) {
-    memcpy(to->text, from->text, sizeof to->text);
-    return to;
-}
-
-void dsv4_die(int code, const char *fmt, ...) {
-    char text[1024];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    die(code, "%s", text);
-}
-
-void dsv4_note(const char *fmt, ...) {
-    char text[1024];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    note("%s", text);
-}
-
-bool dsv4_map(const char *path, Dsv4Text *out, Dsv4Error *e) {
-    Err err;
-    Span s = { 0 };
-    if (!map_file(path, &s, &err)) return to_app(e, &err), false;
-    *out = (Dsv4Text){ s.p, s.n };
-    return true;
-}
-
-bool dsv4_json_each(Dsv4Text text, const char *name, Dsv4Each *each, void *arg, Dsv4Error *e) {
-    Err err;
-    Str key = { 0 };
-    Span value;
-    bool ok = true;
-    Json j = json_open((Span){ text.p, text.n }, name, &err);
-    bool object = json_peek(&j) == '{';
-    if (object) json_object(&j);
-    else json_array(&j);
-    while (ok && (object ? json_member(&j, &key) : json_item(&j)) && json_raw(&j, &value))
-        ok = each(arg, (Dsv4Text){ key.p, key.n }, (Dsv4Text){ value.p, value.n }, e);
-    free(key.p);
-    if (ok && !json_end(&j)) return to_app(e, &err), false;
-    return ok;
-}
-
-bool dsv4_config(const char *dir, Dsv4Config *out, Dsv4Error *e) {
-    Err err;
+// What apps/convert.c needs of a config.json.
+bool config_brief(ConfigBrief *b, const char *dir, Err *e) {
     Str path = { 0 };
-    Span text;
+    Span text = { 0 };
     Config c;
     str_puts(&path, dir);
     str_puts(&path, "/config.json");
-    bool ok = map_file(path.p, &text, &err);
+    bool ok = map_file(path.p, &text, e) && config_read(&c, text, path.p, e);
     if (ok) {
-        ok = config_read(&c, text, path.p, &err);
-        if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+        *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, "" };
+        memcpy(b->quant, c.quant, sizeof b->quant);
+        config_free(&c);
     }
+    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
     free(path.p);
-    if (!ok) return to_app(e, &err), false;
-    *out = (Dsv4Config){ c.n_layers, c.n_hash_layers, c.n_mtp, "" };
-    memcpy(out->quant, c.quant, sizeof out->quant);
-    config_free(&c);
-    return true;
+    return ok;
 }
 
-int dsv4_dtype_order(const char *dtype) {
-    int i = 0;
-    while (i < N_DTYPES && strcmp(dtype, dtypes[i].name)) i++;
-    return i;
-}
-
-struct Dsv4Store { Store store; };
-
-Dsv4Store *dsv4_store_open(const char *dir, Dsv4Error *e) {
-    Err err;
-    Dsv4Store *s = xalloc(1, sizeof *s);
-    if (store_open(&s->store, dir, &err)) return s;
-    free(s);
-    to_app(e, &err);
-    return NULL;
-}
-
-size_t dsv4_store_tensors(const Dsv4Store *s) { return s->store.n; }
-
-Dsv4Tensor dsv4_store_tensor(const Dsv4Store *s, size_t i) {
-    const Tensor *t = &s->store.tensors[i];
-    Dsv4Tensor out = {
-        .name = { t->name.p, t->name.n }, .dtype = dtypes[t->dtype].name,
-        .rank = t->rank, .shard = t->shard, .bytes = t->bytes,
-        .at = (uint64_t)(t->data - (const uint8_t *)s->store.shards[t->shard].map.p),
-    };
-    memcpy(out.shape, t->shape, sizeof out.shape);
-    return out;
-}
-
-size_t dsv4_store_find(const Dsv4Store *s, Dsv4Text name) {
-    const Tensor *t = store_find_span(&s->store, (Span){ name.p, name.n });
-    return t ? (size_t)(t - s->store.tensors) : SIZE_MAX;
-}
-
-int dsv4_store_shards(const Dsv4Store *s) { return s->store.n_shards; }
-
-const char *dsv4_store_shard(const Dsv4Store *s, int i, Dsv4Text *metadata) {
-    const Shard *sh = &s->store.shards[i];
-    if (metadata) *metadata = (Dsv4Text){ sh->metadata.p, sh->metadata.n };
-    return sh->path;
-}
-
-void dsv4_store_close(Dsv4Store *s) {
-    store_close(&s->store);
-    free(s);
-}
 // ---------------------------------------------------------------------------
 // tokenizer: DeepSeek-V4's tokenizer.json, byte-level BPE behind a four-step pre-tokenizer.
 // Added tokens are found by their content; nothing here knows an id.
@@ -7816,7 +7683,7 @@ static void choose_isa(void) {
 
 #ifndef DSV4_NO_MAIN
 static int run_convert(const char *src, const char *dst) {
-    Dsv4Error e;
+    Err e;
     Dsv4Convert o = { .src = src, .dst = dst, .scale_dtype = opt.scale_dtype, .layer_remap = opt.layer_remap,
                       .threads = (int)opt.threads, .verify = opt.verify };
     if (!dsv4_convert(&o, &e)) die(1, "%s", e.text);

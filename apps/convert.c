@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -30,30 +31,27 @@
 
 #define MANIFEST ".dsv4-convert"
 
-static void *need(void *p) {
-    if (!p) dsv4_die(1, "convert: out of memory");
-    return p;
-}
-
 __attribute__((format(printf, 1, 2)))
 static char *text_of(const char *fmt, ...) {
     char *s;
     va_list ap;
     va_start(ap, fmt);
-    if (vasprintf(&s, fmt, ap) < 0) s = NULL;
+    if (vasprintf(&s, fmt, ap) < 0) die(1, "out of memory: a path");
     va_end(ap);
-    return need(s);
+    return s;
 }
 
-static bool text_is(Dsv4Text t, const char *z) { return t.n == strlen(z) && !memcmp(t.p, z, t.n); }
+__attribute__((format(printf, 2, 3)))
+static void put(Str *s, const char *fmt, ...) {
+    char text[256];
+    va_list ap;
+    va_start(ap, fmt);
+    int n = vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    str_add(s, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1);
+}
 
 static int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b > 0); }
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
-}
 
 // ---------------------------------------------------------------------------
 // the rules (FP32 throughout, rounded half to even), tabulated for every scale byte
@@ -96,7 +94,7 @@ typedef struct {
 } Tables;
 
 static Tables *tables_new(bool f16) {
-    Tables *t = need(calloc(1, sizeof *t));
+    Tables *t = xalloc(1, sizeof *t);
     t->f16 = f16;
     for (int b = 0; b < 256; b++)
         for (int c = 0; c < 8; c++) {
@@ -219,14 +217,12 @@ static void pick_loops(void) {
 typedef enum { COPY, INT4, INT4_SCALE, INT8, INT8_SCALE } Rule;
 
 typedef struct {
-    Dsv4Tensor t;           // the source
-    Dsv4Tensor pair;        // INT4, INT8: its scale; *_SCALE: its weight
-    size_t index, pair_index;       // of both in the store
-    Dsv4Text name;          // in DST; remap gives layers other numbers
+    const Tensor *t;        // the source
+    const Tensor *pair;     // INT4, INT8: its scale; *_SCALE: its weight
+    Span name;          // in DST; remap gives layers other numbers
     Rule rule;
     bool together;          // weight and scale are in the same shard: written in one go
-    const char *dtype;      // in DST
-    int order;
+    Dtype dtype;            // in DST
     uint64_t at, bytes;     // place in DST's file
     uint64_t scale_at;      // INT4, INT8, together: the scale's place
 } Item;
@@ -236,28 +232,28 @@ typedef struct {
     const char *name;       // in from
     char *path, *part;      // DST/NAME, DST/NAME.part
     Item *items;            // [n] in the order of the file
-    size_t n, cap;
+    size_t n;
     char *header;           // the file's first bytes
     size_t header_size;
     uint64_t size;          // of the file
     bool done;              // complete from an earlier run
     int in, out;            // while it is worked on
     int pending;            // pieces handed out and not finished, and 1 while more will come
-} Shard;
+} OutFile;
 
 typedef struct {
     const Dsv4Convert *o;
-    Dsv4Config config;
-    Dsv4Store *store;
+    ConfigBrief config;
+    Store store;
     Tables *tables;
-    Shard *files;            // [n_files], one per source shard; n = 0: dropped
+    OutFile *files;            // [n_files], one per source shard; n = 0: dropped
     int n_files;
     int *new_layer;         // [n_layers] number in DST, -1: dropped; NULL without --layer-remap
     int *kept;              // [n_kept] the source layers in their new order
     int n_kept;
     uint64_t tensor_bytes;  // the true total_size
     size_t converted;
-    char *identity;         // what the manifest says
+    Str identity;           // what the manifest says
     // the work, under lock
     pthread_mutex_t lock;
     int file;               // where the next piece comes from
@@ -265,7 +261,7 @@ typedef struct {
     uint64_t piece;
     bool checking;          // --verify: compare instead of write
     atomic_bool failed;
-    Dsv4Error *error;
+    Err *error;
     uint64_t total, did, before;    // bytes of DST; before: from earlier runs
     double start, shown;
     bool terminal;
@@ -281,178 +277,166 @@ static int number_at(const char *p, size_t n, size_t *used) {
 }
 
 // "layers.12.attn..." -> 12 and what is left; -1: not a layer's ("mtp." layers keep their numbers).
-static int layer_of(Dsv4Text name, Dsv4Text *rest) {
+static int layer_of(Span name, Span *rest) {
     size_t at = 7, used = 0;
     if (name.n < 8 || memcmp(name.p, "layers.", 7)) return -1;
     int i = number_at(name.p + at, name.n - at, &used);
     at += used;
     if (i < 0 || at >= name.n || name.p[at] != '.') return -1;
-    *rest = (Dsv4Text){ name.p + at + 1, name.n - at - 1 };
+    *rest = (Span){ name.p + at + 1, name.n - at - 1 };
     return i;
 }
 
 // INT4 or INT8 if tensors of this name are converted (spec 8), else COPY. *base: the name without
 // its last part.
-static Rule rule_of(Dsv4Text name, Dsv4Text *base, bool *is_scale) {
+static Rule rule_of(Span name, Span *base, bool *is_scale) {
     static const char *const dense[] = {
         "attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "attn.indexer.wq_b",
         "ffn.shared_experts.w1", "ffn.shared_experts.w2", "ffn.shared_experts.w3",
     };
-    Dsv4Text rest = { 0 };
+    Span rest = { 0 };
     size_t used = 0;
     *is_scale = name.n > 6 && !memcmp(name.p + name.n - 6, ".scale", 6);
     size_t tail = *is_scale ? 6 : 7;
     if (!*is_scale && (name.n < 8 || memcmp(name.p + name.n - 7, ".weight", 7))) return COPY;
-    *base = (Dsv4Text){ name.p, name.n - tail };
+    *base = (Span){ name.p, name.n - tail };
     if (layer_of(*base, &rest) < 0) {
         if (base->n < 6 || memcmp(base->p, "mtp.", 4)) return COPY;
         if (number_at(base->p + 4, base->n - 4, &used) < 0 || base->p[4 + used] != '.') return COPY;
-        rest = (Dsv4Text){ base->p + 5 + used, base->n - 5 - used };
+        rest = (Span){ base->p + 5 + used, base->n - 5 - used };
     }
     for (size_t i = 0; i < sizeof dense / sizeof *dense; i++)
-        if (text_is(rest, dense[i])) return INT8;
+        if (span_is(rest, dense[i])) return INT8;
     if (rest.n < 16 || memcmp(rest.p, "ffn.experts.", 12)) return COPY;
     if (number_at(rest.p + 12, rest.n - 12, &used) < 0) return COPY;
-    Dsv4Text last = { rest.p + 12 + used, rest.n - 12 - used };
-    return text_is(last, ".w1") || text_is(last, ".w2") || text_is(last, ".w3") ? INT4 : COPY;
+    Span last = { rest.p + 12 + used, rest.n - 12 - used };
+    return span_is(last, ".w1") || span_is(last, ".w2") || span_is(last, ".w3") ? INT4 : COPY;
 }
 
 // Checks that weight and scale are what the release has; *rule becomes COPY for weights in a format
 // that needs no scale.
-static bool check_pair(Dsv4Tensor w, const Dsv4Tensor *s, Rule *rule, Dsv4Error *e) {
-    const char *want = *rule == INT4 ? "I8" : "F8_E4M3";
-    if (!strcmp(w.dtype, "BF16") || !strcmp(w.dtype, "F32")) return *rule = COPY, true;
-    if (!s) return fail(e, "tensor %.*s: its scale is missing", (int)w.name.n, w.name.p);
-    bool ok = !strcmp(w.dtype, want) && !strcmp(s->dtype, "F8_E8M0") && w.rank == 2 && s->rank == 2;
-    int64_t n = ok ? w.shape[0] : 0, k = ok ? w.shape[1] : 0;
+static bool check_pair(const Tensor *w, const Tensor *s, Rule *rule, Err *e) {
+    char kind[256];
+    int want = *rule == INT4 ? DT_I8 : DT_F8_E4M3;
+    if (w->dtype == DT_BF16 || w->dtype == DT_F32) return *rule = COPY, true;
+    if (!s) return fail(e, "tensor %.*s: its scale is missing", SHOWN(w->name));
+    bool ok = w->dtype == want && s->dtype == DT_F8_E8M0 && w->rank == 2 && s->rank == 2;
+    int64_t n = ok ? w->shape[0] : 0, k = ok ? w->shape[1] : 0;
     if (*rule == INT4) ok = ok && k % 16 == 0 && s->shape[0] == n && s->shape[1] == k / 16;
     else ok = ok && s->shape[0] == divide_up(n, 128) && s->shape[1] == divide_up(k, 128);
-    return ok || fail(e, "tensor %.*s: %s with a scale of %s: not the original release's %s",
-                      (int)w.name.n, w.name.p, w.dtype, s->dtype,
+    return ok || fail(e, "tensor %.*s: %s with this scale is not the original release's %s",
+                      SHOWN(w->name), tensor_kind(w, kind),
                       *rule == INT4 ? "FP4 (I8 [N, K/2] and F8_E8M0 [N, K/32])"
                                     : "FP8 (F8_E4M3 [N, K] and F8_E8M0 per 128 x 128)");
 }
 
 // Decides about one source tensor.
-static bool plan_item(Job *job, size_t i, Item *it, Dsv4Error *e) {
-    Dsv4Text base = { 0 };
+static bool plan_item(Job *job, const Tensor *t, Item *it, Err *e) {
+    Span base = { 0 };
     bool is_scale;
-    *it = (Item){ .t = dsv4_store_tensor(job->store, i), .index = i };
-    Rule rule = rule_of(it->t.name, &base, &is_scale);
-    if (rule != COPY) {
-        char *other = text_of("%.*s.%s", (int)base.n, base.p, is_scale ? "weight" : "scale");
-        size_t at = dsv4_store_find(job->store, (Dsv4Text){ other, strlen(other) });
-        free(other);
-        if (at != SIZE_MAX) it->pair = dsv4_store_tensor(job->store, at);
-        it->pair_index = at;
-        if (is_scale && at == SIZE_MAX)
-            return fail(e, "tensor %.*s: its weight is missing", (int)it->t.name.n, it->t.name.p);
-        Dsv4Tensor w = is_scale ? it->pair : it->t, *s = is_scale ? &it->t : &it->pair;
-        if (!check_pair(w, at == SIZE_MAX ? NULL : s, &rule, e)) return false;
-    }
-    it->rule = rule == COPY ? COPY : (Rule)(rule + is_scale);
-    it->together = rule != COPY && it->pair.shard == it->t.shard;
-    it->dtype = rule == COPY ? it->t.dtype : !is_scale ? "I8" : job->tables->f16 ? "F16" : "BF16";
-    it->order = dsv4_dtype_order(it->dtype);
-    it->bytes = rule != COPY && is_scale ? 2 * it->t.bytes : it->t.bytes;
+    Rule rule = rule_of(t->name, &base, &is_scale);
+    *it = (Item){ .t = t, .dtype = (Dtype)t->dtype, .bytes = t->bytes };
+    if (rule == COPY) return true;
+    char *other = text_of("%.*s.%s", (int)base.n, base.p, is_scale ? "weight" : "scale");
+    it->pair = store_find_span(&job->store, span_of(other));
+    free(other);
+    if (is_scale && !it->pair)
+        return fail(e, "tensor %.*s: its weight is missing", SHOWN(t->name));
+    if (!check_pair(is_scale ? it->pair : t, is_scale ? t : it->pair, &rule, e)) return false;
+    if (rule == COPY) return true;
+    it->rule = (Rule)(rule + is_scale);
+    it->together = it->pair->shard == t->shard;
+    it->dtype = !is_scale ? DT_I8 : job->tables->f16 ? DT_F16 : DT_BF16;
+    if (is_scale) it->bytes *= 2;
     return true;
 }
 
 // The new name; false: the tensor is dropped.
 static bool plan_name(const Job *job, Item *it) {
-    Dsv4Text rest = { 0 };
-    it->name = it->t.name;
+    Span rest = { 0 };
+    it->name = it->t ? it->t->name : it->name;
     int i = job->new_layer ? layer_of(it->name, &rest) : -1;
     if (i < 0) return true;
     if (i >= job->config.n_layers || job->new_layer[i] < 0) return false;
     char *name = text_of("layers.%d.%.*s", job->new_layer[i], (int)rest.n, rest.p);
-    it->name = (Dsv4Text){ name, strlen(name) };
+    it->name = (Span){ name, strlen(name) };
     return true;
 }
 
 // The order of safetensors' own writer: wide dtypes first (its list backwards), then by name.
 static int by_file_order(const void *a, const void *b) {
     const Item *x = a, *y = b;
-    if (x->order != y->order) return x->order > y->order ? -1 : 1;
+    if (x->dtype != y->dtype) return x->dtype > y->dtype ? -1 : 1;
     size_t n = x->name.n < y->name.n ? x->name.n : y->name.n;
     int c = memcmp(x->name.p, y->name.p, n);
     return c ? c : (x->name.n > y->name.n) - (x->name.n < y->name.n);
 }
 
-static void put_string(FILE *f, Dsv4Text s) {
-    fputc('"', f);
-    for (size_t i = 0; i < s.n; i++) {
-        unsigned char c = (unsigned char)s.p[i];
-        if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
-        else if (c < 32) fprintf(f, "\\u%04x", c);
-        else fputc(c, f);
-    }
-    fputc('"', f);
-}
-
 // Sorts the items, gives each its place, writes the header's text.
-static void plan_layout(Shard *file, Dsv4Text metadata) {
-    size_t n;
+static void plan_layout(OutFile *file, Span metadata) {
+    Str s = { 0 };
     uint64_t at = 0;
-    FILE *f = need(open_memstream(&file->header, &n));
     if (file->n) qsort(file->items, file->n, sizeof *file->items, by_file_order);
-    fwrite("\0\0\0\0\0\0\0\0{", 1, 9, f);
-    if (metadata.n) fprintf(f, "\"__metadata__\":%.*s", (int)metadata.n, metadata.p);
+    str_add(&s, "\0\0\0\0\0\0\0\0{", 9);
+    if (metadata.n) {
+        str_puts(&s, "\"__metadata__\":");
+        str_add(&s, metadata.p, metadata.n);
+    }
     for (size_t i = 0; i < file->n; i++) {
         Item *it = &file->items[i];
-        if (i || metadata.n) fputc(',', f);
-        put_string(f, it->name);
-        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", it->dtype);
-        for (int d = 0; d < it->t.rank; d++)
-            fprintf(f, "%s%lld", d ? "," : "", (long long)it->t.shape[d]);
-        fprintf(f, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at,
-                (unsigned long long)(at + it->bytes));
+        if (i || metadata.n) str_puts(&s, ",");
+        json_put_string(&s, it->name);
+        put(&s, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[it->dtype].name);
+        for (int d = 0; d < it->t->rank; d++)
+            put(&s, "%s%lld", d ? "," : "", (long long)it->t->shape[d]);
+        put(&s, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at,
+            (unsigned long long)(at + it->bytes));
         it->at = at;
         at += it->bytes;
     }
-    fputc('}', f);
-    while (ftell(f) % 8) fputc(' ', f);
-    if (fclose(f)) need(NULL);
-    for (int i = 0; i < 8; i++) file->header[i] = (char)((uint64_t)(n - 8) >> 8 * i);
-    file->header_size = n;
-    file->size = n + at;
-    for (size_t i = 0; i < file->n; i++) file->items[i].at += n;
+    str_puts(&s, "}");
+    while (s.n % 8) str_puts(&s, " ");
+    for (int i = 0; i < 8; i++) s.p[i] = (char)((uint64_t)(s.n - 8) >> 8 * i);
+    file->header = s.p;
+    file->header_size = s.n;
+    file->size = s.n + at;
+    for (size_t i = 0; i < file->n; i++) file->items[i].at += s.n;
 }
 
-static bool plan(Job *job, Dsv4Error *e) {
-    job->n_files = dsv4_store_shards(job->store);
-    job->files = need(calloc((size_t)job->n_files, sizeof *job->files));
-    size_t n = dsv4_store_tensors(job->store);
-    uint64_t *place = need(calloc(n + 1, sizeof *place));       // where each tensor lies in DST
-    for (size_t i = 0; i < n; i++) {
+static bool plan(Job *job, Err *e) {
+    const Store *s = &job->store;
+    uint64_t *place = xalloc(s->n, sizeof *place);          // where each tensor lies in DST
+    bool ok = true;
+    job->n_files = s->n_shards;
+    job->files = xalloc((size_t)job->n_files, sizeof *job->files);
+    for (size_t i = 0; ok && i < s->n; i++) {
         Item it;
-        if (!plan_item(job, i, &it, e)) return free(place), false;
-        if (!plan_name(job, &it)) continue;
-        job->converted += it.rule == INT4 || it.rule == INT8;
-        Shard *file = &job->files[it.t.shard];
-        if (file->n == file->cap) {
-            file->cap = 2 * file->cap + 64;
-            file->items = need(realloc(file->items, file->cap * sizeof *file->items));
-        }
+        ok = plan_item(job, &s->tensors[i], &it, e);
+        if (!ok || !plan_name(job, &it)) continue;
+        OutFile *file = &job->files[it.t->shard];
+        file->items = grow(file->items, file->n, sizeof *file->items);
         file->items[file->n++] = it;
+        job->converted += it.rule == INT4 || it.rule == INT8;
         job->tensor_bytes += it.bytes;
     }
-    for (int i = 0; i < job->n_files; i++) {
-        Shard *file = &job->files[i];
-        Dsv4Text metadata;
+    for (int i = 0; ok && i < job->n_files; i++) {
+        OutFile *file = &job->files[i];
         file->in = file->out = -1;
-        file->from = dsv4_store_shard(job->store, i, &metadata);
+        file->from = s->shards[i].path;
         file->name = strrchr(file->from, '/') + 1;
         file->path = text_of("%s/%s", job->o->dst, file->name);
         file->part = text_of("%s.part", file->path);
-        plan_layout(file, metadata);
-        for (size_t k = 0; k < file->n; k++) place[file->items[k].index] = file->items[k].at;
+        plan_layout(file, s->shards[i].metadata);
         for (size_t k = 0; k < file->n; k++)
-            if (file->items[k].together) file->items[k].scale_at = place[file->items[k].pair_index];
+            place[file->items[k].t - s->tensors] = file->items[k].at;
+        for (size_t k = 0; k < file->n; k++)
+            if (file->items[k].together)
+                file->items[k].scale_at = place[file->items[k].pair - s->tensors];
     }
     free(place);
-    return job->converted || fail(e, "%s: nothing to convert here: not the original release?",
-                                  job->o->src);
+    if (ok && !job->converted)
+        ok = fail(e, "%s: nothing to convert here: not the original release?", job->o->src);
+    return ok;
 }
 
 // ---------------------------------------------------------------------------
@@ -461,7 +445,7 @@ static bool plan(Job *job, Dsv4Error *e) {
 enum { PIECE = 1 << 20, TILE = PIECE / 128 };       // TILE: columns of an FP8 band of 128 rows
 
 typedef struct {
-    Shard *file;
+    OutFile *file;
     const Item *it;         // NULL: the file is complete, finish it
     uint64_t number;        // which piece of the item
 } Piece;
@@ -473,18 +457,19 @@ typedef struct {
     uint8_t *scale_in;              // [PIECE / 16]
     uint16_t *scale_out;            // [PIECE / 16]
     uint64_t bytes;                 // of DST, in this piece
-    Dsv4Error error;
+    Err error;
 } Worker;
 
 static uint64_t pieces_of(const Item *it) {
-    const Dsv4Tensor *w = it->rule == INT4_SCALE || it->rule == INT8_SCALE ? &it->pair : &it->t;
-    if (!w->bytes || (w == &it->pair && it->together)) return 0;
+    bool only_scale = it->rule == INT4_SCALE || it->rule == INT8_SCALE;
+    const Tensor *w = only_scale ? it->pair : it->t;
+    if (!w->bytes || (only_scale && it->together)) return 0;
     if (it->rule == INT8 || it->rule == INT8_SCALE)
         return (uint64_t)(divide_up(w->shape[0], 128) * divide_up(w->shape[1], TILE));
     return (uint64_t)divide_up((int64_t)w->bytes, PIECE);
 }
 
-static bool read_fd(int fd, const char *path, uint64_t at, void *to, size_t n, Dsv4Error *e) {
+static bool read_fd(int fd, const char *path, uint64_t at, void *to, size_t n, Err *e) {
     for (size_t got = 0; got < n;) {
         ssize_t k = pread(fd, (char *)to + got, n - got, (off_t)(at + got));
         if (k < 0 && errno == EINTR) continue;
@@ -498,7 +483,7 @@ static bool read_fd(int fd, const char *path, uint64_t at, void *to, size_t n, D
 }
 
 static bool write_fd(int fd, const char *path, uint64_t at, const void *from, size_t n,
-                     Dsv4Error *e) {
+                     Err *e) {
     for (size_t put = 0; put < n;) {
         ssize_t k = pwrite(fd, (const char *)from + put, n - put, (off_t)(at + put));
         if (k < 0 && errno == EINTR) continue;
@@ -510,13 +495,15 @@ static bool write_fd(int fd, const char *path, uint64_t at, const void *from, si
 }
 
 // Reads part of a source tensor; of the shard at hand, or of another one (a pair that was split).
-static bool fetch(Worker *w, const Piece *p, const Dsv4Tensor *t, uint64_t from, void *to,
-                  size_t n) {
+// Not through the mapping: a disk error shall be an error and not a signal, and memory stays flat.
+static bool fetch(Worker *w, const Piece *p, const Tensor *t, uint64_t from, void *to, size_t n) {
     const char *path = w->job->files[t->shard].from;
-    bool here = t->shard == p->it->t.shard;
+    const char *base = w->job->store.shards[t->shard].map.p;
+    uint64_t at = (uint64_t)((const char *)t->data - base) + from;
+    bool here = t->shard == p->it->t->shard;
     int fd = here ? p->file->in : open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return fail(&w->error, "%s: %s", path, strerror(errno));
-    bool ok = read_fd(fd, path, t->at + from, to, n, &w->error);
+    bool ok = read_fd(fd, path, at, to, n, &w->error);
     if (!here) close(fd);
     return ok;
 }
@@ -535,13 +522,13 @@ static bool emit(Worker *w, const Piece *p, uint64_t at, const void *bytes, size
     size_t i = 0;
     while (w->check[i] == ((const uint8_t *)bytes)[i]) i++;
     return fail(&w->error, "%s: byte %llu (tensor %.*s): expected 0x%02x, found 0x%02x",
-                p->file->path, (unsigned long long)(at + i), (int)p->it->name.n, p->it->name.p,
+                p->file->path, (unsigned long long)(at + i), SHOWN(p->it->name),
                 ((const uint8_t *)bytes)[i], w->check[i]);
 }
 
 static bool not_finite(Worker *w, const Piece *p, int64_t row, int64_t column, int scale) {
     return fail(&w->error, "%s: tensor %.*s: the block at [%lld, %lld] (scale byte 0x%02x) is not "
-                "finite%s: download again", p->file->from, (int)p->it->t.name.n, p->it->t.name.p,
+                "finite%s: download again", p->file->from, SHOWN(p->it->t->name),
                 (long long)row, (long long)column, scale,
                 w->job->tables->f16 ? " or too large for F16" : "");
 }
@@ -549,14 +536,14 @@ static bool not_finite(Worker *w, const Piece *p, int64_t row, int64_t column, i
 static bool do_copy(Worker *w, const Piece *p) {
     uint64_t from = p->number * PIECE, left = p->it->bytes - from;
     size_t n = left < PIECE ? left : PIECE;
-    return fetch(w, p, &p->it->t, from, w->in, n) && emit(w, p, p->it->at + from, w->in, n);
+    return fetch(w, p, p->it->t, from, w->in, n) && emit(w, p, p->it->at + from, w->in, n);
 }
 
 // Groups of 32: 16 bytes and one scale, both in one run through the tensor.
 static bool do_int4(Worker *w, const Piece *p) {
     bool only_scale = p->it->rule == INT4_SCALE;
-    const Dsv4Tensor *t = only_scale ? &p->it->pair : &p->it->t;
-    const Dsv4Tensor *s = only_scale ? &p->it->t : &p->it->pair;
+    const Tensor *t = only_scale ? p->it->pair : p->it->t;
+    const Tensor *s = only_scale ? p->it->t : p->it->pair;
     uint64_t from = p->number * (PIECE / 16), left = s->bytes - from;
     size_t n = left < PIECE / 16 ? left : PIECE / 16;
     if (!fetch(w, p, t, 16 * from, w->in, 16 * n) || !fetch(w, p, s, from, w->scale_in, n))
@@ -575,8 +562,8 @@ static bool do_int4(Worker *w, const Piece *p) {
 // A band of 128 rows, or TILE columns of it.
 static bool do_int8(Worker *w, const Piece *p) {
     bool only_scale = p->it->rule == INT8_SCALE;
-    const Dsv4Tensor *t = only_scale ? &p->it->pair : &p->it->t;
-    const Dsv4Tensor *s = only_scale ? &p->it->t : &p->it->pair;
+    const Tensor *t = only_scale ? p->it->pair : p->it->t;
+    const Tensor *s = only_scale ? p->it->t : p->it->pair;
     int64_t N = t->shape[0], K = t->shape[1], tiles = divide_up(K, TILE);
     int64_t row0 = (int64_t)p->number / tiles * 128, col0 = (int64_t)p->number % tiles * TILE;
     int rows = N - row0 < 128 ? (int)(N - row0) : 128;
@@ -605,7 +592,7 @@ static bool do_int8(Worker *w, const Piece *p) {
     return !p->it->together || emit(w, p, p->it->scale_at + 2 * grid, w->scale_out, 2 * blocks);
 }
 
-static bool sync_directory(const char *path, Dsv4Error *e) {
+static bool sync_directory(const char *path, Err *e) {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     bool ok = fd >= 0 && (!fsync(fd) || errno == EINVAL);
     if (!ok) fail(e, "%s: cannot sync: %s", path, strerror(errno));
@@ -613,13 +600,13 @@ static bool sync_directory(const char *path, Dsv4Error *e) {
     return ok;
 }
 
-static bool same_header(const Shard *file, int fd, const char *path, Dsv4Error *e) {
+static bool same_header(const OutFile *file, int fd, const char *path, Err *e) {
     struct stat st;
     if (fstat(fd, &st)) return fail(e, "%s: %s", path, strerror(errno));
     if ((uint64_t)st.st_size != file->size)
         return fail(e, "%s: file has %lld bytes, expected %llu", path, (long long)st.st_size,
                     (unsigned long long)file->size);
-    char *found = need(malloc(file->header_size));
+    char *found = xalloc(file->header_size, 1);
     bool ok = read_fd(fd, path, 0, found, file->header_size, e);
     if (ok && memcmp(found, file->header, file->header_size))
         ok = fail(e, "%s: its header is not what converting the source gives", path);
@@ -627,7 +614,7 @@ static bool same_header(const Shard *file, int fd, const char *path, Dsv4Error *
     return ok;
 }
 
-static bool open_file(const Job *job, Shard *file, Dsv4Error *e) {
+static bool open_file(const Job *job, OutFile *file, Err *e) {
     file->pending = 1;
     file->in = open(file->from, O_RDONLY | O_CLOEXEC);
     if (file->in < 0) return fail(e, "%s: %s", file->from, strerror(errno));
@@ -642,7 +629,7 @@ static bool open_file(const Job *job, Shard *file, Dsv4Error *e) {
     return same_header(file, file->out, file->path, e);
 }
 
-static bool finish_file(const Job *job, Shard *file, Dsv4Error *e) {
+static bool finish_file(const Job *job, OutFile *file, Err *e) {
     bool ok = job->checking || !fsync(file->out);
     if (!ok) fail(e, "%s: cannot sync: %s", file->part, strerror(errno));
     close(file->in);
@@ -655,16 +642,16 @@ static bool finish_file(const Job *job, Shard *file, Dsv4Error *e) {
 }
 
 // Keeps the first error; the other threads stop at their next piece. Holds the lock.
-static void job_fail(Job *job, const Dsv4Error *e) {
+static void job_fail(Job *job, const Err *e) {
     if (!job->failed) *job->error = *e;
     job->failed = true;
 }
 
 // The next piece, or the word to finish a file. False: nothing left to do. Holds the lock.
 static bool next_piece(Job *job, Piece *p) {
-    Dsv4Error e;
+    Err e;
     while (!job->failed && job->file < job->n_files) {
-        Shard *file = &job->files[job->file];
+        OutFile *file = &job->files[job->file];
         bool skip = !file->n || (file->done && !job->checking);
         if (!skip && file->out < 0 && !open_file(job, file, &e)) {
             job_fail(job, &e);
@@ -689,8 +676,8 @@ static bool next_piece(Job *job, Piece *p) {
 }
 
 // On a terminal a line that overwrites itself, elsewhere a line per shard. Holds the lock.
-static void show_progress(Job *job, const Shard *finished) {
-    double t = seconds(), rate = (double)(job->did - job->before) / (t - job->start + 1e-9);
+static void show_progress(Job *job, const OutFile *finished) {
+    double t = now(), rate = (double)(job->did - job->before) / (t - job->start + 1e-9);
     bool terminal = job->terminal;
     if (terminal ? !finished && t - job->shown < 0.2 : !finished) return;
     job->shown = t;
@@ -733,7 +720,7 @@ static void *work(void *arg) {
 }
 
 // Converts (or checks) all shards.
-static bool run(Job *job, bool checking, Dsv4Error *e) {
+static bool run(Job *job, bool checking, Err *e) {
     int n = job->o->threads ? job->o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
     if (n < 1) n = 1;
     job->checking = checking;
@@ -744,17 +731,17 @@ static bool run(Job *job, bool checking, Dsv4Error *e) {
     for (int i = 0; i < job->n_files && !checking; i++)
         if (job->files[i].done) job->before += job->files[i].size;
     job->did = job->before;
-    job->start = seconds();
-    Worker *workers = need(calloc((size_t)n, sizeof *workers));
+    job->start = now();
+    Worker *workers = xalloc((size_t)n, sizeof *workers);
     int started = 0;
     for (; started < n; started++) {
         Worker *w = &workers[started];
         w->job = job;
-        w->in = need(malloc(3 * (size_t)PIECE));
+        w->in = xalloc(3, PIECE);
         w->out = w->in + PIECE;
         w->check = w->out + PIECE;
-        w->scale_in = need(malloc(PIECE / 16));
-        w->scale_out = need(malloc(PIECE / 16 * sizeof *w->scale_out));
+        w->scale_in = xalloc(PIECE / 16, 1);
+        w->scale_out = xalloc(PIECE / 16, sizeof *w->scale_out);
         if (pthread_create(&w->thread, NULL, work, w)) break;
     }
     if (!started) work(&workers[0]);
@@ -766,7 +753,7 @@ static bool run(Job *job, bool checking, Dsv4Error *e) {
     }
     free(workers);
     for (int i = 0; i < job->n_files; i++) {
-        Shard *file = &job->files[i];
+        OutFile *file = &job->files[i];
         if (file->in >= 0) close(file->in);
         if (file->out >= 0) close(file->out);
         if (file->out >= 0 && !checking) unlink(file->part);
@@ -797,171 +784,162 @@ typedef enum { PLAIN, CONFIG, INDEX, METADATA, WEIGHT_MAP } Place;
 
 typedef struct {
     const Job *job;
-    FILE *f;
+    Str *out;
     Place place;
     int depth, n;           // n: members written
     bool seen[2];           // CONFIG: expert_dtype, quantization_config; INDEX: metadata
 } Writer;
 
-static bool write_value(Writer *outer, Place place, Dsv4Text value, Dsv4Error *e);
+static bool write_value(const Writer *outer, Place place, Json *j);
 
-static void write_key(Writer *w, Dsv4Text key) {
-    fprintf(w->f, "%s\n%*s", w->n++ ? "," : "", 2 * w->depth, "");
+static void write_key(Writer *w, Span key) {
+    put(w->out, "%s\n%*s", w->n++ ? "," : "", 2 * w->depth, "");
     if (!key.p) return;
-    put_string(w->f, key);
-    fputs(": ", w->f);
+    json_put_string(w->out, key);
+    str_puts(w->out, ": ");
 }
 
+// A member whose value we give as JSON.
 static void write_text(Writer *w, const char *key, const char *json) {
-    Dsv4Error e;
-    write_key(w, (Dsv4Text){ key, strlen(key) });
-    write_value(w, PLAIN, (Dsv4Text){ json, strlen(json) }, &e);
-}
-
-typedef struct { int value[4096], n; } Ints;
-static bool read_int(void *arg, Dsv4Text key, Dsv4Text value, Dsv4Error *e) {
-    Ints *list = arg;
-    size_t used;
-    (void)key, (void)e;
-    if (list->n < 4096) list->value[list->n++] = number_at(value.p, value.n, &used);
-    return true;
+    Err e;
+    Json j = json_open(span_of(json), key, &e);
+    write_key(w, span_of(key));
+    write_value(w, PLAIN, &j);
 }
 
 // compress_ratios of the layers that are kept, then those of the MTP layers.
-static bool write_ratios(Writer *w, Dsv4Text value, Dsv4Error *e) {
+static void write_ratios(Writer *w, Json *j) {
     const Job *job = w->job;
-    Ints *list = need(calloc(1, sizeof *list));
-    char *json;
-    size_t n;
-    bool ok = dsv4_json_each(value, "compress_ratios", read_int, list, e);
-    FILE *f = need(open_memstream(&json, &n));
-    for (int i = 0; i < job->n_kept; i++)
-        fprintf(f, "%c%d", i ? ',' : '[', list->value[job->kept[i]]);
-    for (int i = job->config.n_layers; i < list->n; i++) fprintf(f, ",%d", list->value[i]);
-    fputc(']', f);
-    if (fclose(f)) need(NULL);
-    if (ok) write_text(w, "compress_ratios", json);
-    free(json);
-    free(list);
-    return ok;
+    Str list = { 0 };
+    int64_t *ratio = NULL;
+    size_t n = 0;
+    for (json_array(j); json_item(j); n++) {
+        ratio = grow(ratio, n, sizeof *ratio);
+        json_int(j, 0, INT_MAX, &ratio[n]);
+    }
+    for (int i = 0; i < job->n_kept && !j->bad; i++)
+        put(&list, "%c%lld", i ? ',' : '[', (long long)ratio[job->kept[i]]);
+    for (size_t i = (size_t)job->config.n_layers; i < n; i++)
+        put(&list, ",%lld", (long long)ratio[i]);
+    str_puts(&list, "]");
+    if (!j->bad) write_text(w, "compress_ratios", list.p);
+    free(list.p);
+    free(ratio);
 }
 
-static bool write_config_member(Writer *w, Dsv4Text key, Dsv4Text value, Dsv4Error *e) {
+// Writes another value in the place of some of config.json's; false: the member stays as it is.
+static bool write_changed(Writer *w, Span key, Json *j) {
     const Job *job = w->job;
     char number[16];
-    int hashed = 0;
-    if (text_is(key, "expert_dtype")) {
-        w->seen[0] = true;
-        write_text(w, "expert_dtype", "\"int4\"");
-    } else if (text_is(key, "quantization_config")) {
-        w->seen[1] = true;
-        write_text(w, "quantization_config", quant_config);
-    } else if (job->kept && text_is(key, "num_hidden_layers")) {
-        snprintf(number, sizeof number, "%d", job->n_kept);
-        write_text(w, "num_hidden_layers", number);
-    } else if (job->kept && text_is(key, "num_hash_layers")) {
-        while (hashed < job->n_kept && job->kept[hashed] < job->config.n_hash_layers) hashed++;
-        snprintf(number, sizeof number, "%d", hashed);
-        write_text(w, "num_hash_layers", number);
-    } else if (job->kept && text_is(key, "compress_ratios")) {
-        return write_ratios(w, value, e);
-    } else {
-        write_key(w, key);
-        return write_value(w, PLAIN, value, e);
-    }
+    int n = -1;
+    if (job->kept && span_is(key, "compress_ratios")) return write_ratios(w, j), true;
+    if (job->kept && span_is(key, "num_hidden_layers")) n = job->n_kept;
+    if (job->kept && span_is(key, "num_hash_layers"))
+        for (n = 0; n < job->n_kept && job->kept[n] < job->config.n_hash_layers;) n++;
+    snprintf(number, sizeof number, "%d", n);
+    bool dtype = span_is(key, "expert_dtype"), quant = span_is(key, "quantization_config");
+    w->seen[0] |= dtype;
+    w->seen[1] |= quant;
+    if (dtype) write_text(w, "expert_dtype", "\"int4\"");
+    else if (quant) write_text(w, "quantization_config", quant_config);
+    else if (n >= 0) write_text(w, span_is(key, "num_hash_layers") ? "num_hash_layers"
+                                                                   : "num_hidden_layers", number);
+    else return false;
+    json_skip(j);
     return true;
 }
 
-static bool write_index_entry(Writer *w, Dsv4Text key, Dsv4Text value, Dsv4Error *e) {
-    Item it = { .t = { .name = key } };
-    if (!plan_name(w->job, &it)) return true;
+// The next member (or item, key.p NULL) of the object being read.
+static void write_member(Writer *w, Span key, Json *j) {
+    Place place = PLAIN;
+    Item it = { .name = key };
+    if (w->place == CONFIG && write_changed(w, key, j)) return;
+    if (w->place == METADATA && span_is(key, "total_size")) {       // written at the end
+        json_skip(j);
+        return;
+    }
+    if (w->place == INDEX && span_is(key, "metadata")) place = METADATA, w->seen[0] = true;
+    if (w->place == INDEX && span_is(key, "weight_map")) place = WEIGHT_MAP;
+    if (w->place == WEIGHT_MAP && !plan_name(w->job, &it)) {
+        json_skip(j);
+        return;
+    }
     write_key(w, it.name);
     if (it.name.p != key.p) free((void *)(uintptr_t)it.name.p);
-    return write_value(w, PLAIN, value, e);
+    write_value(w, place, j);
 }
 
-static bool write_member(void *arg, Dsv4Text key, Dsv4Text value, Dsv4Error *e) {
-    Writer *w = arg;
-    Place place = PLAIN;
-    if (w->place == CONFIG) return write_config_member(w, key, value, e);
-    if (w->place == WEIGHT_MAP) return write_index_entry(w, key, value, e);
-    if (w->place == METADATA && text_is(key, "total_size")) return true;     // written at the end
-    if (w->place == INDEX && text_is(key, "metadata")) place = METADATA, w->seen[0] = true;
-    if (w->place == INDEX && text_is(key, "weight_map")) place = WEIGHT_MAP;
-    write_key(w, key);
-    return write_value(w, place, value, e);
-}
-
-static bool write_value(Writer *outer, Place place, Dsv4Text value, Dsv4Error *e) {
-    bool object = value.p[0] == '{', array = value.p[0] == '[';
-    if (!object && !array) return fwrite(value.p, 1, value.n, outer->f) == value.n;
-    Writer w = { .job = outer->job, .f = outer->f, .place = place, .depth = outer->depth + 1 };
-    char size[32], metadata[64];
+static bool write_value(const Writer *outer, Place place, Json *j) {
+    char c = json_peek(j), size[32], metadata[64];
+    Span raw = { 0 };
+    if (c != '{' && c != '[') {
+        if (json_raw(j, &raw)) str_add(outer->out, raw.p, raw.n);
+        return !j->bad;
+    }
+    Writer w = { .job = outer->job, .out = outer->out, .place = place, .depth = outer->depth + 1 };
+    Str key = { 0 };
+    str_add(w.out, &c, 1);
+    if (c == '{') for (json_object(j); json_member(j, &key);) write_member(&w, str_span(&key), j);
+    else for (json_array(j); json_item(j);) write_member(&w, (Span){ NULL, 0 }, j);
     snprintf(size, sizeof size, "%llu", (unsigned long long)w.job->tensor_bytes);
     snprintf(metadata, sizeof metadata, "{\"total_size\":%s}", size);
-    fputc(object ? '{' : '[', w.f);
-    if (!dsv4_json_each(value, place == CONFIG ? "config.json" : "the index", write_member, &w, e))
-        return false;
     if (place == CONFIG && !w.seen[0]) write_text(&w, "expert_dtype", "\"int4\"");
     if (place == CONFIG && !w.seen[1]) write_text(&w, "quantization_config", quant_config);
     if (place == INDEX && !w.seen[0]) write_text(&w, "metadata", metadata);
     if (place == METADATA) write_text(&w, "total_size", size);
-    if (w.n) fprintf(w.f, "\n%*s", 2 * outer->depth, "");
-    fputc(object ? '}' : ']', w.f);
-    return true;
+    if (w.n) put(w.out, "\n%*s", 2 * outer->depth, "");
+    str_puts(w.out, c == '{' ? "}" : "]");
+    free(key.p);
+    return !j->bad;
 }
 
-// The text of DST/NAME from SRC/NAME; NULL on an error. Free it.
-static char *rewrite(const Job *job, const char *name, Place place, size_t *n, Dsv4Error *e) {
-    char *path = text_of("%s/%s", job->o->src, name), *out;
-    Dsv4Text text;
-    Writer w = { .job = job, .f = need(open_memstream(&out, n)), .depth = 0 };
-    bool ok = dsv4_map(path, &text, e);
-    while (ok && text.n && strchr(" \t\r\n", *text.p)) text.p++, text.n--;
-    if (ok && (!text.n || *text.p != '{')) ok = fail(e, "%s: not a JSON object", path);
-    ok = ok && write_value(&w, place, text, e);
-    if (fclose(w.f)) need(NULL);
-    free(path);
-    if (!ok) {
-        free(out);
-        return NULL;
+// Appends the text of DST/NAME, made from SRC/NAME.
+static bool rewrite(const Job *job, const char *name, Place place, Str *out, Err *e) {
+    char *path = text_of("%s/%s", job->o->src, name);
+    Span text = { 0 };
+    bool ok = map_file(path, &text, e);
+    if (ok) {
+        Writer w = { .job = job, .out = out };
+        Json j = json_open(text, path, e);
+        if (json_peek(&j) != '{') json_expected(&j, "an object");
+        else write_value(&w, place, &j);
+        ok = json_end(&j);
     }
-    return out;
+    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    free(path);
+    return ok;
 }
 
 // ---------------------------------------------------------------------------
 // the directory DST: what it may hold before, and what comes into it besides the shards
 
 // What the work belongs to: options, and every source file by name, size and time.
-static char *identity(const Job *job, Dsv4Error *e) {
-    char *text;
-    size_t n;
+static bool identity(Job *job, Err *e) {
     bool ok = true;
-    FILE *f = need(open_memstream(&text, &n));
-    fprintf(f, "dsv4 convert 1, scales %s, layers %s\n", job->tables->f16 ? "f16" : "bf16",
-            job->o->layer_remap ? job->o->layer_remap : "all");
+    Str *s = &job->identity;
+    put(s, "dsv4 convert 1, scales %s, layers ", job->tables->f16 ? "f16" : "bf16");
+    str_puts(s, job->o->layer_remap ? job->o->layer_remap : "all");
     for (int i = -1; i < job->n_files && ok; i++) {
         struct stat st;
         char *config = text_of("%s/config.json", job->o->src);
         const char *path = i < 0 ? config : job->files[i].from;
         ok = !stat(path, &st) || fail(e, "%s: %s", path, strerror(errno));
-        if (ok) fprintf(f, "%s %lld %lld.%09ld\n", strrchr(path, '/') + 1, (long long)st.st_size,
-                        (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
+        str_puts(s, "\n");
+        str_puts(s, strrchr(path, '/') + 1);
+        if (ok) put(s, " %lld %lld.%09ld", (long long)st.st_size, (long long)st.st_mtim.tv_sec,
+                    st.st_mtim.tv_nsec);
         free(config);
     }
-    if (fclose(f)) need(NULL);
-    if (ok) return text;
-    free(text);
-    return NULL;
+    str_puts(s, "\n");
+    return ok;
 }
 
 // Writes DST/NAME whole or not at all.
-static bool write_whole(const char *dst, const char *name, const char *text, size_t n,
-                        Dsv4Error *e) {
+static bool write_whole(const char *dst, const char *name, Span text, Err *e) {
     char *path = text_of("%s/%s", dst, name), *part = text_of("%s.part", path);
     int fd = open(part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     bool ok = fd >= 0 || fail(e, "%s: %s", part, strerror(errno));
-    ok = ok && write_fd(fd, part, 0, text, n, e);
+    ok = ok && write_fd(fd, part, 0, text.p, text.n, e);
     if (ok && fsync(fd)) ok = fail(e, "%s: cannot sync: %s", part, strerror(errno));
     if (fd >= 0) close(fd);
     if (ok && rename(part, path)) ok = fail(e, "%s: %s", path, strerror(errno));
@@ -977,7 +955,7 @@ static bool has_suffix(const char *s, const char *end) {
 }
 
 // Copies what is neither weights nor rewritten, folders too; hidden entries stay behind.
-static bool carry_over(const char *src, const char *dst, int depth, Dsv4Error *e) {
+static bool carry_over(const char *src, const char *dst, int depth, Err *e) {
     DIR *dir = opendir(src);
     if (!dir) return fail(e, "%s: %s", src, strerror(errno));
     bool ok = true;
@@ -989,18 +967,30 @@ static bool carry_over(const char *src, const char *dst, int depth, Dsv4Error *e
         if (name[0] == '.' || rewritten) continue;
         char *from = text_of("%s/%s", src, name), *to = text_of("%s/%s", dst, name);
         struct stat st, link;
-        Dsv4Text text;
+        Span text = { 0 };
         if (stat(from, &st) || lstat(from, &link)) ok = fail(e, "%s: %s", from, strerror(errno));
         else if (S_ISDIR(link.st_mode) && depth < 8) {
             ok = !mkdir(to, 0777) || errno == EEXIST || fail(e, "%s: %s", to, strerror(errno));
             ok = ok && carry_over(from, to, depth + 1, e);
         } else if (S_ISREG(st.st_mode)) {
-            ok = dsv4_map(from, &text, e) && write_whole(dst, name, text.p, text.n, e);
+            ok = map_file(from, &text, e) && write_whole(dst, name, text, e);
+            if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
         }
         free(from);
         free(to);
     }
     closedir(dir);
+    return ok;
+}
+
+// *same: DST/NAME holds exactly that text.
+static bool same_text(const Job *job, const char *name, Span text, bool *same, Err *e) {
+    char *path = text_of("%s/%s", job->o->dst, name);
+    Span found = { 0 };
+    bool ok = map_file(path, &found, e);
+    *same = ok && found.n == text.n && !memcmp(found.p, text.p, text.n);
+    if (found.n) munmap((void *)(uintptr_t)found.p, found.n);
+    free(path);
     return ok;
 }
 
@@ -1027,7 +1017,7 @@ static bool lies_inside(const char *path, const struct stat *of) {
 
 // Looks at DST without changing it. *fresh: it must still be made or is empty; *complete: an
 // earlier conversion ended there.
-static bool inspect(const Job *job, bool *fresh, bool *complete, Dsv4Error *e) {
+static bool inspect(const Job *job, bool *fresh, bool *complete, Err *e) {
     const char *dst = job->o->dst;
     struct stat a, b;
     char foreign[256] = "";
@@ -1057,21 +1047,18 @@ static bool inspect(const Job *job, bool *fresh, bool *complete, Dsv4Error *e) {
     if (!manifest)
         return fail(e, "%s: is not empty (%s) and no conversion was begun there: give a new "
                     "directory", dst, foreign);
-    char *path = text_of("%s/%s", dst, MANIFEST);
-    Dsv4Text text;
-    bool ok = dsv4_map(path, &text, e);
-    if (ok && !text_is(text, job->identity))
+    bool same, ok = same_text(job, MANIFEST, str_span(&job->identity), &same, e);
+    if (ok && !same)
         ok = fail(e, "%s: another source, or other options, were converted here, or the source has "
                   "changed since: give a new directory", dst);
-    free(path);
     return ok;
 }
 
 // Which shards are there already, and whether the rest will fit.
-static bool check_space(Job *job, bool fresh, Dsv4Error *e) {
+static bool check_space(Job *job, bool fresh, Err *e) {
     struct stat st;
     struct statvfs fs;
-    Dsv4Error ignored;
+    Err ignored;
     uint64_t need_bytes = 0;
     char *parent = text_of("%s", job->o->dst);
     while (stat(parent, &st)) {         // the nearest directory that exists
@@ -1080,7 +1067,7 @@ static bool check_space(Job *job, bool fresh, Dsv4Error *e) {
         else strcpy(parent, slash ? "/" : ".");
     }
     for (int i = 0; i < job->n_files; i++) {
-        Shard *file = &job->files[i];
+        OutFile *file = &job->files[i];
         int fd = fresh || !file->n ? -1 : open(file->path, O_RDONLY | O_CLOEXEC);
         file->done = fd >= 0 && same_header(file, fd, file->path, &ignored);
         if (fd >= 0) close(fd);
@@ -1099,7 +1086,7 @@ static bool check_space(Job *job, bool fresh, Dsv4Error *e) {
 }
 
 // Makes DST ours: from here on things are written. Returns its locked descriptor, -1 on an error.
-static int claim(const Job *job, bool fresh, Dsv4Error *e) {
+static int claim(const Job *job, bool fresh, Err *e) {
     const char *dst = job->o->dst;
     if (fresh && mkdir(dst, 0777) && errno != EEXIST)
         return fail(e, "%s: cannot make it: %s", dst, strerror(errno)) - 1;
@@ -1107,7 +1094,7 @@ static int claim(const Job *job, bool fresh, Dsv4Error *e) {
     bool ok = fd >= 0 || fail(e, "%s: %s", dst, strerror(errno));
     if (ok && flock(fd, LOCK_EX | LOCK_NB))
         ok = fail(e, "%s: another dsv4 convert is at work there", dst);
-    ok = ok && write_whole(dst, MANIFEST, job->identity, strlen(job->identity), e);
+    ok = ok && write_whole(dst, MANIFEST, str_span(&job->identity), e);
     if (ok) return fd;
     if (fd >= 0) close(fd);
     return -1;
@@ -1117,10 +1104,10 @@ static int claim(const Job *job, bool fresh, Dsv4Error *e) {
 // dsv4 convert
 
 // "0,2,40-42": each layer once; layers routed by hash first, as config.json can only say how many.
-static bool read_remap(Job *job, const char *list, Dsv4Error *e) {
+static bool read_remap(Job *job, const char *list, Err *e) {
     int L = job->config.n_layers;
-    job->new_layer = need(malloc((size_t)L * sizeof *job->new_layer));
-    job->kept = need(malloc((size_t)L * sizeof *job->kept));
+    job->new_layer = xalloc((size_t)L, sizeof *job->new_layer);
+    job->kept = xalloc((size_t)L, sizeof *job->kept);
     for (int i = 0; i < L; i++) job->new_layer[i] = -1;
     for (const char *p = list;; p++) {
         size_t used = 0;
@@ -1146,65 +1133,59 @@ static bool read_remap(Job *job, const char *list, Dsv4Error *e) {
     }
 }
 
-static bool prepare(Job *job, Dsv4Error *e) {
+static bool prepare(Job *job, Err *e) {
     const Dsv4Convert *o = job->o;
     bool f16 = o->scale_dtype && !strcmp(o->scale_dtype, "f16");
     if (o->scale_dtype && !f16 && strcmp(o->scale_dtype, "bf16"))
         return fail(e, "--scale-dtype: expected bf16 or f16, found '%s'", o->scale_dtype);
-    if (!dsv4_config(o->src, &job->config, e)) return false;
+    if (!config_brief(&job->config, o->src, e)) return false;
     if (strcmp(job->config.quant, "fp8"))
         return fail(e, "%s/config.json: quant_method is '%s', the original release has 'fp8'",
                     o->src, job->config.quant);
     if (o->layer_remap && !read_remap(job, o->layer_remap, e)) return false;
-    job->store = dsv4_store_open(o->src, e);
-    if (!job->store) return false;
+    if (!store_open(&job->store, o->src, e)) return false;
     job->tables = tables_new(f16);
-    if (f16) dsv4_note("scales in F16: for other software, this engine reads BF16");
-    return plan(job, e) && (job->identity = identity(job, e));
+    if (f16) note("scales in F16: for other software, this engine reads BF16");
+    return plan(job, e) && identity(job, e);
 }
 
-static bool same_text(const Job *job, const char *name, const char *text, size_t n, Dsv4Error *e) {
-    char *path = text_of("%s/%s", job->o->dst, name);
-    Dsv4Text found;
-    bool ok = dsv4_map(path, &found, e);
-    if (ok && (found.n != n || memcmp(found.p, text, n)))
-        ok = fail(e, "%s: is not what converting the source gives", path);
-    free(path);
-    return ok;
+static bool check_text(const Job *job, const char *name, const Str *text, Err *e) {
+    bool same;
+    return same_text(job, name, str_span(text), &same, e) &&
+           (same || fail(e, "%s/%s: is not what converting the source gives", job->o->dst, name));
 }
 
 // The shards, then the other files; config.json and the index last.
-static bool convert(Job *job, bool complete, Dsv4Error *e) {
+static bool convert(Job *job, bool complete, Err *e) {
     static const char index_name[] = "model.safetensors.index.json";
     const Dsv4Convert *o = job->o;
-    size_t n = 0, index_n = 0;
-    char *index_path = text_of("%s/%s", o->src, index_name), *index = NULL;
+    Str config = { 0 }, index = { 0 };
+    char *index_path = text_of("%s/%s", o->src, index_name);
     bool has_index = !access(index_path, F_OK);
-    char *config = rewrite(job, "config.json", CONFIG, &n, e);
-    bool ok = config != NULL;
-    if (ok && has_index) ok = (index = rewrite(job, index_name, INDEX, &index_n, e)) != NULL;
+    bool ok = rewrite(job, "config.json", CONFIG, &config, e) &&
+              (!has_index || rewrite(job, index_name, INDEX, &index, e));
     if (!complete) {
         ok = ok && run(job, false, e) && carry_over(o->src, o->dst, 0, e);
-        ok = ok && (!has_index || write_whole(o->dst, index_name, index, index_n, e));
-        ok = ok && write_whole(o->dst, "config.json", config, n, e);
+        ok = ok && (!has_index || write_whole(o->dst, index_name, str_span(&index), e));
+        ok = ok && write_whole(o->dst, "config.json", str_span(&config), e);
         char *manifest = text_of("%s/%s", o->dst, MANIFEST);
         if (ok && unlink(manifest)) ok = fail(e, "%s: %s", manifest, strerror(errno));
         free(manifest);
     }
     if (ok && o->verify)
-        ok = run(job, true, e) && same_text(job, "config.json", config, n, e) &&
-             (!has_index || same_text(job, index_name, index, index_n, e));
+        ok = run(job, true, e) && check_text(job, "config.json", &config, e) &&
+             (!has_index || check_text(job, index_name, &index, e));
     free(index_path);
-    free(config);
-    free(index);
+    free(config.p);
+    free(index.p);
     return ok;
 }
 
 static void job_free(Job *job) {
     for (int i = 0; job->files && i < job->n_files; i++) {
-        Shard *file = &job->files[i];
+        OutFile *file = &job->files[i];
         for (size_t k = 0; k < file->n; k++)
-            if (file->items[k].name.p != file->items[k].t.name.p)
+            if (file->items[k].name.p != file->items[k].t->name.p)
                 free((void *)(uintptr_t)file->items[k].name.p);
         free(file->items);
         free(file->header);
@@ -1215,17 +1196,17 @@ static void job_free(Job *job) {
     free(job->new_layer);
     free(job->kept);
     free(job->tables);
-    free(job->identity);
-    if (job->store) dsv4_store_close(job->store);
+    free(job->identity.p);
+    store_close(&job->store);
     pthread_mutex_destroy(&job->lock);
 }
 
 // Converts o->src to o->dst, or goes on with it. False: *e says why. The source is only read.
-bool dsv4_convert(const Dsv4Convert *o, Dsv4Error *e) {
+bool dsv4_convert(const Dsv4Convert *o, Err *e) {
     Job job = { .o = o, .lock = PTHREAD_MUTEX_INITIALIZER };
     bool fresh = false, complete = false;
     int lock = -1;
-    double start = seconds();
+    double start = now();
     pick_loops();
     bool ok = prepare(&job, e) && inspect(&job, &fresh, &complete, e) &&
               (complete || check_space(&job, fresh, e));
@@ -1234,9 +1215,9 @@ bool dsv4_convert(const Dsv4Convert *o, Dsv4Error *e) {
     if (ok && !complete) ok = (lock = claim(&job, fresh, e)) >= 0;
     ok = ok && convert(&job, complete, e);
     if (ok)
-        dsv4_note("%s %s: %zu weights converted, %.2f GB in %.1f s%s", o->dst,
+        note("%s %s: %zu weights converted, %.2f GB in %.1f s%s", o->dst,
                   complete ? "checked" : "done", job.converted, (double)job.total / 1e9,
-                  seconds() - start, o->verify ? ", every byte compared" : "");
+                  now() - start, o->verify ? ", every byte compared" : "");
     if (lock >= 0) close(lock);
     job_free(&job);
     return ok;

@@ -155,47 +155,54 @@ void reader_feed(Reader *r, Span piece);
 bool reader_finish(Reader *r);
 void reader_free(Reader *r);
 
-// --- checkpoint files
+// --- checkpoint files (dsv4.c, "safetensors")
 
-typedef Span Dsv4Text;
-typedef Err Dsv4Error;
+typedef enum {      // in the order of safetensors' own list, by which its writer sorts
+    DT_BOOL, DT_F4, DT_F6_E2M3, DT_F6_E3M2, DT_U8, DT_I8, DT_F8_E5M2, DT_F8_E4M3, DT_F8_E8M0,
+    DT_I16, DT_U16, DT_F16, DT_BF16, DT_I32, DT_U32, DT_F32, DT_C64, DT_F64, DT_I64, DT_U64,
+    N_DTYPES
+} Dtype;
 
-// One line `dsv4: ...` on stderr, then exit(code).  One fact `# ...` on stderr.
-__attribute__((noreturn, format(printf, 2, 3))) void dsv4_die(int code, const char *fmt, ...);
-__attribute__((format(printf, 1, 2))) void dsv4_note(const char *fmt, ...);
+typedef struct { const char *name; int bits; } DtypeInfo;
+extern const DtypeInfo dtypes[N_DTYPES];
+enum { TENSOR_RANK = 8 };
 
-// A file mapped read-only until the program ends.
-bool dsv4_map(const char *path, Dsv4Text *out, Dsv4Error *e);
-
-// Calls each() for every member of a JSON object (key decoded) or item of an array (key empty);
-// value is the value's text as it stands, checked. False if the JSON is damaged or each() said so.
-typedef bool Dsv4Each(void *arg, Dsv4Text key, Dsv4Text value, Dsv4Error *e);
-bool dsv4_json_each(Dsv4Text json, const char *name, Dsv4Each *each, void *arg, Dsv4Error *e);
-
-// DIR/config.json, checked in full as the engine does before it runs a model.
 typedef struct {
-    int n_layers, n_hash_layers, n_mtp;
-    char quant[32];         // quantization_config.quant_method, "" if none
-} Dsv4Config;
-bool dsv4_config(const char *dir, Dsv4Config *c, Dsv4Error *e);
+    Span name;                  // in the mapped header
+    int dtype, rank, shard;
+    int64_t shape[TENSOR_RANK];
+    const uint8_t *data;        // in the mapped file, at any address
+    size_t bytes;
+} Tensor;
 
-// The tensors of a checkpoint directory, every header checked. Names live as long as the store.
 typedef struct {
-    Dsv4Text name;
-    const char *dtype;      // "BF16", "F8_E4M3", ...
-    int rank, shard;
-    int64_t shape[8];
-    uint64_t at, bytes;     // place in the shard's file
-} Dsv4Tensor;
-int dsv4_dtype_order(const char *dtype);        // its place in safetensors' own list
-typedef struct Dsv4Store Dsv4Store;
-Dsv4Store *dsv4_store_open(const char *dir, Dsv4Error *e);                  // NULL on an error
-size_t dsv4_store_tensors(const Dsv4Store *s);
-Dsv4Tensor dsv4_store_tensor(const Dsv4Store *s, size_t i);
-size_t dsv4_store_find(const Dsv4Store *s, Dsv4Text name);                  // SIZE_MAX: not there
-int dsv4_store_shards(const Dsv4Store *s);
-const char *dsv4_store_shard(const Dsv4Store *s, int i, Dsv4Text *metadata);    // its path
-void dsv4_store_close(Dsv4Store *s);
+    char *path;
+    Span map;                   // the whole file
+    Span metadata;              // "__metadata__" as it stands in the header, or empty
+    size_t header;              // bytes before the data
+} Shard;
+
+// Valid until store_close; a zeroed Store is empty.
+typedef struct {
+    Tensor *tensors;            // [n], shard by shard, each in the order of its header
+    uint32_t *slots;            // [n_slots] tensor + 1, 0 = empty; n_slots is a power of two
+    Shard *shards;              // [n_shards]
+    char **owned;               // [n_owned] names that the file spells with escapes
+    size_t n, cap, n_slots;
+    int n_shards, n_owned;
+} Store;
+
+// The arguments of a %.*s that shows a name from a file, up to a sane length.
+#define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
+
+const char *tensor_kind(const Tensor *t, char out[static 256]);        // "BF16 [64, 128]"
+bool store_open(Store *s, const char *dir, Err *e);         // on an error *s is empty
+const Tensor *store_find_span(const Store *s, Span name);   // or NULL
+void store_close(Store *s);
+
+// What the converter needs of DIR/config.json, which is checked as before running a model.
+typedef struct { int n_layers, n_hash_layers; char quant[32]; } ConfigBrief;
+bool config_brief(ConfigBrief *b, const char *dir, Err *e);
 
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
 typedef struct {
@@ -205,6 +212,6 @@ typedef struct {
     int threads;                // 0: all cores
     bool verify;                // re-read the result and compare it with the source
 } Dsv4Convert;
-bool dsv4_convert(const Dsv4Convert *o, Dsv4Error *e);
+bool dsv4_convert(const Dsv4Convert *o, Err *e);
 
 #endif
