@@ -87,6 +87,7 @@ INT3(neg, 0 - x)
 INT3(abs, x >> (sizeof(x) * 8 - 1) ? 0 - x : x) /* of signed types only */
 INT6(min, x < y ? x : y)
 INT6(max, x > y ? x : y)
+INT6(sad, (u64)z + (x < y ? (u64)y - (u64)x : (u64)x - (u64)y))
 ALU16(mul_hi_u16, u16, ((u32)x * y) >> 16)
 ALU16(mul_hi_s16, s16, (x * y) >> 16)
 ALU(mul_hi_u32, u32, ((u64)x * y) >> 32)
@@ -769,6 +770,7 @@ const Form alu_forms[] = {
     {"neg .s16|.s32|.s64", "da", INT, 0, .by_type = SIZES(neg)},
     {"min " NUM, "daa", INT, 0, .by_type = SIGNS(min)},
     {"max " NUM, "daa", INT, 0, .by_type = SIGNS(max)},
+    {"sad " NUM, "daaa", INT, 0, .by_type = SIGNS(sad)},
     {"and .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(and)},
     {"or .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(or)},
     {"xor .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(xor)},
@@ -822,7 +824,8 @@ const Form alu_forms[] = {
     {"div .rn|.rz|.rm|.rp .f64", "daa", SIM_C_FP64, 64, div_f64},
     {"rcp .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, rcp_f64},
     {"sqrt .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, sqrt_f64},
-    {"rsqrt .approx .f64", "da", SIM_C_FP64, 64, rsqrt_f64},
+    {"rsqrt .approx [.ftz] .f64", "da", SIM_C_FP64, 64, rsqrt_f64},
+    {"rcp .approx .ftz .f64", "da", SIM_C_FP64, 64, rcp_f64},
     {"min .f64", "daa", SIM_C_FP64, 64, min_f64},
     {"max .f64", "daa", SIM_C_FP64, 64, max_f64},
     {"abs .f64", "da", SIM_C_FP64, 64, abs_f64},

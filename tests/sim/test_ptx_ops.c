@@ -83,6 +83,8 @@ REF(r_min_u, x < y ? x : y) REF(r_max_u, x > y ? x : y)
 REF(r_min16, X16 < Y16 ? x : y) REF(r_max16, X16 > Y16 ? x : y)
 REF(r_min32, X32 < Y32 ? x : y) REF(r_max32, X32 > Y32 ? x : y)
 REF(r_min64, X64 < Y64 ? x : y) REF(r_max64, X64 > Y64 ? x : y)
+REF(r_sad_u, z + (x > y ? x - y : y - x))
+REF(r_sad_s, z + (u64)(X32 > Y32 ? (s64)X32 - Y32 : (s64)Y32 - X32))
 REF(r_and, x & y) REF(r_or, x | y) REF(r_xor, x ^ y) REF(r_not, ~x)
 REF(r_shl16, (u32)y < 16 ? x << y : 0) REF(r_shl32, (u32)y < 32 ? x << y : 0)
 REF(r_shl64, (u32)y < 64 ? x << y : 0) REF(r_shru16, (u32)y < 16 ? x >> y : 0)
@@ -339,6 +341,7 @@ static const struct {
     {"max.s16", "h:hh", r_max16}, {"min.u32", "w:ww", r_min_u}, {"min.s32", "w:ww", r_min32},
     {"max.u32", "w:ww", r_max_u}, {"max.s32", "w:ww", r_max32}, {"min.u64", "l:ll", r_min_u},
     {"min.s64", "l:ll", r_min64}, {"max.u64", "l:ll", r_max_u}, {"max.s64", "l:ll", r_max64},
+    {"sad.u16", "h:hhh", r_sad_u}, {"sad.s32", "w:www", r_sad_s}, {"sad.u64", "l:lll", r_sad_u},
     {"and.b16", "h:hh", r_and}, {"or.b16", "h:hh", r_or}, {"xor.b16", "h:hh", r_xor},
     {"not.b16", "h:h", r_not}, {"and.b32", "w:ww", r_and}, {"or.b32", "w:ww", r_or},
     {"xor.b32", "w:ww", r_xor}, {"not.b32", "w:w", r_not}, {"and.b64", "l:ll", r_and},
