@@ -1,11 +1,7 @@
 // Unit test of the safetensors reader and the config reader: every rule has a file or a value that
 // breaks it and the words the error must hold; and a store of 70,000 tensors is opened and timed.
-#ifndef FRAGMENTS
 #define DSV4_NO_MAIN
 #include "../dsv4.c"
-#else
-#include FRAGMENTS
-#endif
 #include <sys/resource.h>
 
 static int passed, failed;
