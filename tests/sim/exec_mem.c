@@ -92,17 +92,18 @@ static int how_of(const Inst *i, bool store) {
 
 /* The bytes themselves, between memory (`base` is the address of memory[0]) and the buffer. */
 static void copy_lanes(Access *x, u8 *memory, u64 base, bool store) {
-    u8 *first = memory + (x->at[0] - base);
-    if (x->row)
-        memcpy(store ? first : x->data, store ? x->data : first, 32 * x->bytes);
-    else
-        EACH(l, x->mask) {
-            u8 *p = memory + (x->at[l] - base), *data = x->data + l * x->bytes;
-            if (x->bytes == 4)
-                memcpy(store ? p : data, store ? data : p, 4);
-            else
-                memcpy(store ? p : data, store ? data : p, x->bytes);
-        }
+    if (x->row) {
+        u8 *p = memory + (x->at[0] - base);
+        memcpy(store ? p : x->data, store ? x->data : p, 32 * x->bytes);
+        return;
+    }
+    EACH(l, x->mask) {
+        u8 *p = memory + (x->at[l] - base), *data = x->data + l * x->bytes;
+        if (x->bytes == 4)
+            memcpy(store ? p : data, store ? data : p, 4);
+        else
+            memcpy(store ? p : data, store ? data : p, x->bytes);
+    }
 }
 
 /* All active lanes lie in `a`, from `low` on, over `span` bytes. */

@@ -32,11 +32,14 @@ static const char source[] =
     "__device__ void copy16(u16 *s, const u16 *g, bool real) {\n"
     "  asm volatile(\"cp.async.cg.shared.global [%0], [%1], 16, %2;\" ::\n"
     "    \"r\"((u32)__cvta_generic_to_shared(s)), \"l\"(g), \"r\"(real ? 16 : 0)); }\n"
-    "extern \"C\" __global__ void gemm(float *C, const u16 *A, const u16 *B, int M, int N, int K) {\n"
+    "extern \"C\" __global__ void gemm(float *C, const u16 *A, const u16 *B, int M, int N,\n"
+    "                                int K) {\n"
     "  __shared__ __align__(16) u16 a[2][64][40], b[2][64][40];\n"
-    "  int t = threadIdx.x, warp = t / 32, lane = t % 32, m0 = blockIdx.y * 64, n0 = blockIdx.x * 64;\n"
+    "  int t = threadIdx.x, warp = t / 32, lane = t % 32;\n"
+    "  int m0 = blockIdx.y * 64, n0 = blockIdx.x * 64;\n"
     "  float acc[8][4] = {};\n"
-    "  auto load = [&](int s, int k0) { for (int c = t; c < 256; c += 128) { int r = c / 4, q = c % 4 * 8;\n"
+    "  auto load = [&](int s, int k0) {\n"
+    "    for (int c = t; c < 256; c += 128) { int r = c / 4, q = c % 4 * 8;\n"
     "      copy16(&a[s][r][q], A + (size_t)min(m0 + r, M - 1) * K + k0 + q, m0 + r < M);\n"
     "      copy16(&b[s][r][q], B + (size_t)min(n0 + r, N - 1) * K + k0 + q, n0 + r < N); }\n"
     "    asm volatile(\"cp.async.commit_group;\"); };\n"
@@ -55,11 +58,12 @@ static const char source[] =
     "          __cvta_generic_to_shared(&b[s][j * 8 + (lane & 7)][kk + (lane >> 3 & 1) * 8])));\n"
     "        asm volatile(\"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, \"\n"
     "          \"{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\" : \"+f\"(acc[j][0]), \"+f\"(acc[j][1]),\n"
-    "          \"+f\"(acc[j][2]), \"+f\"(acc[j][3]) : \"r\"(f[0]), \"r\"(f[1]), \"r\"(f[2]), \"r\"(f[3]),\n"
-    "          \"r\"(h[0]), \"r\"(h[1])); } }\n"
+    "          \"+f\"(acc[j][2]), \"+f\"(acc[j][3]) : \"r\"(f[0]), \"r\"(f[1]), \"r\"(f[2]),\n"
+    "          \"r\"(f[3]), \"r\"(h[0]), \"r\"(h[1])); } }\n"
     "    __syncthreads(); }\n"
     "  for (int j = 0; j < 8; j++) for (int e = 0; e < 4; e++) {\n"
-    "    int m = m0 + warp * 16 + lane / 4 + 8 * (e / 2), n = n0 + j * 8 + lane % 4 * 2 + (e & 1);\n"
+    "    int m = m0 + warp * 16 + lane / 4 + 8 * (e / 2);\n"
+    "    int n = n0 + j * 8 + lane % 4 * 2 + (e & 1);\n"
     "    if (m < M && n < N) C[(size_t)m * N + n] = acc[j][e]; } }\n"
     "__device__ __noinline__ float series(float x, int n) {\n"
     "  float c[8]; for (int i = 0; i < 8; i++) c[i] = x + i; return c[n & 7] * n; }\n"
@@ -174,7 +178,8 @@ static void test_gemv(void) {
     for (int r = 0; r < R; r++) {
         double s = 0, size = 0, term;
         for (int i = 0; i < K; i++) {
-            term = (double)(w[r * K + i] * x[i]) * (double)ws[(r * K + i) / 32] * (double)xs[i / 32];
+            term = (double)(w[r * K + i] * x[i]) * (double)ws[(r * K + i) / 32];
+            term *= (double)xs[i / 32];
             s += term;
             size += fabs(term);
         }
