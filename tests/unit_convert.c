@@ -136,6 +136,8 @@ static void test_formats(const Tables *t) {
     int8_t map[128];
     check(table8(127, 127, false, map) == SCALE_BAD && table8(255, 0, false, map) == SCALE_BAD, "FP8 NaN");
     check(table8(254, 0x7e, false, map) == SCALE_BAD && table8(246, 0x7e, false, map) != SCALE_BAD, "FP8 overflow");
+    check(stored_scale(f32_from(0x3f808000), false) == 0x3f80 && stored_scale(f32_from(0x3f818000), false) == 0x3f82 &&
+          stored_scale(f32_from(0x3f808001), false) == 0x3f81, "BF16, ties");
     check(stored_scale(1, true) == 0x3c00 && stored_scale(65519, true) == 0x7bff, "F16");
     check(stored_scale(65520, true) == SCALE_BAD && stored_scale(0x1p-24f, true) == 1, "F16, ends");
     check(stored_scale(0x1p-25f, true) == 0 && stored_scale(0x1.8p-24f, true) == 2, "F16, ties");
