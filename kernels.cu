@@ -1348,57 +1348,62 @@ struct Routing {
     int *n_tiles;       // [1]
 };
 
-// route() of dsv4.c: a warp per row: scores s = sqrt(softplus(z)), the ACTIVE largest of s + bias (ties to the lowest
-// index) or the token's row of tid2eid; weights s / sum * ROUTE_SCALE. Reads E scores a row.
-extern "C" __global__ void __launch_bounds__(256)
-route(const float *z, const float *bias, const long long *tid2eid, const Row *rows, int T, Routing out) {
+// route_rows() of dsv4.c for one row by one warp: scores s = sqrt(softplus(z)), the ACTIVE largest of s + bias (ties to the
+// lowest index) or the token's `given` experts; weights s / sum * ROUTE_SCALE. Lane `slot` gets its expert and weight.
+// False if a score is not finite.
+__device__ inline bool route_row(const float *z, const float *bias, const long long *given, int &id, float &weight) {
     constexpr int PER = (EXPERTS + 31) / 32;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = blockIdx.x * 8 + warp;
-    if (t < T) {
-        float s[PER], rank[PER];
-        bool finite = true;
+    const int lane = threadIdx.x & 31;
+    float s[PER], rank[PER], sum = 0;
+    bool finite = true;
 #pragma unroll
-        for (int j = 0; j < PER; j++) {
-            const int e = j * 32 + lane;
-            s[j] = 0, rank[j] = MINUS_INF;
-            if (e >= EXPERTS) continue;
-            const float v = z[(size_t)t * EXPERTS + e];
-            finite = finite && fabsf(v) <= 3.4e38f;
-            s[j] = sqrtf(v > 20.f ? v : log1pf(expf(v)));
-            rank[j] = bias ? s[j] + bias[e] : s[j];
-        }
-        if (!__all_sync(~0u, finite) && lane == 0) *out.bad = 1;
-        float sum = 0, weight = 0;
-        int id = 0;
-        for (int slot = 0; slot < ACTIVE; slot++) {
-            int e = 0;
-            if (tid2eid) {
-                e = (int)tid2eid[(size_t)rows[t].token * ACTIVE + slot];
-            } else {
-                float best = MINUS_INF;
-                e = EXPERTS;
-#pragma unroll
-                for (int j = 0; j < PER; j++)
-                    if (rank[j] > best) best = rank[j], e = j * 32 + lane;
-                for (int m = 16; m; m >>= 1) {
-                    const float other = __shfl_xor_sync(~0u, best, m);
-                    const int oe = __shfl_xor_sync(~0u, e, m);
-                    if (other > best || (other == best && oe < e)) best = other, e = oe;
-                }
-                e = min(e, EXPERTS - 1);
-            }
-            float w = 0;
+    for (int j = 0; j < PER; j++) {
+        const int e = j * 32 + lane;
+        s[j] = 0, rank[j] = MINUS_INF;
+        if (e >= EXPERTS) continue;
+        finite = finite && fabsf(z[e]) <= 3.4e38f;
+        s[j] = sqrtf(z[e] > 20.f ? z[e] : log1pf(expf(z[e])));
+        rank[j] = bias ? s[j] + bias[e] : s[j];
+    }
+    id = 0, weight = 0;
+    for (int slot = 0; slot < ACTIVE; slot++) {
+        int e = EXPERTS;
+        if (given) {
+            e = (int)given[slot];
+        } else {
+            float best = MINUS_INF;
 #pragma unroll
             for (int j = 0; j < PER; j++)
-                if (e == j * 32 + lane) w = s[j], rank[j] = MINUS_INF;
-            w = __shfl_sync(~0u, w, e & 31);
-            sum += w;
-            if (lane == slot) weight = w, id = e;
+                if (rank[j] > best) best = rank[j], e = j * 32 + lane;
+            for (int m = 16; m; m >>= 1) {
+                const float other = __shfl_xor_sync(~0u, best, m);
+                const int oe = __shfl_xor_sync(~0u, e, m);
+                if (other > best || (other == best && oe < e)) best = other, e = oe;
+            }
+            e = min(e, EXPERTS - 1);
         }
-        if (lane < ACTIVE) {
-            out.ids[t * ACTIVE + lane] = id;
-            out.weights[t * ACTIVE + lane] = weight / sum * ROUTE_SCALE;
-        }
+        float w = 0;
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            if (e == j * 32 + lane) w = s[j], rank[j] = MINUS_INF;
+        w = __shfl_sync(~0u, w, e & 31);
+        sum += w;
+        if (lane == slot) weight = w, id = e;
+    }
+    weight = weight / sum * ROUTE_SCALE;
+    return __all_sync(~0u, finite);
+}
+
+// route() for more than one row: a warp per row; up to 8 rows are also sorted by expert here. Reads E scores a row.
+extern "C" __global__ void __launch_bounds__(256)
+route(const float *z, const float *bias, const long long *tid2eid, const Row *rows, int T, Routing out) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = blockIdx.x * 8 + warp;
+    if (t < T) {
+        int id;
+        float weight;
+        const long long *given = tid2eid ? tid2eid + (size_t)rows[t].token * ACTIVE : 0;
+        if (!route_row(z + (size_t)t * EXPERTS, bias, given, id, weight) && lane == 0) *out.bad = 1;
+        if (lane < ACTIVE) out.ids[t * ACTIVE + lane] = id, out.weights[t * ACTIVE + lane] = weight;
     }
     if (T > 8) return;                  // a long batch is sorted by group_rows
     __shared__ int ids[8 * ACTIVE];
@@ -1468,19 +1473,42 @@ __device__ inline void up_rows(float (*part)[8][32], const Matrix &w1, const Mat
     quantize1(h, out.q + to, out.s + to / 32);
 }
 
-// The first half of experts() for the routed experts: block (32 hidden rows, n-th active expert). Every expert's weights are
-// read once for all its rows. MAX: rows at most.
-template <int MAX>
-__device__ inline void expert_up_block(const Matrix *experts, const In &in, const Routing &r, Hidden out) {
+// The first half of experts() for one row: block (32 hidden rows, slot). Every block routes the row for itself: that takes
+// less time than a kernel in between.
+extern "C" __global__ void __launch_bounds__(256, 4)
+expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs, const float *z, const float *bias,
+            const long long *tid2eid, const Row *rows, Routing r, Hidden out) {
+    __shared__ float part[2][8][32], weight;
+    __shared__ int expert;
+    const int slot = blockIdx.y, lane = threadIdx.x & 31;
+    if (threadIdx.x < 32) {
+        int id;
+        float w;
+        const bool finite = route_row(z, bias, tid2eid ? tid2eid + (size_t)rows[0].token * ACTIVE : 0, id, w);
+        if (lane == slot) expert = id, weight = w;
+        if (blockIdx.x == 0 && lane == slot) r.ids[slot] = id, r.weights[slot] = w;
+        if (blockIdx.x == 0 && !finite) *r.bad = 1;
+        __syncwarp();
+    }
+    __syncthreads();
+    const In in = { x, q, qs, DIM };
+    const int row[1] = { 0 };
+    up_rows<ROUTED, 1>(part, experts[expert * 3], experts[expert * 3 + 2], blockIdx.x * 32, in, row, 1, &weight, out, slot);
+}
+
+// The same for 2 to 8 rows: block (32 hidden rows, n-th active expert). An expert's weights are read once for all its rows.
+extern "C" __global__ void __launch_bounds__(256, 2)
+expert_up_8(const Matrix *experts, const float *x, const s8 *q, const float *qs, Routing r, Hidden out) {
     __shared__ float part[2][8][32], weights[8];
     if (blockIdx.y >= *r.n_active) return;
     const int e = r.active[blockIdx.y], place = r.start[e], count = r.start[e + 1] - place, n0 = blockIdx.x * 32;
     const Matrix w1 = experts[e * 3], w3 = experts[e * 3 + 2];
+    const In in = { x, q, qs, DIM };
     int row[8];
 #pragma unroll
-    for (int b = 0; b < MAX; b++) row[b] = r.order[place + min(b, count - 1)] / ACTIVE;
+    for (int b = 0; b < 8; b++) row[b] = r.order[place + min(b, count - 1)] / ACTIVE;
     if (threadIdx.x < count) weights[threadIdx.x] = r.weights[r.order[place + threadIdx.x]];
-    if (MAX == 1 || count == 1) {
+    if (count == 1) {
         const int one[1] = { row[0] };
         up_rows<ROUTED, 1>(part, w1, w3, n0, in, one, count, weights, out, place);
     } else if (count == 2) {
@@ -1493,15 +1521,6 @@ __device__ inline void expert_up_block(const Matrix *experts, const In &in, cons
         up_rows<ROUTED, 8>(part, w1, w3, n0, in, row, count, weights, out, place);
     }
 }
-
-#define EXPERT_UP(B) \
-extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
-expert_up_##B(const Matrix *experts, const float *x, const s8 *q, const float *qs, Routing r, Hidden out) { \
-    const In in = { x, q, qs, DIM }; \
-    expert_up_block<B>(experts, in, r, out); \
-}
-EXPERT_UP(1)
-EXPERT_UP(8)
 
 // The router's scores and the shared expert's first half, which need the same input: the first `up` blocks make 32 hidden
 // rows each, the others are gemv blocks of the gate.
@@ -1546,12 +1565,12 @@ __device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int 
 template <int MAX>
 __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const Routing &r, int T, float *y) {
     __shared__ float part[MAX * (ACTIVE + 1) * 8], tmp[8][32];
-    const int warp = threadIdx.x >> 5, n = blockIdx.x * 8, sources = *r.n_active + 1;
+    const int warp = threadIdx.x >> 5, n = blockIdx.x * 8, sources = (MAX == 1 ? ACTIVE : *r.n_active) + 1;
     const In in = { h.x, h.q, h.s, EXPERT_DIM };
     for (int i = warp; i < sources; i += 8) {
         const bool routed = i < sources - 1;
-        const int e = routed ? r.active[i] : EXPERTS;
-        const int place = routed ? r.start[e] : T * ACTIVE, count = routed ? r.start[e + 1] - place : T;
+        const int e = !routed ? EXPERTS : MAX == 1 ? r.ids[i] : r.active[i];        // one row: in the order of its slots
+        const int place = !routed ? T * ACTIVE : MAX == 1 ? i : r.start[e], count = routed && MAX > 1 ? r.start[e + 1] - place : T;
         const Matrix w2 = experts[e * 3 + 1];
         if (MAX == 1 || count == 1) down_rows<SHARED | ROUTED, 1>(part, tmp[warp], w2, n, in, place, count);
         else if (count == 2) down_rows<SHARED | ROUTED, 2>(part, tmp[warp], w2, n, in, place, count);
@@ -1562,7 +1581,7 @@ __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const 
     const int t = threadIdx.x / 8, j = threadIdx.x % 8;
     if (t >= T || n + j >= DIM) return;
     float v = 0;
-    for (int slot = 0; slot < ACTIVE; slot++) v += part[r.place[t * ACTIVE + slot] * 8 + j];
+    for (int slot = 0; slot < ACTIVE; slot++) v += part[(MAX == 1 ? slot : r.place[t * ACTIVE + slot]) * 8 + j];
     y[(size_t)t * DIM + n + j] = v + part[(T * ACTIVE + t) * 8 + j];
 }
 

@@ -1,0 +1,63 @@
+// Every operation of the GPU against the CPU's on identical inputs, over shapes with edges.
+//   cc -std=gnu11 -I. -o test_kernels tests/gpu/test_kernels.c -ldl -lm     (run from the top folder; LD_LIBRARY_PATH: the device)
+// Prints the worst deviation of each operation and 'N passed, N failed'.
+#define DSV4_NO_MAIN
+#include "dsv4.c"
+
+typedef struct {
+    const char *name;
+    Format dense, expert;
+    Config c;
+    int T[8], pos[8];           // batches: rows, first position; T = 0 ends
+} Case;
+
+#define COMMON .vocab = 300, .max_ctx = 1 << 20, .hc_mult = 4, .hc_iters = 20, .hc_eps = 1e-6f, .norm_eps = 1e-6f, \
+    .route_scale = 1.5f, .rope_theta = 1e4f, .compress_theta = 1.6e5f, .yarn_factor = 16, .yarn_beta_fast = 32, \
+    .yarn_beta_slow = 1, .yarn_ctx = 512
+
+static const Case cases[] = {
+    { "edges, INT4 and INT8", W_INT8, W_INT4,
+      { COMMON, .dim = 192, .n_heads = 6, .head_dim = 96, .rope_dim = 32, .q_lora_rank = 96, .o_groups = 3,
+        .o_lora_rank = 32, .window = 8, .n_experts = 5, .n_active = 3, .expert_dim = 96, .index_heads = 8,
+        .index_dim = 64, .index_topk = 12, .swiglu_limit = 3 },
+      { 1, 2, 3, 8, 9, 65, 130 }, { 700, 127, 511, 1020, 250, 300, 0 } },
+    { "edges, FP4 and FP8", W_FP8, W_FP4,
+      { COMMON, .dim = 192, .n_heads = 6, .head_dim = 96, .rope_dim = 32, .q_lora_rank = 96, .o_groups = 3,
+        .o_lora_rank = 32, .window = 8, .n_experts = 5, .n_active = 3, .expert_dim = 96, .index_heads = 8,
+        .index_dim = 64, .index_topk = 12, .swiglu_limit = 3 },
+      { 1, 2, 4, 7, 9, 70 }, { 127, 0, 1000, 505, 250, 60 } },
+    { "a head of 160, 33 heads, 40 experts", W_INT8, W_FP4,
+      { COMMON, .dim = 288, .n_heads = 33, .head_dim = 160, .rope_dim = 64, .q_lora_rank = 160, .o_groups = 3,
+        .o_lora_rank = 96, .window = 128, .n_experts = 40, .n_active = 6, .expert_dim = 160, .index_heads = 13,
+        .index_dim = 96, .index_topk = 32, .swiglu_limit = 10 },
+      { 1, 5, 20 }, { 1023, 511, 333 } },
+    { "long context, top 512", W_INT8, W_INT4,
+      { COMMON, .dim = 64, .n_heads = 4, .head_dim = 64, .rope_dim = 32, .q_lora_rank = 32, .o_groups = 1,
+        .o_lora_rank = 32, .window = 128, .n_experts = 4, .n_active = 2, .expert_dim = 32, .index_heads = 4,
+        .index_dim = 32, .index_topk = 512, .swiglu_limit = 10 },
+      { 8, 6, 6, 1, 9 }, { 2044, 8190 * 4, 32766 * 4, 4 * 65537, 2050 * 4 } },
+};
+
+int main(int argc, char **argv) {
+    int passed = 0, failed = 0;
+    Pool *pool = pool_new(2);
+    cpu_init();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const Case *k = &cases[i];
+        Parity list[N_PARITY] = { 0 };
+        if (argc > 1 && atoi(argv[1]) != (int)i) continue;
+        for (int j = 0; j < 8 && k->T[j]; j++) {
+            Toy *m = toy_new(&k->c, k->dense, k->expert);
+            cuda_parity(m, 0, pool, k->T[j], k->pos[j], list);
+        }
+        printf("%s\n", k->name);
+        for (int j = 0; j < N_PARITY && list[j].name; j++) {
+            bool ok = list[j].error <= list[j].limit;
+            printf("  %-4s %-14s %.2e (limit %.0e), %d comparisons\n", ok ? "ok" : "FAIL", list[j].name, list[j].error,
+                   list[j].limit, list[j].n);
+            *(ok ? &passed : &failed) += 1;
+        }
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
