@@ -248,12 +248,13 @@ EXPORT CUresult cuInit(unsigned flags) {
     return leave(r);
 }
 
-EXPORT CUresult cuDriverGetVersion(int *version) {
-    CUresult r = enter(__func__, ANY);
-    if (!r && !version) r = E_INVALID_VALUE;
-    if (!r) *version = config.driver;
-    return leave(r);
+static CUresult put(int *out, int value) {
+    if (!out) return E_INVALID_VALUE;
+    *out = value;
+    return OK;
 }
+
+API(ANY, cuDriverGetVersion, (int *version), put(version, config.driver))
 
 EXPORT CUresult cuGetErrorName(CUresult code, const char **text) {
     if (!text) return E_INVALID_VALUE;
@@ -267,13 +268,8 @@ EXPORT CUresult cuGetErrorString(CUresult code, const char **text) {
     return *text ? OK : E_INVALID_VALUE;
 }
 
-EXPORT CUresult cuProfilerStart(void) {
-    return leave(enter(__func__, CTX));
-}
-
-EXPORT CUresult cuProfilerStop(void) {
-    return leave(enter(__func__, CTX));
-}
+API(CTX, cuProfilerStart, (void), OK)
+API(CTX, cuProfilerStop, (void), OK)
 
 /* ------------------------------------------------------------------------------------------------
  * devices */
@@ -286,17 +282,10 @@ static CUresult enter_device(const char *name, int dev, const void *out) {
     return r;
 }
 
-EXPORT CUresult cuDeviceGetCount(int *count) {
-    CUresult r = enter_device(__func__, 0, count);
-    if (!r) *count = config.devices;
-    return leave(r);
-}
+API(INIT, cuDeviceGetCount, (int *count), put(count, config.devices))
 
-EXPORT CUresult cuDeviceGet(CUdevice *device, int ordinal) {
-    CUresult r = enter_device(__func__, ordinal, device);
-    if (!r) *device = ordinal;
-    return leave(r);
-}
+API(INIT, cuDeviceGet, (CUdevice *device, int ordinal),
+    ordinal < 0 || ordinal >= config.devices ? E_INVALID_DEVICE : put(device, ordinal))
 
 EXPORT CUresult cuDeviceGetName(char *name, int size, CUdevice dev) {
     CUresult r = enter_device(__func__, dev, name);
@@ -327,8 +316,8 @@ EXPORT CUresult cuDeviceGetPCIBusId(char *id, int size, CUdevice dev) {
     return leave(r);
 }
 
-/* Attributes as a GA102 card reports them, by CUdevice_attribute; -1: not listed. SIM_CC changes the
- * capability alone. 99 registering host memory works, 113 but not read-only. */
+/* Attributes as a GA102 card reports them, by CUdevice_attribute; -1: not listed. SIM_CC changes
+ * the capability alone. 99 registering host memory works, 113 but not read-only. */
 static int attribute(int which, int dev) {
     static const int table[][2] = {
         { 1, 1024 }, { 2, 1024 }, { 3, 1024 }, { 4, 64 },          /* block: threads, x, y, z */
@@ -495,44 +484,23 @@ EXPORT CUresult cuCtxGetCurrent(CUcontext *ctx) {
     return leave(r);
 }
 
-EXPORT CUresult cuCtxGetDevice(CUdevice *dev) {
-    CUresult r = enter(__func__, INIT);
-    if (!r && !dev) r = E_INVALID_VALUE;
-    if (!r && !cur()) r = E_INVALID_CONTEXT;
-    if (!r) *dev = cur()->device;
-    return leave(r);
+static CUresult get_device(int *dev, Ctx *c) {
+    return obj_ok(c, T_CTX) ? put(dev, c->device) : E_INVALID_CONTEXT;
 }
+
+/* The second forms, since 13.0, are about a given context. */
+API(INIT, cuCtxGetDevice_v2, (CUdevice *dev, CUcontext ctx), get_device(dev, ctx ? ctx : cur()))
+API(INIT, cuCtxGetDevice, (CUdevice *dev), get_device(dev, cur()))
 
 /* The place where a kernel's fault usually comes to light. */
-EXPORT CUresult cuCtxSynchronize(void) {
-    CUresult r = enter(__func__, UNSAFE);
-    if (!r) {
-        run_ctx(cur());
-        r = cur()->sticky;
-    }
-    return leave(r);
+static CUresult synchronize(Ctx *c) {
+    if (!obj_ok(c, T_CTX) || !c->retained) return E_INVALID_CONTEXT;
+    run_ctx(c);
+    return c->sticky;
 }
 
-/* Since 13.0: of a given context. */
-EXPORT CUresult cuCtxSynchronize_v2(CUcontext ctx) {
-    CUresult r = enter(__func__, UNSAFE);
-    if (!r && ctx && (!obj_ok(ctx, T_CTX) || !ctx->retained)) r = E_INVALID_CONTEXT;
-    if (!r) {
-        Ctx *c = ctx ? ctx : cur();
-        run_ctx(c);
-        r = c->sticky;
-    }
-    return leave(r);
-}
-
-EXPORT CUresult cuCtxGetDevice_v2(CUdevice *dev, CUcontext ctx) {
-    CUresult r = enter(__func__, INIT);
-    Ctx *c = ctx ? ctx : cur();
-    if (!r && !dev) r = E_INVALID_VALUE;
-    if (!r && !obj_ok(c, T_CTX)) r = E_INVALID_CONTEXT;
-    if (!r) *dev = c->device;
-    return leave(r);
-}
+API(UNSAFE, cuCtxSynchronize, (void), synchronize(cur()))
+API(UNSAFE, cuCtxSynchronize_v2, (CUcontext ctx), synchronize(ctx ? ctx : cur()))
 
 EXPORT CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
     CUresult r = enter(__func__, CTX);
