@@ -188,8 +188,7 @@ static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool rea
         return true; /* read by all kinds of threads already */
     u64 *record = read ? reads : writes;
     u64 first = lane_tag(w, base, 0, 15);
-    for (u32 j = 0; j < n; j++)
-        record[j] = first + ((u64)(j >> shift) << S_TID);
+    for (u32 j = 0; j < n; j++) record[j] = first + ((u64)(j >> shift) << S_TID);
     return true;
 }
 

@@ -22,18 +22,15 @@ static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list) {
         high = s > high ? s : high;
     }
     if (high - low < 64) {
-        EACH(l, w->mask)
-            bits |= 1ull << ((address[l] >> 5) - low);
-        for (; bits; bits &= bits - 1)
-            list[n++] = low + (u64)__builtin_ctzll(bits);
+        EACH(l, w->mask) bits |= 1ull << ((address[l] >> 5) - low);
+        for (; bits; bits &= bits - 1) list[n++] = low + (u64)__builtin_ctzll(bits);
         return n;
     }
     memset(table, 0, sizeof table);
     EACH(l, w->mask) {
         u64 sector = (address[l] >> 5) + 1;
         u32 h = (u32)(sector * 0x9e3779b97f4a7c15ull >> 58);
-        while (table[h] && table[h] != sector)
-            h = (h + 1) & 63;
+        while (table[h] && table[h] != sector) h = (h + 1) & 63;
         if (!table[h]) {
             table[h] = sector;
             list[n++] = sector - 1;
@@ -71,10 +68,8 @@ static u32 bank_passes(const Warp *w, const u64 *address, u32 bytes, u32 from, u
     for (u32 l = from; l < to; l++)
         for (u32 b = 0; w->mask >> l & 1 && b < bytes; b += 4) {
             u32 word = (u32)((address[l] + b) / 4), bank = word & 31, k = 0;
-            while (k < n[bank] && words[bank][k] != word)
-                k++;
-            if (k == n[bank])
-                words[bank][n[bank]++] = word;
+            while (k < n[bank] && words[bank][k] != word) k++;
+            if (k == n[bank]) words[bank][n[bank]++] = word;
             most = n[bank] > most ? n[bank] : most;
         }
     return most;
@@ -117,15 +112,13 @@ void sim_counters_add(SimCounters *sum, const SimCounters *part) {
 
 u64 sim_warp_instructions(const SimCounters *c) {
     u64 n = 0;
-    for (int k = 0; k < SIM_N_CLASSES; k++)
-        n += c->warp[k];
+    for (int k = 0; k < SIM_N_CLASSES; k++) n += c->warp[k];
     return n;
 }
 
 u64 sim_lane_instructions(const SimCounters *c) {
     u64 n = 0;
-    for (int k = 0; k < SIM_N_CLASSES; k++)
-        n += c->lane[k];
+    for (int k = 0; k < SIM_N_CLASSES; k++) n += c->lane[k];
     return n;
 }
 

@@ -11,8 +11,9 @@
 #include <unistd.h>
 #include <xmmintrin.h>
 
-/* TURN: taken branches before another warp of the block is run. */
-enum { MAX_WORKERS = 16, TURN = 4096 };
+/* TURN: taken branches before another warp of the block is run. MAX_FINDINGS: of a launch that goes
+ * on in spite of them. */
+enum { MAX_WORKERS = 16, TURN = 4096, MAX_FINDINGS = 20 };
 
 SimOptions sim_options = {
     .strict = true, .check_init = true, .check_races = true, .count_unique = true,
@@ -57,15 +58,14 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     SimFinding f = {.kind = kind, .kernel = launch->kernel->name, .device = launch->device,
                     .ptx_line = i->line, .line = i->src_line, .address = address,
                     .block = {k->ctaid[0], k->ctaid[1], k->ctaid[2]}, .file = ""};
-    if (i->src_file > 0 && i->src_file < m->n_files)
-        f.file = m->files[i->src_file];
+    if (i->src_file > 0 && i->src_file < m->n_files) f.file = m->files[i->src_file];
     thread_index(launch, (u32)(w->index * 32 + lane), f.thread);
     va_list ap;
     va_start(ap, format);
     vsnprintf(f.text, sizeof f.text, format, ap);
     va_end(ap);
     pthread_mutex_lock(&report_lock);
-    sim_report(&f);
+    if (stop || launch->n_findings++ < MAX_FINDINGS) sim_report(&f);
     if (stop && (!launch->result || k->block_index < launch->result_block)) {
         launch->result = error;
         launch->result_block = k->block_index;
@@ -109,8 +109,7 @@ float approx_result(const Warp *w, float x, int lane) {
 void regroup(Warp *w) {
     if (w->active) {
         int k = 0;
-        while (k < w->n_waiting && w->waiting[k].pc != w->pc)
-            k++;
+        while (k < w->n_waiting && w->waiting[k].pc != w->pc) k++;
         if (k == w->n_waiting)
             w->waiting[w->n_waiting++] = (Group){w->pc, 0, w->parking};
         else
@@ -120,8 +119,7 @@ void regroup(Warp *w) {
     int low = 0;
     for (int k = 1; k < w->n_waiting; k++) {
         const Group *g = &w->waiting[k], *best = &w->waiting[low];
-        if (g->parked != best->parked ? best->parked : g->pc < best->pc)
-            low = k;
+        if (g->parked != best->parked ? best->parked : g->pc < best->pc) low = k;
     }
     w->next_pc = ~0u;
     w->active = 0;
@@ -178,14 +176,12 @@ void run_exit(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     w->alive &= ~w->mask;
     w->active &= ~w->mask;
-    if (!w->active)
-        w->next_pc = 0;
+    if (!w->active) w->next_pc = 0;
 }
 
 void run_trap(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
-    if (w->mask)
-        finding(w, SIM_TRAP, -1, 0, "trap");
+    if (w->mask) finding(w, SIM_TRAP, -1, 0, "trap");
 }
 
 void run_assert(Warp *w, const Inst *i, void *out) {
@@ -252,10 +248,8 @@ static void check_init(Warp *w, const Inst *i) {
 
 static void note_init(Warp *w, const Inst *i) {
     u32 set = w->mask;
-    if (i->copy_init)
-        set &= w->init[i->src[0] / 32];
-    for (int k = 0; k < i->n_dst; k++)
-        w->init[i->dst[k] / 32] |= set;
+    if (i->copy_init) set &= w->init[i->src[0] / 32];
+    for (int k = 0; k < i->n_dst; k++) w->init[i->dst[k] / 32] |= set;
     w->init[i->dst_pred / 32] |= set;
 }
 
@@ -289,31 +283,24 @@ static void run_warp(Warp *w) {
     while (w->active && !w->yield && w->state == W_RUN && !k->stop) {
         const Inst *i = &code[w->pc];
         w->mask = w->active;
-        if (i->guard)
-            w->mask &= *(u32 *)slot(w, i->guard) ^ i->guard_flip;
+        if (i->guard) w->mask &= *(u32 *)slot(w, i->guard) ^ i->guard_flip;
         k->warp_count[w->pc]++;
         k->lane_count[w->pc] += (u32)__builtin_popcount(w->mask);
-        if (tracking && i->check_init)
-            check_init(w, i);
+        if (tracking && i->check_init) check_init(w, i);
         execute(w, i);
-        if (tracking && i->note_init)
-            note_init(w, i);
+        if (tracking && i->note_init) note_init(w, i);
         w->pc++;
-        if (w->pc >= w->next_pc)
-            regroup(w);
+        if (w->pc >= w->next_pc) regroup(w);
     }
-    if (!w->active && w->state == W_RUN)
-        w->state = W_DONE;
-    if (w->active)
-        w->next_pc = 0;
+    if (!w->active && w->state == W_RUN) w->state = W_DONE;
+    if (w->active) w->next_pc = 0;
 }
 
 /* ------------------------------------------------------------------------------------------------
  * blocks */
 
 static void fill32(u8 *frame, u32 offset, u32 value) {
-    for (int l = 0; l < 32 && offset; l++)
-        ((u32 *)(frame + offset))[l] = value;
+    for (int l = 0; l < 32 && offset; l++) ((u32 *)(frame + offset))[l] = value;
 }
 
 /* Constants and what is the same in all blocks: once per launch and worker. */
@@ -323,10 +310,8 @@ static void init_frame(Worker *k, int index) {
     u8 *f = k->warps[index].frame;
     for (u32 n = 0; n < c->n_consts; n++) {
         u64 v = c->consts[n].value;
-        if (c->consts[n].dynamic)
-            v += (c->static_shared + 15) & ~15u;
-        if (c->consts[n].bits == 1)
-            *(u32 *)(f + c->consts[n].offset) = (u32)v;
+        if (c->consts[n].dynamic) v += (c->static_shared + 15) & ~15u;
+        if (c->consts[n].bits == 1) *(u32 *)(f + c->consts[n].offset) = (u32)v;
         for (int l = 0; l < 32 && c->consts[n].bits > 1; l++) {
             if (c->consts[n].bits == 64)
                 ((u64 *)(f + c->consts[n].offset))[l] = v;
@@ -352,8 +337,7 @@ static void init_frame(Worker *k, int index) {
         for (int d = 0; d < 3; d++)
             if (c->special[SR_TID_X + d])
                 ((u32 *)(f + c->special[SR_TID_X + d]))[l] = t[d];
-        if (c->special[SR_LANEID])
-            ((u32 *)(f + c->special[SR_LANEID]))[l] = l;
+        if (c->special[SR_LANEID]) ((u32 *)(f + c->special[SR_LANEID]))[l] = l;
         for (int m = 0; m < 5; m++)
             if (c->special[SR_LANEMASK_EQ + m])
                 ((u32 *)(f + c->special[SR_LANEMASK_EQ + m]))[l] = masks[m];
@@ -383,8 +367,7 @@ static void init_warp(Worker *k, int index) {
         w->init[0] = ~0u;
         for (u32 n = 0; n < c->n_consts; n++)
             w->init[c->consts[n].offset / 32] = ~0u;
-        for (int s = 0; s < SR_COUNT; s++)
-            w->init[c->special[s] / 32] = ~0u;
+        for (int s = 0; s < SR_COUNT; s++) w->init[c->special[s] / 32] = ~0u;
     }
 }
 
@@ -425,8 +408,7 @@ static void run_block(Worker *k, u32 index) {
     k->fenced = false;
     memset(k->barriers, 0, sizeof k->barriers);
     memset(k->shared_state, 0, k->launch->shared_bytes);
-    for (int n = 0; n < k->n_warps; n++)
-        init_warp(k, n);
+    for (int n = 0; n < k->n_warps; n++) init_warp(k, n);
     u32 start = sim_options.seed ? (u32)mix64(sim_options.seed + index) : 0;
     for (bool progress = true; progress && !k->stop;) {
         progress = false;
@@ -437,8 +419,7 @@ static void run_block(Worker *k, u32 index) {
             run_warp(w);
         }
     }
-    if (!k->stop)
-        report_deadlock(k);
+    if (!k->stop) report_deadlock(k);
     k->count.blocks++;
     k->count.threads += k->launch->n_threads;
 }
@@ -494,8 +475,7 @@ static void *worker_main(void *arg) {
         run_block(k, launch->order ? launch->order[n] : n);
     }
     counters_finish(k);
-    for (int n = 0; n < k->n_warps; n++)
-        free(k->warps[n].async);
+    for (int n = 0; n < k->n_warps; n++) free(k->warps[n].async);
     ((Pool *)k->pool)->serial = k->serial;
     return NULL;
 }
@@ -561,10 +541,8 @@ int sim_launch(const SimLaunch *in, SimCounters *counters) {
     while (started < n && !pthread_create(&threads[started], NULL, worker_main, &workers[started]))
         started++;
     worker_main(&workers[0]);
-    for (int k = 1; k < started; k++)
-        pthread_join(threads[k], NULL);
-    for (int k = 0; k < started; k++)
-        sim_counters_add(counters, &workers[k].count);
+    for (int k = 1; k < started; k++) pthread_join(threads[k], NULL);
+    for (int k = 0; k < started; k++) sim_counters_add(counters, &workers[k].count);
     counters->launches++;
     free(launch.order);
     return launch.result;

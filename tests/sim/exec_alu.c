@@ -257,8 +257,7 @@ BITS1(bfind_s64, s64, find_msb((u64)(x < 0 ? ~x : x), 64, i->shiftamt))
 
 static u64 reverse_bits(u64 v) {
     u64 r = 0;
-    for (int k = 0; k < 64; k++)
-        r |= (v >> k & 1) << (63 - k);
+    for (int k = 0; k < 64; k++) r |= (v >> k & 1) << (63 - k);
     return r;
 }
 

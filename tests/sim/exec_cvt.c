@@ -194,8 +194,7 @@ static void put_float(const Warp *w, const Inst *i, u32 l, double x) {
         return;
     default:
         f = (float)x; /* in the mode that run_wrapped has set */
-        if (i->ftz && fabsf(f) < 0x1p-126f)
-            f = copysignf(0, f);
+        if (i->ftz && fabsf(f) < 0x1p-126f) f = copysignf(0, f);
         memcpy(&bits, &f, 4);
         put(w, i, l, f == f ? bits : CANON_NAN);
     }
@@ -219,12 +218,9 @@ HANDLER(cvt_float_float) {
     (void)out;
     EACH(l, w->mask) {
         double x = float_source(w, i, l);
-        if (i->round >= RND_RNI)
-            x = integral(x, i->round);
-        if (i->sat)
-            x = x > 0 ? x < 1 ? x : 1 : 0;
-        if (i->relu && (x < 0 || (x == 0 && signbit(x))))
-            x = 0;
+        if (i->round >= RND_RNI) x = integral(x, i->round);
+        if (i->sat) x = x > 0 ? x < 1 ? x : 1 : 0;
+        if (i->relu && (x < 0 || (x == 0 && signbit(x)))) x = 0;
         put_float(w, i, l, x);
     }
 }
@@ -395,10 +391,8 @@ static u16 half_value(const Inst *i, HalfOp op, bool bf16, const double v[3]) {
     case H_EX2: r = exp2(v[0]); break;
     default: r = tanh(v[0]);
     }
-    if (i->sat)
-        r = r > 0 ? r < 1 ? r : 1 : 0;
-    if (i->relu && (r < 0 || (r == 0 && signbit(r))))
-        r = 0;
+    if (i->sat) r = r > 0 ? r < 1 ? r : 1 : 0;
+    if (i->relu && (r < 0 || (r == 0 && signbit(r)))) r = 0;
     u16 h = bf16 ? shorten(r, 7, 127, RND_RN) : shorten(r, 10, 15, RND_RN);
     return i->ftz && !bf16 && !(h & 0x7c00) ? h & 0x8000 : h;
 }
@@ -413,8 +407,7 @@ static void half_lanes(Warp *w, const Inst *i, u32 *d, HalfOp op) {
             double v[3] = {0, 0, 0};
             for (int k = 0; k < i->n_src && k < 3; k++) {
                 u16 h = (u16)(((u32 *)src(w, i, k))[l] >> (16 * p));
-                if (i->ftz && !bf16 && !(h & 0x7c00))
-                    h &= 0x8000;
+                if (i->ftz && !bf16 && !(h & 0x7c00)) h &= 0x8000;
                 v[k] = (double)(bf16 ? bf16_to_float(h) : half_to_float(h));
             }
             d[l] |= (u32)half_value(i, op, bf16, v) << (16 * p);

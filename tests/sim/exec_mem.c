@@ -25,8 +25,7 @@ static void lane_addresses(const Warp *w, const Inst *i, Access *x) {
         LANES x->at[l] = (u64)(u32)(base[l] + (u32)i->imm);
     }
     x->mask = w->mask;
-    for (u64 l = 0; l < 32; l++)
-        wrong |= x->at[l] ^ (x->at[0] + l * x->bytes);
+    for (u64 l = 0; l < 32; l++) wrong |= x->at[l] ^ (x->at[0] + l * x->bytes);
     x->row = w->mask == FULL_WARP && !wrong;
 }
 
@@ -111,8 +110,7 @@ static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 sp
     bool small = span <= 4096;
     if (!store && a->valid && sim_options.check_init &&
         !(small && bits_all(a->valid, low - a->base, span)))
-        EACH(l, x->mask)
-            check_global_init(w, a, x->at[l], x->bytes, (int)l);
+        EACH(l, x->mask) check_global_init(w, a, x->at[l], x->bytes, (int)l);
     if (sim_options.check_races && !a->read_only)
         race_global(w, a, x->mask, x->at, x->bytes, how_of(i, store), x->row,
                     store ? x->data : NULL);
@@ -144,8 +142,7 @@ static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
         EACH(l, left)
             same |= (u32)(a && x->at[l] - a->base <= a->size - x->bytes) << l;
         x->mask = w->mask = same;
-        if (a)
-            move_in(w, i, x, a, a->base, a->size, store);
+        if (a) move_in(w, i, x, a, a->base, a->size, store);
         left &= ~same;
     }
     w->mask = x->mask = mask;
@@ -193,13 +190,11 @@ static void move_shared(Warp *w, const Inst *i, Access *x, bool store) {
     Worker *k = w->worker;
     u64 high = 0;
     if (!aligned_lanes(w, x)) return;
-    EACH(l, x->mask)
-        high = x->at[l] > high ? x->at[l] : high;
+    EACH(l, x->mask) high = x->at[l] > high ? x->at[l] : high;
     if (high > k->launch->shared_bytes || x->bytes > k->launch->shared_bytes - high)
         EACH(l, x->mask)
             if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes)) return;
-    if (i->class != SIM_C_ATOMIC)
-        count_shared(w, x->at, x->bytes, x->row);
+    if (i->class != SIM_C_ATOMIC) count_shared(w, x->at, x->bytes, x->row);
     EACH(l, x->mask)
         if (!state_good(k->shared_state + x->at[l], x->bytes))
             check_shared_state(w, (int)l, x->at[l], x->bytes, store);
@@ -266,10 +261,8 @@ static void move_generic(Warp *w, const Inst *i, Access *x, bool store) {
     while (left && !w->worker->stop) {
         Space s = space_of(x->at[__builtin_ctz(left)]);
         u32 same = 0;
-        EACH(l, left)
-            same |= (u32)(space_of(x->at[l]) == s) << l;
-        EACH(l, same)
-            x->at[l] &= s == SP_GLOBAL ? ~0ull : 0xffffffffull;
+        EACH(l, left) same |= (u32)(space_of(x->at[l]) == s) << l;
+        EACH(l, same) x->at[l] &= s == SP_GLOBAL ? ~0ull : 0xffffffffull;
         x->mask = w->mask = same;
         x->row = row && same == FULL_WARP;
         move_space(w, i, x, s, store);
@@ -348,8 +341,7 @@ static void pack(const Warp *w, const Inst *i, Access *x) {
 }
 
 static void fence_block(Warp *w, const Inst *i) {
-    if (i->fence)
-        w->worker->fenced = true;
+    if (i->fence) w->worker->fenced = true;
 }
 
 static void load(Warp *w, const Inst *i, void *out) {
@@ -360,8 +352,7 @@ static void load(Warp *w, const Inst *i, void *out) {
     lane_addresses(w, i, &x);
     fence_block(w, i);
     move(w, i, &x, false);
-    if (!w->worker->stop)
-        unpack(w, i, &x);
+    if (!w->worker->stop) unpack(w, i, &x);
 }
 
 static void store(Warp *w, const Inst *i, void *out) {
@@ -518,8 +509,7 @@ static void cp_async(Warp *w, const Inst *i, void *out) {
     async_sources(w, i, &from, &whole, &part);
     if (!aligned_lanes(w, &to)) return;
     w->mask = from.mask = whole;
-    if (whole)
-        move_global(w, i, &from, false);
+    if (whole) move_global(w, i, &from, false);
     w->mask = all;
     EACH(l, part) {
         u32 n = ((u32 *)src(w, i, 2))[l];
@@ -546,8 +536,7 @@ static void cp_async(Warp *w, const Inst *i, void *out) {
 
 static void cp_commit(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
-    EACH(l, w->mask)
-        w->committed[l]++;
+    EACH(l, w->mask) w->committed[l]++;
 }
 
 /* Delivers what the lanes' `keep` newest committed groups do not hold; ~0u: all. */
@@ -567,8 +556,7 @@ void async_deliver(Warp *w, u32 lanes, u32 keep) {
             memset(k->shared_state + c->shared[l], 1, c->bytes);
         }
         c->lanes &= ~ready;
-        if (c->lanes && kept++ != n)
-            w->async[kept - 1] = *c;
+        if (c->lanes && kept++ != n) w->async[kept - 1] = *c;
     }
     w->n_async = kept;
 }

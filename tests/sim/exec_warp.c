@@ -11,8 +11,7 @@
 static bool members_ok(Warp *w, const Inst *i, int k, const char *what) {
     const u32 *members = src(w, i, k);
     bool all = w->mask == FULL_WARP;
-    for (int l = 0; l < 32; l++)
-        all &= members[l] == FULL_WARP;
+    for (int l = 0; l < 32; l++) all &= members[l] == FULL_WARP;
     w->sync_epoch++;
     if (all) return true;
     EACH(l, w->mask)
@@ -51,8 +50,7 @@ static u32 shfl_sources(const Inst *i, const u32 *b, const u32 *c, int *from) {
         from[l] = ok[l] ? j : l;
     }
     u32 inside = 0;
-    for (int l = 0; l < 32; l++)
-        inside |= (u32)ok[l] << l;
+    for (int l = 0; l < 32; l++) inside |= (u32)ok[l] << l;
     return inside;
 }
 
@@ -69,8 +67,7 @@ static void shfl(Warp *w, const Inst *i, void *out) {
                     from[l]);
         result[l] = a[from[l]];
     }
-    EACH(l, all)
-        to[l] = result[l];
+    EACH(l, all) to[l] = result[l];
     if (i->dst_pred) {
         u32 *p = slot(w, i->dst_pred);
         *p = (*p & ~all) | (inside & all);
@@ -103,8 +100,7 @@ static void match(Warp *w, const Inst *i, void *out) {
         v[l] = wide ? ((u64 *)src(w, i, 0))[l] : ((u32 *)src(w, i, 0))[l];
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask, same = 0;
-        EACH(m, of)
-            same |= (u32)(v[m] == v[l]) << m;
+        EACH(m, of) same |= (u32)(v[m] == v[l]) << m;
         bool all = same == of;
         ((u32 *)slot(w, i->dst[0]))[l] = i->op == OP_ANY ? same : all ? of : 0;
         if (i->dst_pred) {
@@ -134,17 +130,14 @@ static void redux(Warp *w, const Inst *i, void *out) {
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask;
         result[l] = a[__builtin_ctz(of)];
-        EACH(m, of & (of - 1))
-            result[l] = reduce(i, result[l], a[m]);
+        EACH(m, of & (of - 1)) result[l] = reduce(i, result[l], a[m]);
     }
-    EACH(l, w->mask)
-        ((u32 *)slot(w, i->dst[0]))[l] = result[l];
+    EACH(l, w->mask) ((u32 *)slot(w, i->dst[0]))[l] = result[l];
 }
 
 static void activemask(Warp *w, const Inst *i, void *out) {
     (void)i;
-    for (int l = 0; l < 32; l++)
-        ((u32 *)out)[l] = w->mask;
+    for (int l = 0; l < 32; l++) ((u32 *)out)[l] = w->mask;
 }
 
 static void warp_sync(Warp *w, const Inst *i, void *out) {
@@ -201,11 +194,9 @@ static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait) {
             w->pc--; /* the loop adds one; stays on this instruction until released */
         }
         if (b->arrived >= b->expected) {
-            if (wait)
-                w->pc++;
+            if (wait) w->pc++;
             release_barrier(k, b, id);
-            if (wait)
-                w->pc--;
+            if (wait) w->pc--;
         }
     }
 }
@@ -287,8 +278,7 @@ static void multiply_half(Tile *t, bool bf16) {
         for (int h = 0; h < 2; h++) {
             float lane[8];
             _mm256_storeu_ps(lane, widen_half(_mm256_loadu_si256((void *)t->a[r]), h, bf16));
-            for (int g = 0; g < t->groups; g++)
-                a[r][g][h] = lane[g];
+            for (int g = 0; g < t->groups; g++) a[r][g][h] = lane[g];
         }
     int n = 2 * t->groups;
     const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(CANON_NAN));

@@ -20,8 +20,7 @@ static u32 n_table, cap_table;
 
 static Device *device_of(int index) {
     Device *d = &devices[index];
-    if (!d->limit)
-        d->limit = 24ull << 30;
+    if (!d->limit) d->limit = 24ull << 30;
     return d;
 }
 
@@ -160,8 +159,7 @@ void sim_mem_info(int device, u64 *free_bytes, u64 *total_bytes) {
 /* 0x7fa1 patterns: NaN as f32, f16x2 and bf16x2, and a wild index as an integer. */
 static void poison(u8 *p, u64 bytes) {
     static const u8 pattern[4] = {0xa1, 0x7f, 0xa1, 0x7f};
-    for (u64 k = 0; k < bytes && k < POISON_LIMIT; k++)
-        p[k] = pattern[k % 4];
+    for (u64 k = 0; k < bytes && k < POISON_LIMIT; k++) p[k] = pattern[k % 4];
 }
 
 int mem_alloc(int device, u64 bytes, bool global, Alloc **out) {
@@ -190,8 +188,7 @@ int mem_alloc(int device, u64 bytes, bool global, Alloc **out) {
 int sim_mem_alloc(int device, u64 bytes, u64 *address) {
     Alloc *a;
     int error = mem_alloc(device, bytes, false, &a);
-    if (!error)
-        *address = a->base;
+    if (!error) *address = a->base;
     return error;
 }
 
@@ -215,8 +212,7 @@ int sim_mem_free(u64 address) {
 
 void sim_mem_reset(int device) {
     for (u32 k = 0; k < n_table; k++)
-        if (table[k]->device == device && !table[k]->freed)
-            release(table[k]);
+        if (table[k]->device == device && !table[k]->freed) release(table[k]);
 }
 
 void sim_mem_peer(int device, int peer, bool allowed) {
@@ -327,8 +323,7 @@ void *sim_mem_ptr(u64 address) {
 
 void sim_mem_mark(u64 address, u64 bytes, bool initialised) {
     Alloc *a = mem_lookup(address);
-    if (a && a->valid)
-        bits_set(a->valid, address - a->base, bytes, initialised);
+    if (a && a->valid) bits_set(a->valid, address - a->base, bytes, initialised);
 }
 
 void sim_mem_copy_marks(u64 destination, u64 source, u64 bytes) {

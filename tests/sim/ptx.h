@@ -262,7 +262,7 @@ typedef struct Launch {
     u32 *order;        /* blocks in the order they are run, or NULL */
     u32 next_block;
     int result;        /* first error, by lowest block */
-    u32 result_block;
+    u32 result_block, n_findings;
     bool cancel;
 } Launch;
 

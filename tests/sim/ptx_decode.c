@@ -108,8 +108,7 @@ static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
     *reach = 0;
     if (n != name || memcmp(pattern, opcode, n)) return false;
     const char *mod = opcode + n, *e = pattern + n;
-    while (*e == ' ')
-        e++;
+    while (*e == ' ') e++;
     while (*e) {
         bool optional = *e == '[';
         const char *start = e + optional;
@@ -120,8 +119,7 @@ static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
         else if (!optional)
             break;
         e = start + len + optional;
-        while (*e == ' ')
-            e++;
+        while (*e == ' ') e++;
     }
     *reach = (size_t)(mod - opcode);
     return !*e && !*mod;
@@ -182,8 +180,7 @@ static u64 immediate(Parser *p, Type type, int bits, bool minus) {
         v = 0;
         memcpy(&v, &f, 4);
     }
-    if (minus)
-        v = p->is_float ? v ^ 1ull << (bits - 1) : 0 - v;
+    if (minus) v = p->is_float ? v ^ 1ull << (bits - 1) : 0 - v;
     if (!p->is_float && (type == T_F32 || type == T_F64))
         ptx_fail(p, "integer constant for a floating-point operand");
     return bits == 64 ? v : v & ((1ull << bits) - 1);
@@ -200,8 +197,7 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
     u32 at;
     if (p->tok == TOK_NUMBER) {
         u32 s = const_slot(p, immediate(p, type, bits, minus), bits > 32 ? 64 : 32, false);
-        if (wide)
-            *wide = bits > 32;
+        if (wide) *wide = bits > 32;
         next(p);
         return s;
     }
@@ -211,8 +207,7 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
         if (s->type == T_PRED || (relaxed ? width_bits(s->type) < bits
                                           : width_bits(s->type) != bits))
             wrong_width(p, p->word, s->type, bits);
-        if (wide)
-            *wide = width_bits(s->type) == 64;
+        if (wide) *wide = width_bits(s->type) == 64;
     } else if (s && s->kind != K_LABEL && s->kind != K_FUNC) {
         u64 v = symbol_address(p, s);
         bool dynamic = s->dynamic;
@@ -227,8 +222,7 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
     } else if (!s && (at = special_slot(p, p->word, &which)) != 0) {
         if ((which >= SR_GRIDID ? 64 : 32) < bits)
             ptx_fail(p, "operand '%s' is too narrow", p->word);
-        if (wide)
-            *wide = which >= SR_GRIDID;
+        if (wide) *wide = which >= SR_GRIDID;
     } else {
         ptx_fail(p, "'%s' is not declared", p->word);
     }
@@ -253,8 +247,7 @@ static u32 destination(Parser *p, int bits, bool relaxed, bool *wide) {
     if (!s || s->kind != K_REG || s->type == T_PRED) ptx_fail(p, "'%s' is not a register", p->word);
     if (relaxed ? width_bits(s->type) < bits : width_bits(s->type) != bits)
         wrong_width(p, p->word, s->type, bits);
-    if (wide)
-        *wide = width_bits(s->type) == 64;
+    if (wide) *wide = width_bits(s->type) == 64;
     next(p);
     return at;
 }
@@ -285,8 +278,7 @@ static int64_t address_operand(Parser *p, Inst *i, bool *wide) {
             ptx_fail(p, "bad address '%s'", p->word);
         if (s->kind == K_REG) {
             *wide = width_bits(s->type) == 64;
-            if (width_bits(s->type) < 32)
-                wrong_width(p, p->word, s->type, 64);
+            if (width_bits(s->type) < 32) wrong_width(p, p->word, s->type, 64);
         } else {
             at = const_slot(p, symbol_address(p, s), 64, s->dynamic);
             if (i->space == SP_PARAM && s->kind == K_LOCAL)
@@ -324,13 +316,11 @@ static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool
         else
             add_src(p, i, source(p, type, bits, relaxed, wide));
     } while (braces && accept(p, ','));
-    if (braces)
-        expect(p, '}');
+    if (braces) expect(p, '}');
 }
 
 static void predicate_source(Parser *p, Inst *i) {
-    if (accept(p, '!'))
-        i->src_flip |= 1u << i->n_src;
+    if (accept(p, '!')) i->src_flip |= 1u << i->n_src;
     accept(p, '-');
     if (p->tok == TOK_NUMBER) { /* 0, 1 or -1 */
         add_src(p, i, const_slot(p, p->number ? ~0u : 0, 1, false));
@@ -414,8 +404,7 @@ static void operand(Parser *p, Inst *i, char letter) {
         break;
     default: abort();
     }
-    if (strchr("dup", letter) && accept(p, '|'))
-        i->dst_pred = predicate(p, true);
+    if (strchr("dup", letter) && accept(p, '|')) i->dst_pred = predicate(p, true);
 }
 
 static void operands(Parser *p, Inst *i, const char *letters) {
@@ -464,8 +453,7 @@ static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode
         bool twice = f->operands[0] == 'e';
         i->out_bits = type_bytes((Type)i->type) << twice == 8 ? 64 : 32;
     }
-    if (f->choose)
-        i->run = f->choose(i);
+    if (f->choose) i->run = f->choose(i);
     if (!i->run) ptx_fail(p, "unsupported combination of types in '%s'", opcode);
     if (i->class == SIM_C_CVT || f->choose)
         return; /* these see to rounding and saturation themselves */
@@ -540,10 +528,8 @@ static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst) {
     u32 n = 0, cap = 0;
     if (!leader) abort();
     for (u32 k = 0; k < c->n_inst; k++) {
-        if (c->inst[k].run == run_bra)
-            leader[c->inst[k].target] = 1;
-        if (ends_block(&c->inst[k]))
-            leader[k + 1] = 1;
+        if (c->inst[k].run == run_bra) leader[c->inst[k].target] = 1;
+        if (ends_block(&c->inst[k])) leader[k + 1] = 1;
     }
     for (u32 k = 0; k < c->n_inst; k++) {
         if (k == 0 || leader[k]) {
@@ -555,10 +541,8 @@ static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst) {
     }
     for (u32 k = 0; k < n; k++) {
         const Inst *i = &c->inst[b[k].last];
-        if (!ends_block(i) || i->guard)
-            b[k].next[0] = k + 1 < n ? (int)k + 1 : -1;
-        if (i->run == run_bra)
-            b[k].next[1] = of_inst[i->target];
+        if (!ends_block(i) || i->guard) b[k].next[0] = k + 1 < n ? (int)k + 1 : -1;
+        if (i->run == run_bra) b[k].next[1] = of_inst[i->target];
     }
     free(leader);
     *out = b;
@@ -573,10 +557,8 @@ static bool is_register(const u8 *fixed, u32 offset) {
 static u8 *fixed_slots(const SimCode *c) {
     u8 *fixed = calloc(c->frame_bytes / 32 + 1, 1);
     if (!fixed) abort();
-    for (u32 k = 0; k < c->n_consts; k++)
-        fixed[c->consts[k].offset / 32] = 1;
-    for (int k = 0; k < SR_COUNT; k++)
-        fixed[c->special[k] / 32] = 1;
+    for (u32 k = 0; k < c->n_consts; k++) fixed[c->consts[k].offset / 32] = 1;
+    for (int k = 0; k < SR_COUNT; k++) fixed[c->special[k] / 32] = 1;
     fixed[0] = 1;
     return fixed;
 }
@@ -586,17 +568,14 @@ static u8 *fixed_slots(const SimCode *c) {
 
 static void add_writes(const Inst *i, u64 *set) {
     if (i->guard) return;
-    for (int k = 0; k < i->n_dst; k++)
-        BIT_ADD(set, i->dst[k] / 32);
+    for (int k = 0; k < i->n_dst; k++) BIT_ADD(set, i->dst[k] / 32);
     BIT_ADD(set, i->dst_pred / 32);
 }
 
 static void reads_of(const Inst *i, u32 *out, int *n) {
     *n = 0;
-    for (int k = 0; k < i->n_src; k++)
-        out[(*n)++] = i->src[k];
-    if (i->guard)
-        out[(*n)++] = i->guard;
+    for (int k = 0; k < i->n_src; k++) out[(*n)++] = i->src[k];
+    if (i->guard) out[(*n)++] = i->guard;
 }
 
 /* Solves in = AND over predecessors of (in | set); entry: nothing is set. */
@@ -651,8 +630,7 @@ static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed)
     }
     for (u32 x = 0; x < c->n_inst; x++) {
         Inst *i = &c->inst[x];
-        for (int k = 0; k < i->n_dst; k++)
-            i->note_init |= tracked[i->dst[k] / 32];
+        for (int k = 0; k < i->n_dst; k++) i->note_init |= tracked[i->dst[k] / 32];
         i->note_init |= tracked[i->dst_pred / 32];
     }
     free(now);
@@ -664,8 +642,7 @@ static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed)
 static int pressure(const SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed, const u8 *width)
 {
     int most = 0;
-    for (u32 k = 0; k < n; k++)
-        memset(b[k].in, 0, words * 8);
+    for (u32 k = 0; k < n; k++) memset(b[k].in, 0, words * 8);
     for (bool changed = true; changed;) {
         changed = false;
         for (u32 k = n; k-- > 0;) {

@@ -65,8 +65,7 @@ void ptx_fail(Parser *p, const char *format, ...) {
     if (n >= 0 && (size_t)n < p->log_size)
         vsnprintf(p->log + n, p->log_size - (size_t)n, format, ap);
     va_end(ap);
-    if (!p->error)
-        p->error = SIM_ERROR_INVALID_PTX;
+    if (!p->error) p->error = SIM_ERROR_INVALID_PTX;
     longjmp(p->fail, 1);
 }
 
@@ -75,8 +74,7 @@ static void skip_blank(Parser *p) {
         if (*p->p == '\n') {
             p->read_line++;
         } else if (p->p[0] == '/' && p->p + 1 < p->end && p->p[1] == '/') {
-            while (p->p < p->end && *p->p != '\n')
-                p->p++;
+            while (p->p < p->end && *p->p != '\n') p->p++;
             p->p--;
         } else if (p->p[0] == '/' && p->p + 1 < p->end && p->p[1] == '*') {
             for (p->p += 2; p->p + 1 < p->end && !(p->p[0] == '*' && p->p[1] == '/'); p->p++)
@@ -134,8 +132,7 @@ static void read_number(Parser *p) {
         p->float_bits = 64;
         p->is_float = true;
     }
-    if (*stop == 'U')
-        stop++;
+    if (*stop == 'U') stop++;
     p->p = stop;
 }
 
@@ -153,8 +150,7 @@ void next(Parser *p) {
     } else if (c == '"') {
         size_t n = 0;
         for (p->p++; p->p < p->end && *p->p != '"' && *p->p != '\n'; p->p++)
-            if (n + 1 < sizeof p->word)
-                p->word[n++] = *p->p;
+            if (n + 1 < sizeof p->word) p->word[n++] = *p->p;
         p->word[n] = 0;
         p->p += p->p < p->end;
         p->tok = TOK_STRING;
@@ -257,8 +253,7 @@ u32 new_slot(Parser *p, int bits) {
 
 u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
     SimCode *c = p->code;
-    if (bits < 64 && bits > 1)
-        value = (u32)value;
+    if (bits < 64 && bits > 1) value = (u32)value;
     for (u32 i = 0; i < c->n_consts; i++)
         if (c->consts[i].value == value && c->consts[i].bits == bits &&
             c->consts[i].dynamic == dynamic)
@@ -337,8 +332,7 @@ static Variable parse_variable(Parser *p, SymKind kind) {
     if (type_bytes(v.type) == 0) ptx_fail(p, "variable without a type");
     v.name = expect_name(p);
     v.bytes = (u64)type_bytes(v.type) * (u64)v.vec;
-    if (!v.align)
-        v.align = v.bytes;
+    if (!v.align) v.align = v.bytes;
     if (v.align & (v.align - 1) || v.align > 4096 || !v.align)
         ptx_fail(p, "bad alignment of '%s'", v.name);
     while (accept(p, '[')) {
@@ -371,10 +365,8 @@ static void put_value(Parser *p, const Variable *v, u8 *to) {
             ptx_fail(p, "unsupported initialiser '%s'", p->word);
         x = s->value;
         next(p);
-        if (accept(p, '+'))
-            x += expect_number(p);
-        if (generic)
-            expect(p, ')');
+        if (accept(p, '+')) x += expect_number(p);
+        if (generic) expect(p, ')');
     }
     x = minus ? 0 - x : x;
     memcpy(to, &x, type_bytes(v->type) < 8 ? (size_t)type_bytes(v->type) : 8);
@@ -461,8 +453,7 @@ static void declare_registers(Parser *p) {
         s->count = family ? (int)count : -1;
         s->stride = bits == 1 ? 32 : bits == 64 ? 256 : 128;
         s->slot = p->code->frame_bytes;
-        for (u32 k = 0; k < count; k++)
-            new_slot(p, bits);
+        for (u32 k = 0; k < count; k++) new_slot(p, bits);
     } while (p->tok == TOK_PUNCT && p->punct == ',');
     expect(p, ';');
 }
@@ -471,8 +462,7 @@ static void declare_registers(Parser *p) {
  * bodies */
 
 static void skip_statement(Parser *p) {
-    while (p->tok != TOK_END && !(p->tok == TOK_PUNCT && p->punct == ';'))
-        next(p);
+    while (p->tok != TOK_END && !(p->tok == TOK_PUNCT && p->punct == ';')) next(p);
     next(p);
 }
 
@@ -482,8 +472,7 @@ static void parse_loc(Parser *p) {
     next(p);
     p->loc_file = (int)expect_number(p);
     p->loc_line = (int)expect_number(p);
-    while (p->tok != TOK_END && p->line == line)
-        next(p);
+    while (p->tok != TOK_END && p->line == line) next(p);
 }
 
 /* Takes the labels of a closing scope out of the fixups; the rest belongs to the scope around. */
@@ -540,8 +529,7 @@ static void parse_guarded(Parser *p) {
 
 static bool at_label(const Parser *p) {
     const char *c = p->p;
-    while (c < p->end && (*c == ' ' || *c == '\t'))
-        c++;
+    while (c < p->end && (*c == ' ' || *c == '\t')) c++;
     return p->tok == TOK_WORD && c < p->end && *c == ':' && c[1] != ':';
 }
 
@@ -567,8 +555,7 @@ static void parse_statement(Parser *p) {
 static void parse_scope(Parser *p) {
     u32 syms = p->n_syms, fixups = p->n_fixups;
     expect(p, '{');
-    while (!(p->tok == TOK_PUNCT && p->punct == '}'))
-        parse_statement(p);
+    while (!(p->tok == TOK_PUNCT && p->punct == '}')) parse_statement(p);
     resolve_labels(p, syms, fixups);
     p->n_syms = syms;
     next(p);
@@ -617,10 +604,8 @@ static void inline_call(Parser *p, const Symbol *f, Symbol *ret, int n_ret, Symb
     Symbol *rets[8], *args[64];
     char label[32];
     if (++p->depth > 16) ptx_fail(p, "unsupported: recursion in '%s'", f->name);
-    for (int k = 0; k < n_ret; k++)
-        rets[k] = &ret[k];
-    for (int k = 0; k < n_arg; k++)
-        args[k] = &arg[k];
+    for (int k = 0; k < n_ret; k++) rets[k] = &ret[k];
+    for (int k = 0; k < n_arg; k++) args[k] = &arg[k];
     p->p = f->text;
     p->read_line = f->line;
     p->func_base = p->n_syms;
@@ -663,8 +648,7 @@ void parse_call(Parser *p, u32 guard, bool flip) {
     if (!found || found->kind != K_FUNC) ptx_fail(p, "unsupported: call of '%s'", p->word);
     Symbol f = *found;
     next(p);
-    if (accept(p, ','))
-        n_arg = call_arguments(p, arg, 64);
+    if (accept(p, ',')) n_arg = call_arguments(p, arg, 64);
     expect(p, ';');
     if (!f.text && !strcmp(f.name, "__assertfail")) {
         Inst *i = new_inst(p);
@@ -684,8 +668,7 @@ void parse_call(Parser *p, u32 guard, bool flip) {
         i->class = SIM_C_CONTROL;
     }
     inline_call(p, &f, ret, n_ret, arg, n_arg);
-    if (guard)
-        p->code->inst[skip].target = p->code->n_inst;
+    if (guard) p->code->inst[skip].target = p->code->n_inst;
 }
 
 static void skip_braces(Parser *p) {
@@ -706,8 +689,7 @@ static void parse_func(Parser *p, const char *text, int line) {
     const char *name = expect_name(p);
     u32 at;
     Symbol *s = find_symbol(p, name, &at);
-    if (!s || s->kind != K_FUNC)
-        s = add_symbol(p, name, K_FUNC);
+    if (!s || s->kind != K_FUNC) s = add_symbol(p, name, K_FUNC);
     while (!(p->tok == TOK_PUNCT && (p->punct == '{' || p->punct == ';')) && p->tok != TOK_END)
         next(p);
     if (accept(p, ';')) return;
@@ -752,10 +734,8 @@ static void entry_limits(Parser *p) {
         do
             n[k_dim++] = (unsigned)expect_number(p);
         while (k_dim < 3 && accept(p, ','));
-        if (threads)
-            k->max_threads = (int)(n[0] * n[1] * n[2]);
-        if (required)
-            memcpy(k->required_block, n, sizeof n);
+        if (threads) k->max_threads = (int)(n[0] * n[1] * n[2]);
+        if (required) memcpy(k->required_block, n, sizeof n);
     }
 }
 
@@ -817,8 +797,7 @@ static void parse_target(Parser *p) {
         ptx_fail(p, "target '%s' is for another architecture", p->word);
     if (p->m->target > sim_options.sm)
         ptx_fail(p, "target sm_%d is newer than the device's sm_%d", p->m->target, sim_options.sm);
-    for (next(p); accept(p, ',');)
-        next(p);
+    for (next(p); accept(p, ',');) next(p);
 }
 
 static void parse_file(Parser *p) {
@@ -831,8 +810,7 @@ static void parse_file(Parser *p) {
         m->files[m->n_files++] = "";
     }
     m->files[n] = keep(p, p->word);
-    for (next(p); accept(p, ',');)
-        next(p);
+    for (next(p); accept(p, ',');) next(p);
 }
 
 /* Notes all functions, so that they can be called before their text. */
@@ -857,8 +835,7 @@ static void parse_top(Parser *p) {
     bool external = false;
     while (accept_word(p, ".visible") || accept_word(p, ".weak") || accept_word(p, ".common") ||
            (p->tok == TOK_WORD && !strcmp(p->word, ".extern"))) {
-        if (accept_word(p, ".extern"))
-            external = true;
+        if (accept_word(p, ".extern")) external = true;
     }
     const char *text = p->p;
     int line = p->read_line;
@@ -897,24 +874,21 @@ int sim_module_load(int device, const char *ptx, size_t size, SimModule **module
     m->device = device;
     *p = (Parser){.m = m, .p = ptx, .end = ptx + strnlen(ptx, size), .line = 1, .read_line = 1,
                   .log = log, .log_size = log_size};
-    if (log_size)
-        log[0] = 0;
+    if (log_size) log[0] = 0;
     *module = NULL;
     if (!setjmp(p->fail)) {
         next(p);
         if (p->tok != TOK_WORD || strcmp(p->word, ".version"))
             ptx_fail(p, "PTX must begin with .version");
         find_functions(p);
-        while (p->tok != TOK_END)
-            parse_top(p);
+        while (p->tok != TOK_END) parse_top(p);
         *module = m;
     }
     int error = p->error;
     free(p->syms);
     free(p->fixups);
     free(p);
-    if (error)
-        sim_module_unload(m);
+    if (error) sim_module_unload(m);
     return error;
 }
 
@@ -943,26 +917,11 @@ void sim_module_unload(SimModule *m) {
     free(m);
 }
 
-int sim_module_device(const SimModule *m) {
-    return m->device;
-}
-
-int sim_module_ptx_version(const SimModule *m) {
-    return m->version;
-}
-
-int sim_module_target(const SimModule *m) {
-    return m->target;
-}
-
-int sim_module_n_kernels(const SimModule *m) {
-    return m->n_kernels;
-}
-
-SimKernel *sim_module_kernel(const SimModule *m, int index) {
-    return index >= 0 && index < m->n_kernels ? m->kernels[index] : NULL;
-}
-
+int sim_module_device(const SimModule *m) { return m->device; }
+int sim_module_ptx_version(const SimModule *m) { return m->version; }
+int sim_module_target(const SimModule *m) { return m->target; }
+int sim_module_n_kernels(const SimModule *m) { return m->n_kernels; }
+SimKernel *sim_module_kernel(const SimModule *m, int index) { return index >= 0 && index < m->n_kernels ? m->kernels[index] : NULL; }
 SimKernel *sim_module_find(const SimModule *m, const char *name) {
     for (int k = 0; k < m->n_kernels; k++)
         if (!strcmp(m->kernels[k]->name, name)) return m->kernels[k];

@@ -341,6 +341,30 @@ static void run_refused(void) {
            "target sm_90", "accepted", log);
 }
 
+/* A finding names the source line; without `strict` what hardware survives is told, not fatal. */
+static void run_reports(void) {
+    static const char text[] =
+        ".version 7.4\n.target sm_80\n.address_size 64\n.visible .entry k()\n{\n .reg .b32 %r<4>;\n"
+        " .shared .align 4 .b32 s[64];\n\t.loc 1 41 2\n mov.u32 %r1, %tid.x;\n\t.loc\t1 42 7, "
+        "function_name $L__info, inlined_at 1 50 3\n st.shared.u32 [s], %r1;\n ret;\n}\n"
+        ".file 1 \"src/t.cu\"\n.section .debug_str\n{\n$L__info:\n.b8 95, 90\n}\n";
+    char log[500] = "";
+    SimModule *m;
+    SimCounters counters = {0};
+    result(!sim_module_load(0, text, sizeof text - 1, &m, log, sizeof log), ".loc", "module", log);
+    SimLaunch l = {sim_module_kernel(m, 0), {1, 1, 1}, {64, 1, 1}, 0, NULL};
+    for (int strict = 0; strict < 2; strict++) {
+        n_findings = 0;
+        sim_options.strict = strict;
+        int error = sim_launch(&l, &counters);
+        result(error == (strict ? SIM_ERROR_LAUNCH_FAILED : 0), ".loc", "strict", last_line);
+        result(strict ? n_findings == 1 : n_findings > 1 && n_findings <= 20, ".loc", "count", "");
+        bool found = strstr(last_line, "PTX line 11, src/t.cu:42, block") != NULL;
+        result(found, ".loc", "line", last_line);
+    }
+    sim_module_unload(m);
+}
+
 /* Cutting a text anywhere, or changing a byte, gives a module or an error, never a crash. */
 static void run_damaged(void) {
     char log[500], text[8192];
@@ -368,6 +392,7 @@ int main(void) {
     for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)
         run_case(&cases[k]);
     run_refused();
+    run_reports();
     run_damaged();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
