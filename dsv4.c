@@ -747,6 +747,7 @@ const char *tensor_kind(const Tensor *t, char out[static 256]) {
     return out;
 }
 
+// Where a name is in the open-addressing table, or the empty slot where it belongs.
 static uint32_t *store_slot(const Store *s, Span name) {
     for (size_t i = hash_bytes(name) >> 20;; i++) {
         uint32_t *slot = &s->slots[i & (s->n_slots - 1)];
@@ -789,6 +790,7 @@ void store_close(Store *s) {
     *s = (Store){ 0 };
 }
 
+// One array and one table for all tensors; both double. A table is at most half full.
 static void store_grow(Store *s) {
     s->cap = s->cap ? cmul(s->cap, 2) : 1024;
     s->n_slots = s->cap * 2;
@@ -814,6 +816,7 @@ static Span store_name(Store *s, const Json *j, const Str *key) {
     return (Span){ copy, key->n };
 }
 
+// The three fields of a header entry. Each says what is wrong and where (the byte in the file).
 static bool tensor_dtype(Json *j, Tensor *t) {
     Str name = { 0 };
     bool ok = json_string(j, &name);
@@ -863,6 +866,7 @@ static bool tensor_read(Json *j, Tensor *t, int64_t *begin) {
     if (j->bad) return false;
     for (int i = 0; i < 3; i++)
         if (!(seen >> i & 1)) return json_fail(j, "%.*s: no %s", SHOWN(t->name), fields[i]);
+    // saturates: a product that overflows can never match, not even when a later dimension is 0
     size_t bits = (size_t)dtypes[t->dtype].bits;
     for (int i = 0; i < t->rank && bits != SIZE_MAX; i++) bits = cmul(bits, (size_t)t->shape[i]);
     t->bytes = (size_t)(at[1] - at[0]);
@@ -901,6 +905,7 @@ static bool shard_metadata(Json *j, Shard *sh) {
 // Where a tensor's data lie behind the header of its shard.
 typedef struct { int64_t begin; size_t bytes, tensor; } Place;
 
+// By place; of equal places the empty tensor comes first.
 static int by_begin(const void *a, const void *b) {
     const Place *x = a, *y = b;
     if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
@@ -969,6 +974,7 @@ static bool shard_read(Store *s, int number, Err *e) {
         return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again",
                     sh->path, sh->map.n);
     for (int i = 0; i < 8; i++) n |= (uint64_t)file[i] << 8 * i;
+    // every claim is checked against the file's own size before anything is allocated for it
     if (n > SHARD_HEADER)
         return fail(e, "%s: header length %llu, at most %d allowed: not a safetensors file?",
                     sh->path, (unsigned long long)n, SHARD_HEADER);
@@ -1041,6 +1047,7 @@ static bool index_weight_map(Store *s, Json *j, const char *dir, Map *files, uin
     return !j->bad;
 }
 
+// The whole index: weight_map once, everything else passed over.
 static bool index_read(Store *s, Span text, const char *path, const char *dir, Map *files,
                        uint8_t *seen, Err *e) {
     bool found = false;
@@ -1063,6 +1070,7 @@ static bool store_open_index(Store *s, Span text, const char *path, const char *
         seen = xalloc(s->n, 1);
         ok = index_read(s, text, path, dir, &files, seen, e);
     }
+    // harmless (nothing looks for them), but a sign that index and shards are not of one release
     size_t surplus = 0;
     for (size_t i = 0; ok && i < s->n; i++) surplus += !seen[i];
     if (surplus) note("%s: %zu tensors in the shards are not in the index", path, surplus);
@@ -1226,6 +1234,7 @@ static void config_number(Json *j, const char *key, bool whole, double lo, doubl
     else *(float *)to = (float)v;
 }
 
+// rope_scaling: YaRN, and only YaRN. Its betas have defaults, the rest must be there.
 static void config_rope(Config *c, Json *j) {
     Map seen = { 0 };
     Str key = { 0 };
@@ -1262,6 +1271,7 @@ static void config_groups(Json *j) {
     free(key.p);
 }
 
+// quantization_config: which of the formats the weights claim to have. Their dtypes decide later.
 static void config_quant(Config *c, Json *j) {
     if (json_null(j)) return;
     Map seen = { 0 };
@@ -1306,7 +1316,8 @@ static bool config_model_type(Span text, const char *path, Err *e) {
         else json_skip(&j);
     }
     bool ok = true;
-    if (json_end(&j) && !type.n) ok = fail(e, "%s: no model_type: not a model's config.json?", path);
+    if (json_end(&j) && !type.n)
+        ok = fail(e, "%s: no model_type: not a model's config.json?", path);
     if (type.n && (span_is(str_span(&type), "deepseek_v41") || strstr(type.p, "v4_1")))
         ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported "
                   "(deepseek_v4 is)", path, type.p);
@@ -1354,6 +1365,7 @@ static bool config_check(const Config *c, const Map *seen, int n_ratios, const c
     return true;
 }
 
+// One member of the top level: a number of the tables, an object, a fixed value, or ignored.
 static void config_key(Config *c, Json *j, const Str *key, int ratios[static MAX_RATIOS], int *n) {
     Span k = str_span(key);
     if (k.n > 7 && !memcmp(k.p, "dspark_", 7)) c->dspark = true;
@@ -2248,7 +2260,7 @@ typedef struct {
     int n_threads;              // the caller included
     double spin;                // seconds a thread looks for work before it sleeps
     pthread_t *threads;         // [n_threads - 1]
-    _Atomic uint64_t state;     // region number << 32 | next item; the item is UINT32_MAX between regions
+    _Atomic uint64_t state;     // region number << 32 | next item (between regions: UINT32_MAX)
     _Atomic(RangeFn *) fn;      // the region: read before, and valid only after, a claim on `state`
     _Atomic(void *) arg;
     _Atomic uint32_t n, grain;
@@ -2264,7 +2276,8 @@ typedef struct {
 
 static _Thread_local bool in_region;
 
-// Claims ranges of region `id` until none is left. A late thread's claim fails: `state` has moved on.
+// Claims ranges of region `id` until none is left. A late thread's claim fails: `state` has moved
+// on.
 static void pool_work(Pool *p, uint32_t id) {
     for (;;) {
         uint64_t s = atomic_load_explicit(&p->state, memory_order_acquire);
@@ -2316,8 +2329,9 @@ static void pool_wake(Pool *p) {
     pthread_mutex_unlock(&p->lock);
 }
 
-// Runs f(arg, begin, end) over ranges that cover [0, n), each at least `grain` items (the last may be
-// shorter). Returns when all are done; the caller takes part. A call from inside a region runs serially.
+// Runs f(arg, begin, end) over ranges that cover [0, n), each at least `grain` items (the last may
+// be shorter). Returns when all are done; the caller takes part. A call from inside a region runs
+// serially.
 static void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
     if (n <= 0) return;
     if (p->n_threads == 1 || in_region || n <= grain) {
@@ -2326,7 +2340,8 @@ static void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
     }
     pthread_mutex_lock(&p->caller);
     in_region = true;
-    uint64_t id = (uint32_t)((atomic_exchange(&p->state, atomic_load(&p->state) | UINT32_MAX) >> 32) + 1);
+    uint64_t old = atomic_exchange(&p->state, atomic_load(&p->state) | UINT32_MAX);
+    uint64_t id = (uint32_t)((old >> 32) + 1);
     atomic_store_explicit(&p->fn, f, memory_order_release);
     atomic_store_explicit(&p->arg, arg, memory_order_release);
     atomic_store_explicit(&p->n, (uint32_t)n, memory_order_release);
@@ -2361,7 +2376,8 @@ static void pool_free(Pool *p) {
 // n_threads < 1: one per core this process may use. Threads beyond the cores do not spin.
 static Pool *pool_new(int n_threads) {
     cpu_set_t set;
-    int cores = sched_getaffinity(0, sizeof set, &set) ? (int)sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
+    bool known = !sched_getaffinity(0, sizeof set, &set);
+    int cores = known ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
     Pool *p = xalloc(1, sizeof *p);
     p->n_threads = n_threads > 0 ? n_threads : cores > 0 ? cores : 1;
     p->spin = p->n_threads > cores ? 0 : 80e-6;
@@ -2423,7 +2439,8 @@ INLINE bf16 load_bf16(const void *p, size_t i) {
 // The scale of the 128 x 128 block of INT8 or FP8 weights that holds W[i][k]
 INLINE float block_scale(const Mat *m, int i, int k) {
     size_t block = (size_t)(i / 128) * (size_t)((m->k + 127) / 128) + (size_t)(k / 128);
-    return m->fmt == W_INT8 ? f32_of_bf16(load_bf16(m->s, block)) : f32_of_e8m0(((const uint8_t *)m->s)[block]);
+    if (m->fmt == W_INT8) return f32_of_bf16(load_bf16(m->s, block));
+    return f32_of_e8m0(((const uint8_t *)m->s)[block]);
 }
 
 // The scale of W[i][k] (FP4: of the values themselves); 1 for formats without one.
@@ -2523,8 +2540,9 @@ TARGET_AVX2 static void quantise_avx2(const float *x, int8_t *q, float *s) {
 }
 #endif
 
-// x [k] -> q [groups, 32], s [groups]. Per group: r = 127 / absmax, q = rint(x r) half to even, s = absmax / 127;
-// the last group is padded with zeros. Groups below 127/FLT_MAX count as zero. A NaN or Inf ends up in s.
+// x [k] -> q [groups, 32], s [groups]. Per group: r = 127 / absmax, q = rint(x r) half to even, s =
+// absmax / 127; the last group is padded with zeros. Groups below 127/FLT_MAX count as zero. A NaN
+// or Inf ends up in s.
 static void quantise(const float *x, int k, int8_t *q, float *s) {
     for (int g = 0; g * 32 < k; g++) {
 #if defined(__x86_64__)
@@ -2538,9 +2556,10 @@ static void quantise(const float *x, int k, int8_t *q, float *s) {
 }
 
 // ---------------------------------------------------------------------------
-// products y = W x. The unit of work is a tile: 16 rows of W, one per vector lane, times up to 64 tokens.
-// A tile's weights are transposed in registers, once for all its tokens, so every output is summed over its
-// columns in ONE order (groups of 32, ascending), whatever the batch, the threads and the instruction set.
+// products y = W x. The unit of work is a tile: 16 rows of W, one per vector lane, times up to 64
+// tokens. A tile's weights are transposed in registers, once for all its tokens, so every output is
+// summed over its columns in ONE order (groups of 32, ascending), whatever the batch, the threads
+// and the instruction set.
 
 typedef struct {
     const Mat *w;
@@ -2553,8 +2572,8 @@ typedef struct {
 
 enum { LANES = 16, T_BLOCK = 64 };
 
-// Packed activations [groups, T]: one contiguous run of tokens per group of 32 columns, zero groups up to a
-// multiple of 4, so that a tile works in whole steps of 64 bytes.
+// Packed activations [groups, T]: one contiguous run of tokens per group of 32 columns, zero groups
+// up to a multiple of 4, so that a tile works in whole steps of 64 bytes.
 typedef struct { int32_t q[8], c; float s; } GroupI;   // c: what the weights' bias adds, negated
 typedef struct { float x[32]; } GroupF;
 
@@ -2682,8 +2701,9 @@ static void tile_portable(const Tile *t) {
 }
 
 // ---------------------------------------------------------------------------
-// AVX2 and AVX-512 tiles. Rows of W are read 32 (AVX-512: 64) bytes at a time and transposed, so that lane r of
-// vector j holds dword j of row r. nt = 1, 2, 4: that many tokens, sums in registers; 0: t->T, sums in memory.
+// AVX2 and AVX-512 tiles. Rows of W are read 32 (AVX-512: 64) bytes at a time and transposed, so
+// that lane r of vector j holds dword j of row r. nt = 1: one token, sums in
+// registers; 0: t->T, sums in memory.
 
 #if defined(__x86_64__)
 
@@ -2691,8 +2711,8 @@ static void tile_portable(const Tile *t) {
 typedef struct {
     const uint8_t *row[LANES];
     size_t bytes;           // of one row
-    const uint8_t *ahead[LANES];    // what to prefetch of the next tile with the first bytes of this one
-    size_t run;             // rows of the next tile prefetched as one run of addresses, at least a page
+    const uint8_t *ahead[LANES];    // to prefetch of the next tile with the first bytes of this
+    size_t run;             // so many rows of it as one run of addresses: a page or more
 } Rows;
 
 typedef struct { const uint8_t *row[LANES]; uint8_t bytes[LANES][64]; } Edge;
@@ -2708,7 +2728,8 @@ INLINE Rows tile_rows(const Tile *t, const void *base, size_t bytes) {
     return r;
 }
 
-// A table of the rows' bytes [*off, *off + n): the rows themselves, or at their end zero-padded copies.
+// A table of the rows' bytes [*off, *off + n): the rows themselves, or at their end zero-padded
+// copies.
 INLINE const uint8_t *const *rows_at(const Rows *w, size_t *off, size_t n, Edge *e) {
     if (*off + n <= w->bytes) return w->row;
     size_t left = *off < w->bytes ? w->bytes - *off : 0;
@@ -2723,15 +2744,16 @@ INLINE const uint8_t *const *rows_at(const Rows *w, size_t *off, size_t n, Edge 
 
 static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
 
-// For e4m3 -> BF16: bytes of 4 rows ordered by column; the high byte from sign and upper exponent bits; where the
-// exponent is 0, what to add to that and the low byte: m * 2^-9 normalised
+// For e4m3 -> BF16: bytes of 4 rows ordered by column; the high byte from sign and upper exponent
+// bits; where the exponent is 0, what to add to that and the low byte: m * 2^-9 normalised
 static const int8_t e4m3_tables[4][16] __attribute__((aligned(16))) = {
     { 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15 },
     { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
     { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
 
 // v[j] lane r = dword j of p[r] + off, 32 bytes of 8 rows. Prefetches as many bytes: ahead[] + skip
-TARGET_AVX2 INLINE void transpose_256(const uint8_t *const *p, size_t off, const uint8_t *const *ahead, size_t skip,
+TARGET_AVX2 INLINE void transpose_256(const uint8_t *const *p, size_t off,
+                                      const uint8_t *const *ahead, size_t skip,
                                       __m256i v[8]) {
     __m256i z[4][2];        // [row % 4][half]: lane = row / 4
     for (int e = 0; e < 4; e++) {
@@ -2739,12 +2761,15 @@ TARGET_AVX2 INLINE void transpose_256(const uint8_t *const *p, size_t off, const
         _mm_prefetch((const char *)ahead[e] + skip, _MM_HINT_T1);
         for (int q = 0; q < 2; q++) {
             __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(r0 + 16 * q)));
-            z[e][q] = _mm256_inserti128_si256(a, _mm_loadu_si128((const __m128i *)(r1 + 16 * q)), 1);
+            __m128i b = _mm_loadu_si128((const __m128i *)(r1 + 16 * q));
+            z[e][q] = _mm256_inserti128_si256(a, b, 1);
         }
     }
     for (int q = 0; q < 2; q++) {
-        __m256i a = _mm256_unpacklo_epi32(z[0][q], z[1][q]), b = _mm256_unpackhi_epi32(z[0][q], z[1][q]);
-        __m256i c = _mm256_unpacklo_epi32(z[2][q], z[3][q]), d = _mm256_unpackhi_epi32(z[2][q], z[3][q]);
+        __m256i a = _mm256_unpacklo_epi32(z[0][q], z[1][q]);
+        __m256i b = _mm256_unpackhi_epi32(z[0][q], z[1][q]);
+        __m256i c = _mm256_unpacklo_epi32(z[2][q], z[3][q]);
+        __m256i d = _mm256_unpackhi_epi32(z[2][q], z[3][q]);
         v[4 * q] = _mm256_unpacklo_epi64(a, c);
         v[4 * q + 1] = _mm256_unpackhi_epi64(a, c);
         v[4 * q + 2] = _mm256_unpacklo_epi64(b, d);
@@ -2760,10 +2785,12 @@ TARGET_AVX2 INLINE void read_256(const Rows *w, int r0, size_t off, Edge *edge, 
     transpose_256(p + r0, off, ahead, skip, v);
 }
 
-// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 8 rows
-TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const GroupI *a, __m256 acc, bool is_signed) {
+// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 8
+// rows
+TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const GroupI *a, __m256 acc,
+                                    bool is_signed) {
     __m256i sum = _mm256_set1_epi32(a->c), ones = _mm256_set1_epi16(1);
-    for (int j = 0; j < 8 && is_signed; j++) {          // |w| * (q with the sign of w): 2 x 128 x 127 fits
+    for (int j = 0; j < 8 && is_signed; j++) {      // |w| * (q with w's sign): 2 x 128 x 127 fits
         __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(a->q[j]), u[j]);
         x = _mm256_maddubs_epi16(_mm256_abs_epi8(u[j]), x);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, ones));
@@ -2774,7 +2801,8 @@ TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const Grou
             s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(a->q[j])));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
     }
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(a->s)), acc);
+    scale = _mm256_mul_ps(scale, _mm256_set1_ps(a->s));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc);
 }
 
 // Scale of group g (8 rows) from the transposed scales of a run of groups: 16 of BF16 or 32 of E8M0
@@ -2802,7 +2830,8 @@ TARGET_AVX2 INLINE void tile_int_256(const Tile *t, int r0, Format fmt, int nt) 
     __m256 s = _mm256_setzero_ps(), regs[4];
     for (int i = 0; i < nt; i++) regs[i] = s;
     for (int g0 = 0; g0 < n_groups(m); g0 += per) {
-        if (nibbles && g0 % (fp4 ? 32 : 16) == 0) read_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
+        if (nibbles && g0 % (fp4 ? 32 : 16) == 0)
+            read_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
         read_256(&w, r0, (size_t)(g0 / per) * 32, &edge, v);
         if (!nibbles && g0 % 4 == 0) s = _mm256_set1_ps(block_scale(m, t->row, g0 * 32));
 #pragma GCC unroll 2
@@ -2827,7 +2856,8 @@ TARGET_AVX2 INLINE void tile_int_256(const Tile *t, int r0, Format fmt, int nt) 
 
 // acc + scale * (8 columns of 8 rows) . x: even and odd columns apart, then added
 TARGET_AVX2 INLINE __m256 columns_256(const __m256 f[8], __m256 scale, const float *x, __m256 acc) {
-    __m256 s0 = _mm256_mul_ps(f[0], _mm256_set1_ps(x[0])), s1 = _mm256_mul_ps(f[1], _mm256_set1_ps(x[1]));
+    __m256 s0 = _mm256_mul_ps(f[0], _mm256_set1_ps(x[0]));
+    __m256 s1 = _mm256_mul_ps(f[1], _mm256_set1_ps(x[1]));
     for (int j = 2; j < 8; j += 2) {
         s0 = _mm256_fmadd_ps(f[j], _mm256_set1_ps(x[j]), s0);
         s1 = _mm256_fmadd_ps(f[j + 1], _mm256_set1_ps(x[j + 1]), s1);
@@ -2835,8 +2865,8 @@ TARGET_AVX2 INLINE __m256 columns_256(const __m256 f[8], __m256 scale, const flo
     return _mm256_fmadd_ps(_mm256_add_ps(s0, s1), scale, acc);
 }
 
-// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16: its low nibble is
-// the low byte / 16, its high nibble gives the high byte.
+// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16:
+// its low nibble is the low byte / 16, its high nibble gives the high byte.
 TARGET_AVX2 INLINE void columns_of_e4m3_256(__m256i b, __m256 f[4]) {
     const __m256i low = _mm256_set1_epi8(15), upper = _mm256_set1_epi32((int)0xffff0000);
     __m256i table[4];
@@ -2845,7 +2875,8 @@ TARGET_AVX2 INLINE void columns_of_e4m3_256(__m256i b, __m256 f[4]) {
     b = _mm256_shuffle_epi8(b, table[0]);
     __m256i n = _mm256_and_si256(b, low);
     __m256i hi = _mm256_shuffle_epi8(table[1], _mm256_and_si256(_mm256_srli_epi16(b, 4), low));
-    __m256i sub = _mm256_cmpeq_epi8(_mm256_and_si256(b, _mm256_set1_epi8(0x78)), _mm256_setzero_si256());
+    __m256i sub = _mm256_and_si256(b, _mm256_set1_epi8(0x78));
+    sub = _mm256_cmpeq_epi8(sub, _mm256_setzero_si256());
     hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(table[2], n)));
     __m256i lo = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(table[3], n), sub);
     __m256i x = _mm256_unpacklo_epi8(lo, hi), y = _mm256_unpackhi_epi8(lo, hi);
@@ -2857,10 +2888,11 @@ TARGET_AVX2 INLINE void columns_of_e4m3_256(__m256i b, __m256 f[4]) {
 
 // 8 columns of 8 rows from transposed dwords: step i of the 32 bytes
 TARGET_AVX2 INLINE void unpack_float_256(const __m256i v[8], Format fmt, int i, __m256 f[8]) {
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
     for (int j = 0; j < 8 && fmt == W_F32; j++) f[j] = _mm256_castsi256_ps(v[j]);
     for (int j = 0; j < 4 && fmt == W_BF16; j++) {
         f[2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(v[4 * i + j], 16));
-        f[2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(v[4 * i + j], _mm256_set1_epi32((int)0xffff0000)));
+        f[2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(v[4 * i + j], upper));
     }
     for (int j = 0; j < 2 && fmt == W_FP8; j++) columns_of_e4m3_256(v[2 * i + j], f + 4 * j);
 }
@@ -2896,7 +2928,9 @@ TARGET_AVX2 INLINE void tile_float_256(const Tile *t, int r0, Format fmt, int nt
     nan = _mm256_cmpeq_epi32(nan, _mm256_setzero_si256());
     for (int i = 0; i < T; i++) {
         float *acc = t->acc + i * LANES + r0;
-        _mm256_store_ps(acc, _mm256_blendv_ps(_mm256_set1_ps(NAN), _mm256_load_ps(acc), _mm256_castsi256_ps(nan)));
+        __m256 kept = _mm256_and_ps(_mm256_load_ps(acc), _mm256_castsi256_ps(nan));
+        __m256 bad = _mm256_andnot_ps(_mm256_castsi256_ps(nan), _mm256_set1_ps(NAN));
+        _mm256_store_ps(acc, _mm256_or_ps(kept, bad));
     }
 }
 
@@ -2917,13 +2951,17 @@ TARGET_AVX2 static void tile_avx2(const Tile *t) {
     }
 }
 
-// v[j] lane r = dword j of p[r] + off, 64 bytes of 16 rows. Prefetches as many bytes: ahead[] + skip
-TARGET_AVX512 INLINE void transpose_512(const uint8_t *const *p, size_t off, const uint8_t *const *ahead, size_t skip,
+// v[j] lane r = dword j of p[r] + off, 64 bytes of 16 rows. Prefetches as many bytes: ahead[] +
+// skip
+TARGET_AVX512 INLINE void transpose_512(const uint8_t *const *p, size_t off,
+                                        const uint8_t *const *ahead, size_t skip,
                                         __m512i v[16]) {
     __m512i z[4][4];        // [row % 4][quarter]: lane = row / 4
     for (int e = 0; e < 4; e++) {
-        const uint8_t *r0 = p[e] + off, *r1 = p[4 + e] + off, *r2 = p[8 + e] + off, *r3 = p[12 + e] + off;
-        for (int i = 0; i < 4; i++) _mm_prefetch((const char *)ahead[4 * e + i] + skip, _MM_HINT_T1);
+        const uint8_t *r0 = p[e] + off, *r1 = p[4 + e] + off;
+        const uint8_t *r2 = p[8 + e] + off, *r3 = p[12 + e] + off;
+        for (int i = 0; i < 4; i++)
+            _mm_prefetch((const char *)ahead[4 * e + i] + skip, _MM_HINT_T1);
         for (int q = 0; q < 4; q++) {
             __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(r0 + 16 * q)));
             a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r1 + 16 * q)), 1);
@@ -2932,8 +2970,10 @@ TARGET_AVX512 INLINE void transpose_512(const uint8_t *const *p, size_t off, con
         }
     }
     for (int q = 0; q < 4; q++) {
-        __m512i a = _mm512_unpacklo_epi32(z[0][q], z[1][q]), b = _mm512_unpackhi_epi32(z[0][q], z[1][q]);
-        __m512i c = _mm512_unpacklo_epi32(z[2][q], z[3][q]), d = _mm512_unpackhi_epi32(z[2][q], z[3][q]);
+        __m512i a = _mm512_unpacklo_epi32(z[0][q], z[1][q]);
+        __m512i b = _mm512_unpackhi_epi32(z[0][q], z[1][q]);
+        __m512i c = _mm512_unpacklo_epi32(z[2][q], z[3][q]);
+        __m512i d = _mm512_unpackhi_epi32(z[2][q], z[3][q]);
         v[4 * q] = _mm512_unpacklo_epi64(a, c);
         v[4 * q + 1] = _mm512_unpackhi_epi64(a, c);
         v[4 * q + 2] = _mm512_unpacklo_epi64(b, d);
@@ -2948,7 +2988,8 @@ TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512
     transpose_512(p, off, w->ahead, skip, v);
 }
 
-// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 16 rows
+// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 16
+// rows
 TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const GroupI *a, __m512 acc,
                                              bool vnni, bool is_signed) {
     __m512i sum = _mm512_set1_epi32(a->c), ones = _mm512_set1_epi16(1);
@@ -2966,10 +3007,12 @@ TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Gr
             s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(a->q[j])));
         sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
     }
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(a->s)), acc);
+    scale = _mm512_mul_ps(scale, _mm512_set1_ps(a->s));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
 }
 
-// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of E8M0
+// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of
+// E8M0
 TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) {
     __m512i v = s[fp4 ? g % 64 / 4 : g % 32 / 2];
     if (fp4) {
@@ -2993,7 +3036,8 @@ TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni, int
     __m512 s = _mm512_setzero_ps(), regs[4];
     for (int i = 0; i < nt; i++) regs[i] = s;
     for (int g0 = 0; g0 < n_groups(m); g0 += per) {
-        if (nibbles && g0 % (fp4 ? 64 : 32) == 0) read_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
+        if (nibbles && g0 % (fp4 ? 64 : 32) == 0)
+            read_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
         read_512(&w, (size_t)(g0 / per) * 64, &edge, v);
         if (!nibbles && g0 % 4 == 0) s = _mm512_set1_ps(block_scale(m, t->row, g0 * 32));
 #pragma GCC unroll 4
@@ -3004,13 +3048,14 @@ TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni, int
             }
             for (int j = 0; j < 8 && fp4; j++) u[j] = _mm512_shuffle_epi8(table, u[j]);
             for (int j = 0; j < 8 && !nibbles; j++)
-                u[j] = vnni ? _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(-128)) : v[8 * i % 16 + j];
+                u[j] = _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(vnni ? -128 : 0));
             if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
             const GroupI *a = (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch;
             for (int k = 0; k < T; k++) {
                 float *acc = t->acc + k * LANES;
                 if (nt) regs[k] = group_512(u, s, a + k, regs[k], vnni, !nibbles);
-                else _mm512_store_ps(acc, group_512(u, s, a + k, _mm512_load_ps(acc), vnni, !nibbles));
+                else _mm512_store_ps(acc, group_512(u, s, a + k, _mm512_load_ps(acc), vnni,
+                                                    !nibbles));
             }
         }
     }
@@ -3018,8 +3063,10 @@ TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni, int
 }
 
 // acc + scale * (8 columns of 16 rows) . x: even and odd columns apart, then added
-TARGET_AVX512 INLINE __m512 columns_512(const __m512 f[8], __m512 scale, const float *x, __m512 acc) {
-    __m512 s0 = _mm512_mul_ps(f[0], _mm512_set1_ps(x[0])), s1 = _mm512_mul_ps(f[1], _mm512_set1_ps(x[1]));
+TARGET_AVX512 INLINE __m512 columns_512(const __m512 f[8], __m512 scale, const float *x,
+                                        __m512 acc) {
+    __m512 s0 = _mm512_mul_ps(f[0], _mm512_set1_ps(x[0]));
+    __m512 s1 = _mm512_mul_ps(f[1], _mm512_set1_ps(x[1]));
     for (int j = 2; j < 8; j += 2) {
         s0 = _mm512_fmadd_ps(f[j], _mm512_set1_ps(x[j]), s0);
         s1 = _mm512_fmadd_ps(f[j + 1], _mm512_set1_ps(x[j + 1]), s1);
@@ -3027,12 +3074,13 @@ TARGET_AVX512 INLINE __m512 columns_512(const __m512 f[8], __m512 scale, const f
     return _mm512_fmadd_ps(_mm512_add_ps(s0, s1), scale, acc);
 }
 
-// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16: its low nibble is
-// the low byte / 16, its high nibble gives the high byte.
+// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16:
+// its low nibble is the low byte / 16, its high nibble gives the high byte.
 TARGET_AVX512 INLINE void columns_of_e4m3_512(__m512i b, __m512 f[4]) {
     const __m512i low = _mm512_set1_epi8(15);
     __m512i table[4];
-    for (int i = 0; i < 4; i++) table[i] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)e4m3_tables[i]));
+    for (int i = 0; i < 4; i++)
+        table[i] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)e4m3_tables[i]));
     b = _mm512_shuffle_epi8(b, table[0]);
     __m512i n = _mm512_and_si512(b, low), lo = _mm512_slli_epi16(n, 4);
     __m512i hi = _mm512_shuffle_epi8(table[1], _mm512_and_si512(_mm512_srli_epi16(b, 4), low));
@@ -3048,10 +3096,11 @@ TARGET_AVX512 INLINE void columns_of_e4m3_512(__m512i b, __m512 f[4]) {
 
 // 8 columns of 16 rows from transposed dwords: step i of the 64 bytes
 TARGET_AVX512 INLINE void unpack_float_512(const __m512i v[16], Format fmt, int i, __m512 f[8]) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     for (int j = 0; j < 8 && fmt == W_F32; j++) f[j] = _mm512_castsi512_ps(v[8 * i + j]);
     for (int j = 0; j < 4 && fmt == W_BF16; j++) {
         f[2 * j] = _mm512_castsi512_ps(_mm512_slli_epi32(v[4 * i + j], 16));
-        f[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(v[4 * i + j], _mm512_set1_epi32((int)0xffff0000)));
+        f[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(v[4 * i + j], upper));
     }
     for (int j = 0; j < 2 && fmt == W_FP8; j++) columns_of_e4m3_512(v[2 * i + j], f + 4 * j);
 }
@@ -3081,9 +3130,10 @@ TARGET_AVX512 INLINE void tile_float_512(const Tile *t, Format fmt, int nt) {
         }
     }
     for (int i = 0; i < nt; i++) _mm512_store_ps(t->acc + i * LANES, regs[i]);
-    __m512i nan = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(top, magnitude));     // rows with a NaN weight
-    __mmask16 rows = fmt == W_FP8 ? _mm512_test_epi32_mask(nan, nan) : 0;
-    for (int i = 0; i < T && rows; i++) _mm512_mask_store_ps(t->acc + i * LANES, rows, _mm512_set1_ps(NAN));
+    __m512i nan = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(top, magnitude));
+    __mmask16 rows = fmt == W_FP8 ? _mm512_test_epi32_mask(nan, nan) : 0;   // with a NaN weight
+    for (int i = 0; i < T && rows; i++)
+        _mm512_mask_store_ps(t->acc + i * LANES, rows, _mm512_set1_ps(NAN));
 }
 
 TARGET_AVX512 INLINE void tile_int_512_any(const Tile *t, Format fmt, int nt) {
@@ -3132,7 +3182,8 @@ static void job_tile(const Job *j, int i, bool more) {
     Tile t = { .w = p->w, .row = row, .rows = p->w->n - row < j->rows ? p->w->n - row : j->rows,
                .more = more && (i + 1) % j->tiles, .pitch = (size_t)p->T,
                .T = p->T - t0 < j->T ? p->T - t0 : j->T, .acc = acc };
-    t.a = takes_int8(p->w->fmt) ? (const void *)((const GroupI *)j->a + t0) : (const GroupF *)j->a + t0;
+    if (takes_int8(p->w->fmt)) t.a = (const GroupI *)j->a + t0;
+    else t.a = (const GroupF *)j->a + t0;
     run_tile(&t);
     for (int k = 0; k < t.T; k++)
         memcpy(p->y + (size_t)(t0 + k) * p->ldy + row, acc + k * LANES, (size_t)t.rows * 4);
@@ -3197,14 +3248,15 @@ static void job_cut(const Pool *p, Job *j, int first) {
     j->tiles = (n + j->rows - 1) / j->rows;
 }
 
-// Every y[t][i] = sum_k W[i][k] a[t][k], the products side by side in one parallel region. Bit-identical for
-// any T, position in the batch, number of threads. One call at a time per pool.
+// Every y[t][i] = sum_k W[i][k] a[t][k], the products side by side in one parallel region.
+// Bit-identical for any T, position in the batch, number of threads. One call at a time per pool.
 static void matmul(Pool *p, const Product *job, int n_jobs, bool exact) {
     cpu_init();
     size_t bytes = 0;
     for (int i = 0; i < n_jobs; i++) {
-        if (exact && job[i].T > 0) parallel(p, job[i].w->n, 8, exact_range, (void *)(uintptr_t)&job[i]);
-        if (job[i].T > 0) bytes += packed_bytes(&job[i]);
+        if (job[i].T <= 0) continue;
+        if (exact) parallel(p, job[i].w->n, 8, exact_range, (void *)(uintptr_t)&job[i]);
+        bytes += packed_bytes(&job[i]);
     }
     if (exact) return;
     size_t head = ((size_t)n_jobs * sizeof(Job) + 63) / 64 * 64;
@@ -3233,7 +3285,8 @@ static void matmul(Pool *p, const Product *job, int n_jobs, bool exact) {
 }
 
 // ---------------------------------------------------------------------------
-// one vector against many rows (attention, index scores). Every sum in one order, whatever the number of rows.
+// one vector against many rows (attention, index scores). Every sum in one order, whatever the
+// number of rows.
 
 // 16 partial sums, then halved: lane j + lane j+8, +4, +2, +1
 static float dot_16(const float *a, const float *b, int n) {
@@ -3252,7 +3305,8 @@ TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-TARGET_AVX2 static void row_scores_256(const float *q, const float *rows, int n, int k, float scale, float *out) {
+TARGET_AVX2 static void row_scores_256(const float *q, const float *rows, int n, int k, float scale,
+                                       float *out) {
     for (int j = 0; j < n; j += 4) {
         __m256 lo[4], hi[4];
         const float *r[4];
@@ -3271,7 +3325,8 @@ TARGET_AVX2 static void row_scores_256(const float *q, const float *rows, int n,
     }
 }
 
-TARGET_AVX512 static void row_scores_512(const float *q, const float *rows, int n, int k, float scale, float *out) {
+TARGET_AVX512 static void row_scores_512(const float *q, const float *rows, int n, int k,
+                                         float scale, float *out) {
     for (int j = 0; j < n; j += 8) {
         __m512 s[8];
         const float *r[8];
@@ -3291,19 +3346,23 @@ TARGET_AVX512 static void row_scores_512(const float *q, const float *rows, int 
 }
 
 // `regs` vectors of o at once
-TARGET_AVX2 INLINE void add_rows_256(float *o, const float *p, const float *rows, int n, int k, int regs) {
+TARGET_AVX2 INLINE void add_rows_256(float *o, const float *p, const float *rows, int n, int k,
+                                     int regs) {
     __m256 s[8];
     for (int i = 0; i < regs; i++) s[i] = _mm256_loadu_ps(o + 8 * i);
     for (int j = 0; j < n; j++, rows += k)
-        for (int i = 0; i < regs; i++) s[i] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), _mm256_loadu_ps(rows + 8 * i), s[i]);
+        for (int i = 0; i < regs; i++)
+            s[i] = _mm256_fmadd_ps(_mm256_set1_ps(p[j]), _mm256_loadu_ps(rows + 8 * i), s[i]);
     for (int i = 0; i < regs; i++) _mm256_storeu_ps(o + 8 * i, s[i]);
 }
 
-TARGET_AVX512 INLINE void add_rows_512(float *o, const float *p, const float *rows, int n, int k, int regs) {
+TARGET_AVX512 INLINE void add_rows_512(float *o, const float *p, const float *rows, int n, int k,
+                                       int regs) {
     __m512 s[8];
     for (int i = 0; i < regs; i++) s[i] = _mm512_loadu_ps(o + 16 * i);
     for (int j = 0; j < n; j++, rows += k)
-        for (int i = 0; i < regs; i++) s[i] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), _mm512_loadu_ps(rows + 16 * i), s[i]);
+        for (int i = 0; i < regs; i++)
+            s[i] = _mm512_fmadd_ps(_mm512_set1_ps(p[j]), _mm512_loadu_ps(rows + 16 * i), s[i]);
     for (int i = 0; i < regs; i++) _mm512_storeu_ps(o + 16 * i, s[i]);
 }
 
@@ -3359,7 +3418,8 @@ static void read_range(void *arg, int begin, int end) {
     atomic_fetch_xor(&r->sum, s[0]);
 }
 
-// Bytes per second, best of 5 sequential reads of 2 GiB by all threads. 0 if there is no memory for it.
+// Bytes per second, best of 5 sequential reads of 2 GiB by all threads. 0 if there is no memory for
+// it.
 static double read_bandwidth(Pool *p) {
     size_t bytes = (size_t)2 << 30;
     void *m = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -5842,9 +5902,13 @@ static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
     gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
                (void *[]){ &shared, (void *)&gl->gate.tasks, &zero, &T, &g->h, &place });
-    LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
-    gpu_launch(d, T == 1 ? K_expert_up_1 : K_expert_up_8, (unsigned)(c->expert_dim / 32), (unsigned)active, 1, 256, 0,
-               (void *[]){ (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s, &g->r, &g->h });
+    if (T == 1) {
+        LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s,
+               &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &g->r, &g->h);
+    } else {
+        LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
+        LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s, &g->r, &g->h);
+    }
     gpu_launch(d, T == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
                (void *[]){ (void *)&gl->experts, &g->h, &g->r, &T, &g->y });
 }
@@ -5972,6 +6036,571 @@ static const Ops cuda_ops = {
     .cache_save = cuda_cache_save, .cache_load = cuda_cache_load,
 };
 // ---------------------------------------------------------------------------
+// CUDA: the self-test of every operation against the CPU's, and the bring-up report
+
+// A model of random numbers: what the self-test and the kernels' tests run on.
+typedef struct {
+    Config c;
+    Weights w;
+    uint64_t state;
+} Toy;
+
+// Uniform in (-1, 1).
+static float toy_number(Toy *m) {
+    m->state = m->state * 6364136223846793005u + 1442695040888963407u;
+    return (float)(int32_t)(m->state >> 32) * 0x1p-31f;
+}
+
+static float *toy_vec(Toy *m, size_t n, float base, float spread) {
+    float *v = xalloc(n, sizeof *v);
+    for (size_t i = 0; i < n; i++) v[i] = base + spread * toy_number(m);
+    return v;
+}
+
+// Random weights of a size that keeps y = W x near the size of x.
+static Mat toy_mat(Toy *m, Format fmt, int n, int k) {
+    Mat w = { .n = n, .k = k, .fmt = fmt };
+    size_t bytes = row_bytes(&w) * (size_t)n, groups = (size_t)n * k / 32, blocks = (size_t)((n + 127) / 128) * ((k + 127) / 128);
+    uint8_t *p = xalloc(bytes, 1), *s = xalloc((fmt == W_INT4 || fmt == W_FP4 ? groups : blocks) * 2, 1);
+    float unit = 1.7f / sqrtf((float)k);
+    int e = (int)floorf(log2f(unit)) + 127;
+    for (size_t i = 0; i < bytes / 4 && fmt == W_F32; i++) ((float *)p)[i] = unit * toy_number(m);
+    for (size_t i = 0; i < bytes / 2 && fmt == W_BF16; i++) ((bf16 *)p)[i] = bf16_of_f32(unit * toy_number(m));
+    for (size_t i = 0; i < bytes && fmt >= W_INT8; i++) {
+        p[i] = (uint8_t)(toy_number(m) * 127.0f);
+        if (fmt == W_FP8 && (p[i] & 0x7f) > 0x40) p[i] &= 0xbf;        // at most 2: far from NaN
+    }
+    for (size_t i = 0; i < blocks && fmt == W_INT8; i++) ((bf16 *)s)[i] = bf16_of_f32(unit / 127 * (1.5f + toy_number(m)));
+    for (size_t i = 0; i < groups && fmt == W_INT4; i++) ((bf16 *)s)[i] = bf16_of_f32(unit / 7 * (1.5f + toy_number(m)));
+    for (size_t i = 0; i < blocks && fmt == W_FP8; i++) s[i] = (uint8_t)(e + (toy_number(m) > 0));
+    for (size_t i = 0; i < groups && fmt == W_FP4; i++) s[i] = (uint8_t)(e - 2 + (toy_number(m) > 0));
+    w.w = p;
+    w.s = fmt >= W_INT8 ? s : NULL;
+    return w;
+}
+
+static Hyper toy_hyper(Toy *m, int n) {
+    Hyper h = { toy_mat(m, W_F32, n, m->c.hc_mult * m->c.dim), toy_vec(m, (size_t)n, 0, 1), toy_vec(m, 3, 1, 0.5f) };
+    return h;
+}
+
+static Compressor toy_compressor(Toy *m, int ratio, int out) {
+    int n = ratio == 4 ? 2 * out : out;
+    return (Compressor){ toy_mat(m, W_BF16, n, m->c.dim), toy_mat(m, W_BF16, n, m->c.dim),
+                         toy_vec(m, (size_t)ratio * n, 0, 1), toy_vec(m, (size_t)out, 1, 0.5f), ratio, out };
+}
+
+static void toy_layer(Toy *m, Layer *l, int ratio, bool hashed, Format dense, Format expert) {
+    const Config *c = &m->c;
+    int D = c->dim, F = c->expert_dim, E = c->n_experts, H = c->n_heads * c->head_dim;
+    snprintf(l->name, sizeof l->name, "ratio %d", ratio);
+    l->ratio = ratio;
+    l->hc_attn = toy_hyper(m, (2 + c->hc_mult) * c->hc_mult);
+    l->hc_ffn = toy_hyper(m, (2 + c->hc_mult) * c->hc_mult);
+    l->attn_norm = toy_vec(m, (size_t)D, 1, 0.5f);
+    l->ffn_norm = toy_vec(m, (size_t)D, 1, 0.5f);
+    l->wq_a = toy_mat(m, dense, c->q_lora_rank, D);
+    l->wq_b = toy_mat(m, dense, H, c->q_lora_rank);
+    l->wkv = toy_mat(m, dense, c->head_dim, D);
+    l->wo_a = toy_mat(m, dense, c->o_groups * c->o_lora_rank, H / c->o_groups);
+    l->wo_b = toy_mat(m, dense, D, c->o_groups * c->o_lora_rank);
+    l->q_norm = toy_vec(m, (size_t)c->q_lora_rank, 1, 0.5f);
+    l->kv_norm = toy_vec(m, (size_t)c->head_dim, 1, 0.5f);
+    l->attn_sink = toy_vec(m, (size_t)c->n_heads, 0, 2);
+    if (ratio) l->comp = toy_compressor(m, ratio, c->head_dim);
+    if (ratio == 4) {
+        l->icomp = toy_compressor(m, 4, c->index_dim);
+        l->iwq_b = toy_mat(m, dense, c->index_heads * c->index_dim, c->q_lora_rank);
+        l->iproj = toy_mat(m, W_BF16, c->index_heads, D);
+    }
+    l->gate = toy_mat(m, W_BF16, E, D);
+    if (!hashed) l->gate_bias = toy_vec(m, (size_t)E, 0, 0.2f);
+    int64_t *table = xalloc((size_t)c->vocab * c->n_active, sizeof *table);
+    for (int i = 0; i < c->vocab * c->n_active; i++) table[i] = (i / c->n_active + i % c->n_active) % E;
+    if (hashed) l->tid2eid = table;
+    l->w1 = xalloc((size_t)E, sizeof(Mat));
+    l->w2 = xalloc((size_t)E, sizeof(Mat));
+    l->w3 = xalloc((size_t)E, sizeof(Mat));
+    for (int e = 0; e < E; e++) {
+        l->w1[e] = toy_mat(m, expert, F, D);
+        l->w2[e] = toy_mat(m, expert, D, F);
+        l->w3[e] = toy_mat(m, expert, F, D);
+    }
+    l->sw1 = toy_mat(m, dense, F, D);
+    l->sw2 = toy_mat(m, dense, D, F);
+    l->sw3 = toy_mat(m, dense, F, D);
+}
+
+// Layers of ratio 0 (hash-routed), 4 and 128, head and MTP layer. c holds the dimensions; the lists are made here.
+static Toy *toy_new(const Config *c, Format dense, Format expert) {
+    static const int ratio[] = { 0, 4, 128, 0 };
+    Toy *m = xalloc(1, sizeof *m);
+    m->c = *c;
+    m->state = 1;
+    m->c.n_layers = 3;
+    m->c.n_mtp = 1;
+    m->c.ratio = memcpy(xalloc(4, sizeof(int)), ratio, sizeof ratio);
+    m->w.layers = xalloc(3, sizeof(Layer));
+    m->w.mtp = xalloc(1, sizeof(Mtp));
+    for (int i = 0; i < 4; i++) toy_layer(m, i < 3 ? &m->w.layers[i] : &m->w.mtp->block, ratio[i], i == 0, dense, expert);
+    m->w.embed = toy_mat(m, W_BF16, c->vocab, c->dim);
+    m->w.head = toy_mat(m, W_BF16, c->vocab, c->dim);
+    m->w.norm = toy_vec(m, (size_t)c->dim, 1, 0.5f);
+    m->w.hc_head = m->w.mtp->hc_head = toy_hyper(m, c->hc_mult);
+    m->w.mtp->e_proj = toy_mat(m, W_FP8, c->dim, c->dim);
+    m->w.mtp->h_proj = toy_mat(m, W_FP8, c->dim, c->dim);
+    m->w.mtp->enorm = m->w.mtp->hnorm = m->w.mtp->norm = m->w.norm;
+    return m;
+}
+
+// One operation's deviation: the largest difference over the root mean square of what the CPU has.
+typedef struct { const char *name; double error, limit; int n; } Parity;
+
+enum { N_PARITY = 24 };
+typedef struct {
+    Device cpu, gpu;
+    Run *r;
+    Cuda *g;
+    int T;
+    Parity *list;               // [N_PARITY]
+    void *tmp;
+} Twin;
+
+static void *twin_read(Twin *w, CuPtr from, size_t bytes) {
+    free(w->tmp);
+    w->tmp = xalloc(bytes, 1);
+    CU(&w->gpu, MemcpyDtoHAsync, w->tmp, from, bytes, w->g->stream);
+    gpu_wait(&w->gpu);
+    return w->tmp;
+}
+
+static void twin_give(Twin *w, CuPtr to, const void *from, size_t bytes) {
+    gpu_copy_in(&w->gpu, to, from, bytes);
+    gpu_wait(&w->gpu);
+}
+
+static void twin_note(Twin *w, const char *name, double error, double limit) {
+    int i = 0;
+    while (i < N_PARITY - 1 && w->list[i].name && strcmp(w->list[i].name, name)) i++;
+    Parity *p = &w->list[i];
+    p->name = name;
+    p->limit = limit;
+    p->n++;
+    if (!(error <= p->error)) p->error = error;
+}
+
+// Compares n floats on the GPU with the CPU's; then both go on from the CPU's.
+static void twin_floats(Twin *w, const char *name, CuPtr gpu, const float *cpu, size_t n, double limit) {
+    const float *x = twin_read(w, gpu, 4 * n);
+    double worst = 0, square = 1e-30;
+    for (size_t i = 0; i < n; i++) {
+        double diff = fabs((double)x[i] - cpu[i]);
+        worst = diff <= worst ? worst : diff;
+        square += (double)cpu[i] * cpu[i];
+    }
+    twin_note(w, name, worst / sqrt(square / n), limit);
+    twin_give(w, gpu, cpu, 4 * n);
+}
+
+// The same for rows in BF16: those that differ by more than one step of rounding count in full.
+static void twin_bf16(Twin *w, const char *name, CuPtr gpu, const float *cpu, size_t n, double limit) {
+    const bf16 *x = twin_read(w, gpu, 2 * n);
+    double worst = 0, square = 1e-30;
+    for (size_t i = 0; i < n; i++) {
+        double v = f32_of_bf16(x[i]), diff = fabs(v - cpu[i]) - fabs(v) * 0x1p-7;
+        worst = diff <= worst ? worst : diff;
+        square += (double)cpu[i] * cpu[i];
+    }
+    twin_note(w, name, worst / sqrt(square / n), limit);
+}
+
+// INT8 without the floats they came from: a last-bit difference there may flip a rounding.
+static void twin_ints(Twin *w, const char *name, const GpuAct *gpu, const Act *cpu, int rows) {
+    size_t n = cpu->ldq * (size_t)rows, wrong = 0;
+    const int8_t *q = twin_read(w, gpu->q, n);
+    for (size_t i = 0; i < n; i++) wrong += abs(q[i] - cpu->q[i]) > 1 ? n : q[i] != cpu->q[i];
+    twin_note(w, name, (double)wrong / n, 2e-3);
+    twin_give(w, gpu->q, cpu->q, n);
+    twin_give(w, gpu->s, cpu->s, 4 * cpu->lds * (size_t)rows);
+}
+
+// Activations: the floats within `limit`; the GPU's integers and scales are exactly what the CPU makes of the GPU's floats.
+static void twin_act(Twin *w, const char *name, const GpuAct *gpu, const Act *cpu, int rows, double limit) {
+    size_t n = cpu->ldq * (size_t)rows, groups = cpu->lds * (size_t)rows;
+    float *x = memcpy(xalloc(n, 4), twin_read(w, gpu->x, 4 * n), 4 * n), *s = xalloc(groups, 4);
+    int8_t *q = xalloc(n, 1);
+    quantise(x, (int)n, q, s);          // dimensions are multiples of 32: all rows are one sequence of groups
+    bool same = !memcmp(q, twin_read(w, gpu->q, n), n) && !memcmp(s, twin_read(w, gpu->s, 4 * groups), 4 * groups);
+    twin_note(w, "quantise", !same, 0);
+    twin_floats(w, name, gpu->x, cpu->x, cpu->ld * (size_t)rows, limit);
+    twin_give(w, gpu->q, cpu->q, n);
+    twin_give(w, gpu->s, cpu->s, 4 * groups);
+    free(x), free(s), free(q);
+}
+
+// Random history: window, compressed rows, index keys and compressor inputs, the same on both sides.
+static void twin_fill(Twin *w, Toy *m, int i) {
+    Device *d = &w->cpu;
+    const Layer *l = &m->w.layers[i];
+    Cache *c = d->cache[0] + i;
+    GpuLayer *gl = &w->g->layer[i];
+    size_t size[5];
+    cache_sizes(d, l, size);
+    void *part[3] = { c->win, c->comp, c->ikeys };
+    uint64_t at[3] = { gl->win, gl->comp, gl->ikeys };
+    for (int j = 0; j < 3; j++) {
+        for (size_t k = 0; k < size[j] / 2; k++) ((bf16 *)part[j])[k] = bf16_of_f32(toy_number(m));
+        if (size[j]) twin_give(w, w->g->slot[0] + at[j], part[j], size[j]);
+    }
+    const Compressor *comp[2] = { &l->comp, &l->icomp };
+    float *ring[2] = { c->cin, c->icin };
+    uint64_t in[2] = { gl->cin, gl->icin };
+    for (int j = 0; j < 2 && size[3 + j]; j++) {
+        float *x = xalloc(size[3 + j], 1);
+        int n = comp[j]->wkv.n, slots = d->cring[l->ratio];
+        for (size_t k = 0; k < size[3 + j] / 4; k++) x[k] = toy_number(m);
+        twin_give(w, w->g->slot[0] + in[j], x, size[3 + j]);
+        for (int p = w->r->rows[0].pos - slots; p < w->r->rows[0].pos; p++)        // the CPU keeps gate + ape
+            if (p >= 0) compress_store(comp[j], ring[j], slots, x + (size_t)(p % slots) * 2 * n, p);
+        free(x);
+    }
+}
+
+// Row `at` of a cache in BF16 as the CPU has it; then both go on from that.
+static void twin_row(Twin *w, const char *name, CuPtr gpu, void *rows, size_t at, int n) {
+    float *x = xalloc((size_t)n, sizeof *x);
+    row_get(&w->cpu, rows, at, n, x);
+    twin_bf16(w, name, gpu + 2 * at * (size_t)n, x, (size_t)n, 2e-5);
+    twin_give(w, gpu + 2 * at * (size_t)n, (bf16 *)rows + at * (size_t)n, 2 * (size_t)n);
+    free(x);
+}
+
+// The compressor inputs of the batch: [T, 2, n] on the CPU, in the ring on the GPU.
+static void twin_ring(Twin *w, uint64_t at, const float *cpu, int n, int slots) {
+    for (int t = 0; t < w->T; t++) {
+        CuPtr row = w->g->slot[0] + at + 8 * (size_t)n * (size_t)(w->r->rows[t].pos % slots);
+        twin_floats(w, "attn_project", row, cpu + (size_t)t * 2 * n, 2 * (size_t)n, 3e-5);
+    }
+}
+
+static void twin_attention(Twin *w, const Layer *lc, const Layer *lg, int i) {
+    Run *r = w->r;
+    Cuda *g = w->g;
+    Device *c = &w->cpu, *d = &w->gpu;
+    const Config *k = c->c;
+    size_t T = (size_t)w->T, K = (size_t)k->head_dim, HK = K * k->n_heads, IJ = (size_t)k->index_heads * k->index_dim;
+    c->op->attn_project(c, lc);
+    d->op->attn_project(d, lg);
+    twin_floats(w, "attn_project", g->qr.x, r->qr.x, T * k->q_lora_rank, 3e-5);
+    twin_floats(w, "attn_project", g->kv, r->kv, T * K, 3e-5);
+    if (lc->ratio) twin_ring(w, g->layer[i].cin, r->cin, lc->comp.wkv.n, c->cring[lc->ratio]);
+    if (lc->ratio == 4) {
+        twin_ring(w, g->layer[i].icin, r->icin, lc->icomp.wkv.n, c->cring[4]);
+        twin_floats(w, "attn_project", g->iw, r->iw, T * k->index_heads, 3e-5);
+    }
+    c->op->attn_latent(c, lc, i);
+    d->op->attn_latent(d, lg, i);
+    twin_act(w, "attn_latent", &g->qr, &r->qr, w->T, 5e-6);
+    for (int t = 0; t < w->T; t++) {
+        int pos = r->rows[t].pos, M = lc->ratio;
+        const Cache *own = c->cache[0] + i;
+        CuPtr slot = g->slot[0];
+        twin_row(w, "attn_latent", slot + g->layer[i].win, own->win, (size_t)(pos % c->ring), k->head_dim);
+        if (M && (pos + 1) % M == 0)
+            twin_row(w, "compress", slot + g->layer[i].comp, own->comp, (size_t)(pos / M), k->head_dim);
+        if (M == 4 && (pos + 1) % 4 == 0)
+            twin_row(w, "compress", slot + g->layer[i].ikeys, own->ikeys, (size_t)(pos / 4), k->index_dim);
+    }
+    c->op->attn_query(c, lc);
+    d->op->attn_query(d, lg);
+    twin_bf16(w, "attn_query", g->qh, r->q, T * HK, 2e-5);
+    bf16 *q = xalloc(T * (HK > IJ ? HK : IJ), sizeof *q);
+    for (size_t j = 0; j < T * HK; j++) q[j] = bf16_of_f32(r->q[j]);
+    twin_give(w, g->qh, q, 2 * T * HK);
+    if (lc->ratio == 4) {
+        twin_bf16(w, "attn_query", g->iqh, r->iq, T * IJ, 2e-5);
+        for (size_t j = 0; j < T * IJ; j++) q[j] = bf16_of_f32(r->iq[j]);
+        twin_give(w, g->iqh, q, 2 * T * IJ);
+    }
+    free(q);
+}
+
+// The scores within rounding; then the choice among the CPU's own scores exactly.
+static void twin_index(Twin *w, const Layer *lc, const Layer *lg, int i) {
+    Run *r = w->r;
+    Cuda *g = w->g;
+    Device *c = &w->cpu, *d = &w->gpu;
+    int topk = c->c->index_topk, keys = n_visible(r->rows[w->T - 1].pos, 4), zero = 0;
+    size_t ld = (size_t)g->score_ld;
+    c->op->index_topk(c, lc, i);
+    d->op->index_topk(d, lg, i);
+    if (keys <= topk || g->score_rows < w->T) return;
+    float scale = 1.0f / sqrtf((float)c->c->index_dim) / sqrtf((float)c->c->index_heads);
+    for (int t = 0; t < w->T; t++) {
+        int n = n_visible(r->rows[t].pos, 4);
+        float *s = r->iscore + (size_t)t * keys;
+        if (n <= topk) continue;
+        for (int j = 0; j < n; j++) s[j] /= scale;      // the GPU leaves out the common factor
+        twin_floats(w, "index_scores", g->scores + 4 * ld * (size_t)t, s, (size_t)n, 1e-5);
+        top_k(s, n, topk, r->top + (size_t)t * topk);
+    }
+    LAUNCH(d, index_topk, w->T, 1, 1, 1024, 0, &g->scores, &ld, &g->rows, &zero, &g->chosen);
+    const int *chosen = twin_read(w, g->chosen, 4 * (size_t)w->T * topk);
+    int wrong = 0;
+    for (int t = 0; t < w->T; t++)
+        if (n_visible(r->rows[t].pos, 4) > topk) wrong += memcmp(chosen + t * topk, r->top + t * topk, 4 * (size_t)topk) != 0;
+    twin_note(w, "index_topk", wrong, 0);
+}
+
+static void twin_pre(Twin *w, const Hyper *hc, const Hyper *hg, const float *nc, const float *ng) {
+    Run *r = w->r;
+    const Config *c = w->cpu.c;
+    size_t T = (size_t)w->T, S = (size_t)c->hc_mult;
+    w->cpu.op->hc_pre(&w->cpu, hc, nc);
+    w->gpu.op->hc_pre(&w->gpu, hg, ng);
+    twin_floats(w, "hc_post", w->g->X, r->X, T * S * c->dim, 5e-6);
+    twin_act(w, "hc_pre", &w->g->x, &r->x, w->T, 1e-5);
+    twin_floats(w, "hc_pre", w->g->post_c, r->post, T * S, 1e-5);
+    twin_floats(w, "hc_pre", w->g->comb, r->comb, T * S * S, 1e-5);
+}
+
+static void twin_layer(Twin *w, const Layer *lc, const Layer *lg, int i) {
+    Run *r = w->r;
+    Cuda *g = w->g;
+    Device *c = &w->cpu, *d = &w->gpu;
+    size_t T = (size_t)w->T, D = (size_t)c->c->dim, A = (size_t)c->c->n_active;
+    c->at = d->at = lc->name;
+    twin_pre(w, &lc->hc_attn, &lg->hc_attn, lc->attn_norm, lg->attn_norm);
+    twin_attention(w, lc, lg, i);
+    if (lc->ratio == 4) twin_index(w, lc, lg, i);
+    c->op->attend(c, lc, i);
+    d->op->attend(d, lg, i);
+    twin_act(w, "attend", &g->o, &r->o, w->T, 2e-2);        // P is rounded to BF16 against other maxima
+    c->op->attn_out(c, lc);
+    d->op->attn_out(d, lg);
+    if (takes_int8(lc->wo_b.fmt)) twin_ints(w, "attn_out", &g->u, &r->u, w->T);
+    twin_floats(w, "attn_out", g->y, r->y, T * D, takes_int8(lc->wo_b.fmt) ? 5e-3 : 3e-5);
+    c->op->hc_post(c);
+    d->op->hc_post(d);
+    twin_pre(w, &lc->hc_ffn, &lg->hc_ffn, lc->ffn_norm, lg->ffn_norm);
+    c->op->route(c, lc);
+    d->op->route(d, lg);
+    c->op->experts(c, lc);
+    d->op->experts(d, lg);
+    twin_note(w, "route", memcmp(twin_read(w, g->r.ids, 4 * T * A), r->expert, 4 * T * A) != 0, 0);
+    twin_floats(w, "route", g->r.weights, r->weight, T * A, 1e-5);
+    twin_floats(w, "experts", g->y, r->y, T * D, takes_int8(lc->sw2.fmt) ? 5e-3 : 3e-3);
+    c->op->hc_post(c);
+    d->op->hc_post(d);
+}
+
+static void twin_device(Device *d, Toy *m, const char *name, int T, int ctx) {
+    snprintf(d->name, sizeof d->name, "%s", name);
+    d->c = &m->c;
+    d->w = m->w;
+    d->last = m->c.n_layers;
+    d->has_head = true;
+    d->max_rows = T;
+    d->ctx = ctx;
+    d->ring = m->c.window + T + 8;
+    d->cring[4] = 2 * 4 + T + 8;
+    d->cring[128] = 128 + T + 8;
+    for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(&m->c, i);
+}
+
+// Runs every operation on GPU `ordinal` and on the CPU with identical inputs: T rows from position pos on. `list` gathers the
+// worst deviations [N_PARITY].
+static void cuda_parity(Toy *m, int ordinal, Pool *pool, int T, int pos, Parity *list) {
+    Twin w = { .T = T, .list = list };
+    const Config *c = &m->c;
+    char name[16];
+    int ctx = pos + T > 256 ? pos + T : 256;
+    snprintf(name, sizeof name, "cuda:%d", ordinal);
+    twin_device(&w.cpu, m, "cpu", T, ctx);
+    twin_device(&w.gpu, m, name, T, ctx);
+    cpu_device(&w.cpu, pool);
+    cuda_device(&w.gpu, ordinal);
+    w.r = w.cpu.impl;
+    w.g = w.gpu.impl;
+    w.g->keep_floats = true;
+    w.cpu.op->cache_new(&w.cpu, 0);
+    w.gpu.op->cache_new(&w.gpu, 0);
+    Row *rows = xalloc((size_t)T, sizeof *rows);
+    int *want = xalloc((size_t)T, sizeof *want);
+    for (int t = 0; t < T; t++) rows[t] = (Row){ (t * 7 + 3) % c->vocab, 0, pos + t, (t * 5 + 1) % c->vocab }, want[t] = t;
+    w.cpu.op->begin(&w.cpu, rows, T);
+    w.gpu.op->begin(&w.gpu, rows, T);
+    w.cpu.op->embed(&w.cpu);
+    w.gpu.op->embed(&w.gpu);
+    size_t n = (size_t)T * c->hc_mult * c->dim, V = (size_t)c->vocab;
+    twin_floats(&w, "embed", w.g->X, w.r->X, n, 0);
+    for (size_t i = 0; i < n; i++) w.r->X[i] = toy_number(m);
+    twin_give(&w, w.g->X, w.r->X, 4 * n);
+    for (int i = 0; i < c->n_layers; i++) {
+        twin_fill(&w, m, i);
+        twin_layer(&w, &m->w.layers[i], &w.gpu.w.layers[i], i);
+    }
+    float *lc = xalloc(V * (size_t)T, sizeof *lc), *lg = xalloc(V * (size_t)T, sizeof *lg);
+    w.cpu.op->head(&w.cpu, &m->w.hc_head, m->w.norm, want, T, lc);
+    w.gpu.op->head(&w.gpu, &w.gpu.w.hc_head, w.gpu.w.norm, want, T, lg);
+    double worst = 0, square = 1e-30;
+    for (size_t i = 0; i < V * (size_t)T; i++) worst = fmax(worst, fabs((double)lg[i] - lc[i])), square += (double)lc[i] * lc[i];
+    twin_note(&w, "head", worst / sqrt(square / (V * (size_t)T)), 5e-5);
+    twin_floats(&w, "hc_post", w.g->X, w.r->X, n, 5e-6);
+    w.cpu.op->mtp_in(&w.cpu, m->w.mtp);
+    w.gpu.op->mtp_in(&w.gpu, w.gpu.w.mtp);
+    twin_floats(&w, "mtp_in", w.g->X, w.r->X, n, 5e-5);
+    free(rows), free(want), free(lc), free(lg), free(w.tmp);
+    w.cpu.op->cache_free(&w.cpu, 0);
+    cuda_close(&w.gpu);
+}
+
+// --- the report
+
+// Two shapes with everything that can go wrong at edges: a small model of each family of formats.
+static const Config toy_shape = {
+    .dim = 192, .n_heads = 6, .head_dim = 96, .rope_dim = 32, .q_lora_rank = 96, .o_groups = 3, .o_lora_rank = 32, .window = 8,
+    .n_experts = 5, .n_active = 3, .expert_dim = 96, .index_heads = 8, .index_dim = 64, .index_topk = 12, .swiglu_limit = 3,
+    .vocab = 300, .max_ctx = 4096, .hc_mult = 4, .hc_iters = 20, .hc_eps = 1e-6f, .norm_eps = 1e-6f, .route_scale = 1.5f,
+    .rope_theta = 1e4f, .compress_theta = 1.6e5f, .yarn_factor = 16, .yarn_beta_fast = 32, .yarn_beta_slow = 1, .yarn_ctx = 512,
+};
+
+// Prints each operation's worst deviation; returns the number out of bounds.
+static int report_parity(int ordinal, Pool *pool) {
+    static const Format formats[2][2] = { { W_INT8, W_INT4 }, { W_FP8, W_FP4 } };
+    static const int batch[][2] = { { 1, 255 }, { 5, 1019 }, { 70, 460 } };        // rows, first position
+    int bad = 0;
+    for (int f = 0; f < 2; f++) {
+        Parity list[N_PARITY] = { 0 };
+        for (size_t b = 0; b < COUNT(batch); b++)
+            cuda_parity(toy_new(&toy_shape, formats[f][0], formats[f][1]), ordinal, pool, batch[b][0], batch[b][1], list);
+        for (int i = 0; i < N_PARITY && list[i].name; i++) {
+            bool ok = list[i].error <= list[i].limit;
+            bad += !ok;
+            printf("  %-4s %-14s %s  deviation %.1e, limit %.0e\n", ok ? "ok" : "BAD", list[i].name,
+                   f ? "FP8 + FP4 " : "INT8 + INT4", list[i].error, list[i].limit);
+        }
+    }
+    return bad;
+}
+
+// Seconds between two events around `n` calls of a launch or copy.
+static double report_time(Device *d, CuEvent e[2]) {
+    float ms = 0;
+    CU(d, EventSynchronize, e[1]);
+    CU(d, EventElapsedTime, &ms, e[0], e[1]);
+    return ms * 1e-3;
+}
+
+// GB/s of pinned copies and of weights streaming through the products, shapes of the real model.
+static void report_rates(int ordinal) {
+    static const struct { const char *name; Format fmt; int n, k; } shape[] = {
+        { "wq_b, INT8", W_INT8, 32768, 1024 }, { "wo_b, INT8", W_INT8, 4096, 8192 }, { "head, BF16", W_BF16, 16384, 4096 } };
+    enum { COPY = 64 << 20, TIMES = 10 };
+    Toy *m = toy_new(&toy_shape, W_INT8, W_INT4);
+    Device dev = { 0 }, *d = &dev;
+    char name[16];
+    CuEvent e[2];
+    snprintf(name, sizeof name, "cuda:%d", ordinal);
+    twin_device(d, m, name, TILE, 256);
+    cuda_device(d, ordinal);
+    Cuda *g = d->impl;
+    for (int i = 0; i < 2; i++) CU(d, EventCreate, &e[i], 0);
+    CuPtr w = gpu_keep(d, 256 << 20, "test weights"), s = gpu_keep(d, 1 << 20, "test scales");
+    void *host = memset(host_pinned(d, COPY), 0, COPY);
+    for (int out = 0; out < 2; out++) {
+        CU(d, EventRecord, e[0], g->stream);
+        for (int i = 0; i < TIMES; i++)
+            if (out) CU(d, MemcpyDtoHAsync, host, w, COPY, g->stream);
+            else CU(d, MemcpyHtoDAsync, w, host, COPY, g->stream);
+        CU(d, EventRecord, e[1], g->stream);
+        printf("  copy %-15s %7.1f GB/s\n", out ? "to the host" : "to the GPU", (double)COPY * TIMES / report_time(d, e) / 1e9);
+    }
+    for (size_t i = 0; i < COUNT(shape); i++) {
+        Mat mat = { (void *)(uintptr_t)w, (void *)(uintptr_t)s, shape[i].n, shape[i].k, shape[i].fmt };
+        GpuAct in = gpu_act(d, TILE, shape[i].k);
+        GpuProducts p = one_product(d, &mat, &in, gpu_keep(d, 4 * (size_t)TILE * shape[i].n, "results"));
+        double bytes = (double)row_bytes(&mat) * shape[i].n;
+        for (int T = 1; T <= TILE; T *= 8) {
+            CU(d, EventRecord, e[0], g->stream);
+            for (int j = 0; j < TIMES; j++) gpu_products(d, &p, T);
+            CU(d, EventRecord, e[1], g->stream);
+            double t = report_time(d, e) / TIMES;
+            printf("  %-12s %d row%s %7.1f GB/s, %.1f us\n", shape[i].name, T, T > 1 ? "s" : " ", bytes / t / 1e9, t * 1e6);
+        }
+    }
+    CU(d, MemFreeHost, host);
+    for (int i = 0; i < 2; i++) CU(d, EventDestroy, e[i]);
+    cuda_close(d);
+}
+
+// Microseconds from one GPU's memory to the next one's, through pinned memory, as stages hand over a row.
+static void report_hop(int a, int b) {
+    Toy *m = toy_new(&toy_shape, W_INT8, W_INT4);
+    Device d[2] = { { 0 } };
+    enum { TIMES = 20 };
+    size_t n = (size_t)m->c.hc_mult * m->c.dim;
+    float *X = xalloc(n, sizeof *X), *Y = xalloc(n, sizeof *Y);
+    Row row = { 0 };
+    for (int i = 0; i < 2; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "cuda:%d", i ? b : a);
+        twin_device(&d[i], m, name, 1, 256);
+        cuda_device(&d[i], i ? b : a);
+    }
+    for (size_t i = 0; i < n; i++) X[i] = toy_number(m);
+    d[0].op->begin(&d[0], &row, 1);
+    d[0].op->streams_in(&d[0], X);
+    double start = now();
+    for (int i = 0; i < TIMES; i++) {
+        d[0].op->streams_out(&d[0], Y);
+        d[1].op->begin(&d[1], &row, 1);
+        d[1].op->streams_in(&d[1], Y);
+        d[1].op->streams_out(&d[1], Y);
+        d[0].op->begin(&d[0], &row, 1);
+        d[0].op->streams_in(&d[0], Y);
+    }
+    double t = (now() - start) / TIMES / 2;
+    printf("  cuda:%d to cuda:%d   %.0f us a row on this host, bytes %s\n", a, b, t * 1e6, memcmp(X, Y, n * sizeof *X) ? "DIFFER" : "arrive whole");
+    free(X), free(Y);
+    for (int i = 0; i < 2; i++) cuda_close(&d[i]);
+}
+
+// `dsv4 devices`: driver, compiler and every GPU: facts, self-test, rates, hand-off. Returns the exit code.
+static int cuda_report(void) {
+    Err e;
+    int driver = 0, version[2] = { 0 }, n = 0, bad = 0;
+    if (!cuda_open(&e)) {
+        printf("no GPU: %s\n", e.text);
+        return 1;
+    }
+    cu.DriverGetVersion(&driver);
+    cu.DeviceGetCount(&n);
+    printf("driver for CUDA %d.%d, %d GPU%s\n", driver / 1000, driver % 1000 / 10, n, n == 1 ? "" : "s");
+    if (nvrtc_open(&e)) rtc.Version(version, version + 1), printf("NVRTC %d.%d\n", version[0], version[1]);
+    else printf("%s\n", e.text);
+    Pool *pool = pool_new(0);
+    for (int i = 0; i < n; i++) {
+        CuDevice dev;
+        char name[100] = "";
+        size_t bytes = 0;
+        int major = 0, minor = 0, units = 0;
+        if (cu.DeviceGet(&dev, i) || cu.DeviceGetName(name, sizeof name, dev)) continue;
+        cu.DeviceGetAttribute(&major, 75, dev);
+        cu.DeviceGetAttribute(&minor, 76, dev);
+        cu.DeviceGetAttribute(&units, 16, dev);
+        cu.DeviceTotalMem(&bytes, dev);
+        printf("cuda:%d %s, compute capability %d.%d, %d multiprocessors, %.1f GB, %.1f GB free\n", i, name, major, minor, units,
+               bytes / 1e9, cuda_memory(i) / 1e9);
+        if (!version[0]) continue;
+        bad += report_parity(i, pool);
+        report_rates(i);
+        if (i) report_hop(i - 1, i);
+    }
+    printf(bad ? "%d operations are out of bounds: do not trust this machine\n" : "all operations agree with the CPU\n", bad);
+    return bad != 0 || !version[0];
+}
+// ---------------------------------------------------------------------------
 // command line: one table of options prints --help and checks every value
 
 #define VERSION "0.1"
@@ -6045,6 +6674,7 @@ static const struct { const char *name; Command command; const char *args, *help
     { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
     { "bench", BENCH, "-m DIR", "tokens per second at several depths, GB/s per kernel", 0 },
     { "ppl", PPL, "-m DIR FILE", "perplexity of a text", 1 },
+    { "devices", DEVICES, "", "bring-up report: driver, compiler, GPUs, self-test, rates", 0 },
     { "verify", VERIFY, "DIR", "read every byte of a checkpoint and check it", 1 },
     { "convert", CONVERT, "SRC DST", "original release -> dsv4_int", 2 },
 };
@@ -7701,11 +8331,13 @@ int main(int argc, char **argv) {
     check_options();
     catch_signals();
     choose_isa();
+    cuda_kernels_file = opt.kernels;
     switch (command) {
     case TOKENIZE: return run_tokenize();
     case INFO: return run_info();
     case BENCH: return run_bench();
     case PPL: return run_ppl(args[0]);
+    case DEVICES: return cuda_report();
     case VERIFY: return run_verify(args[0]);
     case CONVERT: return run_convert(args[0], args[1]);
     default: return opt.prompt || opt.file || opt.ids ? run_prompt() : run_chat();

@@ -219,7 +219,7 @@ typedef enum { COPY, INT4, INT4_SCALE, INT8, INT8_SCALE } Rule;
 typedef struct {
     const Tensor *t;        // the source
     const Tensor *pair;     // INT4, INT8: its scale; *_SCALE: its weight
-    Span name;          // in DST; remap gives layers other numbers
+    Span name;              // in DST; --layer-remap gives layers other numbers
     Rule rule;
     bool together;          // weight and scale are in the same shard: written in one go
     Dtype dtype;            // in DST
@@ -246,34 +246,34 @@ typedef struct {
     ConfigBrief config;
     Store store;
     Tables *tables;
-    OutFile *files;            // [n_files], one per source shard; n = 0: dropped
+    OutFile *files;         // [n_files], one per source shard; n = 0: dropped
     int n_files;
     int *new_layer;         // [n_layers] number in DST, -1: dropped; NULL without --layer-remap
     int *kept;              // [n_kept] the source layers in their new order
     int n_kept;
     uint64_t tensor_bytes;  // the true total_size
-    size_t converted;
+    size_t converted;       // weights that become INT4 or INT8
     Str identity;           // what the manifest says
     // the work, under lock
     pthread_mutex_t lock;
     int file;               // where the next piece comes from
     size_t item;
-    uint64_t piece;
+    uint64_t piece;         // of the item
     bool checking;          // --verify: compare instead of write
     atomic_bool failed;
-    Err *error;
+    Err *error;             // the first one
     uint64_t total, did, before;    // bytes of DST; before: from earlier runs
-    double start, shown;
-    bool terminal;
+    double start, shown;    // when: this run began, the progress line was written
+    bool terminal;          // somebody is watching
 } Job;
 
-// The digits of a number at p[0..n), as far as they go; -1 if there are none or too many.
+// The number at p[0..n), as far as its digits go (at most 6), without leading zeros; else -1.
 static int number_at(const char *p, size_t n, size_t *used) {
     int v = 0;
     size_t i = 0;
     for (; i < n && p[i] >= '0' && p[i] <= '9' && i < 6; i++) v = 10 * v + p[i] - '0';
     *used = i;
-    return i ? v : -1;
+    return i && (i == 1 || p[0] != '0') ? v : -1;
 }
 
 // "layers.12.attn..." -> 12 and what is left; -1: not a layer's ("mtp." layers keep their numbers).
@@ -460,6 +460,7 @@ typedef struct {
     Err error;
 } Worker;
 
+// How many pieces an item is; scales that are written along with their weight are none.
 static uint64_t pieces_of(const Item *it) {
     bool only_scale = it->rule == INT4_SCALE || it->rule == INT8_SCALE;
     const Tensor *w = only_scale ? it->pair : it->t;
@@ -533,6 +534,7 @@ static bool not_finite(Worker *w, const Piece *p, int64_t row, int64_t column, i
                 w->job->tables->f16 ? " or too large for F16" : "");
 }
 
+// A tensor that stays as it is.
 static bool do_copy(Worker *w, const Piece *p) {
     uint64_t from = p->number * PIECE, left = p->it->bytes - from;
     size_t n = left < PIECE ? left : PIECE;
@@ -592,6 +594,7 @@ static bool do_int8(Worker *w, const Piece *p) {
     return !p->it->together || emit(w, p, p->it->scale_at + 2 * grid, w->scale_out, 2 * blocks);
 }
 
+// Makes names in a directory last: a rename is only safe once its directory is on the disk.
 static bool sync_directory(const char *path, Err *e) {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     bool ok = fd >= 0 && (!fsync(fd) || errno == EINVAL);
@@ -600,6 +603,7 @@ static bool sync_directory(const char *path, Err *e) {
     return ok;
 }
 
+// Is the open file of the right length, with the header that we would write?
 static bool same_header(const OutFile *file, int fd, const char *path, Err *e) {
     struct stat st;
     if (fstat(fd, &st)) return fail(e, "%s: %s", path, strerror(errno));
@@ -614,6 +618,7 @@ static bool same_header(const OutFile *file, int fd, const char *path, Err *e) {
     return ok;
 }
 
+// Begins a file: creates NAME.part with its header, or (--verify) opens the finished one.
 static bool open_file(const Job *job, OutFile *file, Err *e) {
     file->pending = 1;
     file->in = open(file->from, O_RDONLY | O_CLOEXEC);
@@ -629,6 +634,7 @@ static bool open_file(const Job *job, OutFile *file, Err *e) {
     return same_header(file, file->out, file->path, e);
 }
 
+// All pieces are written: the data must be on the disk before the name says that they are.
 static bool finish_file(const Job *job, OutFile *file, Err *e) {
     bool ok = job->checking || !fsync(file->out);
     if (!ok) fail(e, "%s: cannot sync: %s", file->part, strerror(errno));
@@ -699,6 +705,7 @@ static bool do_piece(Worker *w, const Piece *p) {
     }
 }
 
+// A thread's life. The lock is held between pieces, not during them.
 static void *work(void *arg) {
     Worker *w = arg;
     Job *job = w->job;
@@ -792,6 +799,7 @@ typedef struct {
 
 static bool write_value(const Writer *outer, Place place, Json *j);
 
+// Comma, line end, indentation and the key; an array's items have none.
 static void write_key(Writer *w, Span key) {
     put(w->out, "%s\n%*s", w->n++ ? "," : "", 2 * w->depth, "");
     if (!key.p) return;
@@ -869,6 +877,7 @@ static void write_member(Writer *w, Span key, Json *j) {
     write_value(w, place, j);
 }
 
+// The next value: scalars as they stand, containers member by member with what this place adds.
 static bool write_value(const Writer *outer, Place place, Json *j) {
     char c = json_peek(j), size[32], metadata[64];
     Span raw = { 0 };
@@ -1133,6 +1142,7 @@ static bool read_remap(Job *job, const char *list, Err *e) {
     }
 }
 
+// Everything that can be said without looking at DST.
 static bool prepare(Job *job, Err *e) {
     const Dsv4Convert *o = job->o;
     bool f16 = o->scale_dtype && !strcmp(o->scale_dtype, "f16");
