@@ -921,7 +921,10 @@ int sim_module_device(const SimModule *m) { return m->device; }
 int sim_module_ptx_version(const SimModule *m) { return m->version; }
 int sim_module_target(const SimModule *m) { return m->target; }
 int sim_module_n_kernels(const SimModule *m) { return m->n_kernels; }
-SimKernel *sim_module_kernel(const SimModule *m, int index) { return index >= 0 && index < m->n_kernels ? m->kernels[index] : NULL; }
+SimKernel *sim_module_kernel(const SimModule *m, int index) {
+    return index >= 0 && index < m->n_kernels ? m->kernels[index] : NULL;
+}
+
 SimKernel *sim_module_find(const SimModule *m, const char *name) {
     for (int k = 0; k < m->n_kernels; k++)
         if (!strcmp(m->kernels[k]->name, name)) return m->kernels[k];
