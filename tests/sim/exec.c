@@ -25,6 +25,7 @@ static pthread_mutex_t report_lock = PTHREAD_MUTEX_INITIALIZER;
 /* ------------------------------------------------------------------------------------------------
  * findings */
 
+/* Linear thread number -> threadIdx. */
 static void thread_index(const Launch *launch, u32 linear, unsigned out[3]) {
     const unsigned *b = launch->in->block;
     out[0] = linear % b[0];
@@ -32,6 +33,7 @@ static void thread_index(const Launch *launch, u32 linear, unsigned out[3]) {
     out[2] = linear / b[0] / b[1];
 }
 
+/* What a real device would answer; findings that it would not notice fail the launch. */
 static int error_of(SimKind kind) {
     switch (kind) {
     case SIM_BOUNDS: case SIM_FREED: case SIM_FOREIGN: case SIM_READONLY:
@@ -78,6 +80,7 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     pthread_mutex_unlock(&report_lock);
 }
 
+/* splitmix64: the source of all seeded orders and perturbations. */
 u64 mix64(u64 x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
@@ -134,6 +137,7 @@ void regroup(Warp *w) {
             w->next_pc = w->waiting[k].pc;
 }
 
+/* Called by a handler: true if other groups run first; the instruction is then executed again. */
 bool park(Warp *w) {
     Worker *k = w->worker;
     if (w->forced || !w->n_waiting) return false;
@@ -145,6 +149,7 @@ bool park(Warp *w) {
     return true;
 }
 
+/* Taken branches give other warps their turn and end endless loops. */
 static void count_branch(Warp *w) {
     if (++w->branches % TURN == 0) {
         w->yield = true;
@@ -393,6 +398,7 @@ typedef struct {
 
 static Pool pools[MAX_WORKERS];
 
+/* Runs a block to its end: its warps in turn, until none can go on. */
 static void run_block(Worker *k, u32 index) {
     const unsigned *grid = k->launch->in->grid;
     k->block_index = index;
@@ -456,6 +462,7 @@ static void get_memory(Worker *k, Pool *pool) {
     k->serial = pool->serial;
 }
 
+/* Takes blocks until there are no more, or the launch is cancelled. */
 static void *worker_main(void *arg) {
     Worker *k = arg;
     Launch *launch = k->launch;
@@ -483,6 +490,7 @@ static void *worker_main(void *arg) {
 /* ------------------------------------------------------------------------------------------------
  * launches */
 
+/* Small launches are not worth a thread. */
 static int n_workers(const Launch *launch) {
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     int n = sim_options.threads ? sim_options.threads : cpus > 4 ? 4 : (int)cpus;
@@ -491,6 +499,7 @@ static int n_workers(const Launch *launch) {
     return n < 1 || work < 512 ? 1 : n > MAX_WORKERS ? MAX_WORKERS : n;
 }
 
+/* 0 .. n-1 in a seeded order. */
 static u32 *shuffled(u32 n) {
     u32 *order = malloc((size_t)n * sizeof *order);
     if (!order) abort();
@@ -502,6 +511,7 @@ static u32 *shuffled(u32 n) {
     return order;
 }
 
+/* What a device refuses to launch. */
 static int check_limits(const SimLaunch *in, Launch *launch) {
     const SimKernel *kernel = in->kernel;
     u64 blocks = 1, threads = 1;

@@ -14,6 +14,7 @@ typedef int64_t s64;
 /* ------------------------------------------------------------------------------------------------
  * short formats */
 
+/* A non-negative number to an integer; `negative` is the sign of the whole value. */
 static double round_to_mode(double q, bool negative, Rounding mode) {
     switch (mode) {
     case RND_RZ: return floor(q);
@@ -75,6 +76,7 @@ u16 float_to_bf16(float f, Rounding mode) {
 /* ------------------------------------------------------------------------------------------------
  * cvt */
 
+/* The source of lane l as a 64-bit integer. */
 static s64 int_source(const Warp *w, const Inst *i, u32 l) {
     const void *a = src(w, i, 0);
     u64 v = i->wide_src ? ((const u64 *)a)[l] : ((const u32 *)a)[l];
@@ -102,6 +104,7 @@ static double float_source(const Warp *w, const Inst *i, u32 l) {
     }
 }
 
+/* Stores into a 32-bit or 64-bit register. */
 static void put(const Warp *w, const Inst *i, u32 l, u64 v) {
     void *d = slot(w, i->dst[0]);
     if (i->wide_dst)
@@ -124,6 +127,7 @@ static void put_int(const Warp *w, const Inst *i, u32 l, u64 v) {
     put(w, i, l, v);
 }
 
+/* The range of an integer type. */
 static double low_limit(Type t) {
     return type_is_signed(t) ? -ldexp(1, type_bytes(t) * 8 - 1) : 0;
 }
@@ -182,6 +186,7 @@ HANDLER(cvt_float_int) {
     }
 }
 
+/* Rounds to the destination type. */
 static void put_float(const Warp *w, const Inst *i, u32 l, double x) {
     float f;
     u64 bits = 0;
@@ -266,6 +271,7 @@ HANDLER(cvt_f32_s32_quick) /* .rni and .rzi */
     }
 }
 
+/* Conversions between integers without saturation. */
 static Handler *quick_int(const Inst *i) {
     int to = type_bytes((Type)i->type), from = type_bytes((Type)i->type2);
     bool sign = type_is_signed((Type)i->type2);
@@ -279,6 +285,7 @@ static Handler *quick_int(const Inst *i) {
     return type_is_signed((Type)i->type) ? cvt_low_s8 : cvt_low_u8;
 }
 
+/* The vector version of a conversion, if there is one. */
 static Handler *quick(const Inst *i) {
     bool float_to = type_is_float((Type)i->type), float_from = type_is_float((Type)i->type2);
     bool nearest = i->round == RND_RN || i->round == RND_NONE;
@@ -293,6 +300,7 @@ static Handler *quick(const Inst *i) {
          : i->type2 == T_BF16 ? cvt_bf16_f32 : NULL;
 }
 
+/* Refuses what PTX does not define, such as a narrowing without a rounding mode. */
 static Handler *choose_cvt(Inst *i) {
     bool float_to = type_is_float((Type)i->type), float_from = type_is_float((Type)i->type2);
     bool integer_mode = i->round >= RND_RNI, plain_mode = i->round && !integer_mode;
@@ -372,6 +380,7 @@ static double fma_odd(double a, double b, double c) {
 
 typedef enum { H_ADD, H_SUB, H_MUL, H_FMA, H_MIN, H_MAX, H_EX2, H_TANH } HalfOp;
 
+/* The number if one is NaN, unless .NaN. */
 static double min_max(double x, double y, bool max, bool nan) {
     if (x != x || y != y) return nan ? NAN : x != x ? y : x;
     if (x == y)
@@ -379,6 +388,7 @@ static double min_max(double x, double y, bool max, bool nan) {
     return (x < y) != max ? x : y;
 }
 
+/* One result, rounded once. */
 static u16 half_value(const Inst *i, HalfOp op, bool bf16, const double v[3]) {
     double r;
     switch (op) {

@@ -15,6 +15,7 @@ typedef struct {
 /* ------------------------------------------------------------------------------------------------
  * addresses */
 
+/* Base register plus offset, lane by lane; is it a row? */
 static void lane_addresses(const Warp *w, const Inst *i, Access *x) {
     u64 wrong = 0;
     if (i->wide_addr) {
@@ -39,6 +40,7 @@ static bool aligned_lanes(Warp *w, const Access *x) {
     return true;
 }
 
+/* Which window a generic address lies in. */
 static Space space_of(u64 address) {
     u64 window = address & 0xffff00000000ull;
     return address < SHARED_BASE ? SP_GLOBAL : window == SHARED_BASE ? SP_SHARED
@@ -122,6 +124,7 @@ static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 sp
             bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
 }
 
+/* Most often all lanes lie in one allocation, which is then looked up once. */
 static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
     u64 low = ~0ull, high = 0;
     u32 mask = w->mask, left = x->mask;
@@ -159,6 +162,7 @@ static bool shared_in_bounds(Warp *w, int lane, u64 address, u64 bytes) {
     return false;
 }
 
+/* Says which byte is unset, or still on its way. */
 static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool store) {
     const u8 *state = w->worker->shared_state + address;
     for (u32 b = 0; b < bytes; b++) {
@@ -208,6 +212,7 @@ static void move_shared(Warp *w, const Inst *i, Access *x, bool store) {
             memset(k->shared_state + x->at[l], 1, x->bytes);
 }
 
+/* A thread's local memory: .local arrays and the parameters of inlined calls. */
 static void move_local(Warp *w, Access *x, bool store) {
     u32 each = (w->worker->code->local_bytes + 15) & ~15u;
     if (!aligned_lanes(w, x)) return;
@@ -223,6 +228,7 @@ static void move_local(Warp *w, Access *x, bool store) {
     }
 }
 
+/* The parameter block of the launch, the same for all threads. */
 static void move_param(Warp *w, Access *x, bool store) {
     const Launch *launch = w->worker->launch;
     u32 size = launch->kernel->param_bytes;
@@ -288,6 +294,7 @@ static void move(Warp *w, const Inst *i, Access *x, bool store) {
 /* ------------------------------------------------------------------------------------------------
  * ld and st */
 
+/* The value of an element, widened as its type says. */
 static u64 extend(Type t, const u8 *p) {
     u64 v = 0;
     memcpy(&v, p, (size_t)type_bytes(t));
@@ -326,6 +333,7 @@ static void unpack(const Warp *w, const Inst *i, const Access *x) {
     }
 }
 
+/* Registers -> buffer. */
 static void pack(const Warp *w, const Inst *i, Access *x) {
     u32 size = (u32)type_bytes((Type)i->type);
     for (int k = 1; k < i->n_src; k++) {
@@ -366,11 +374,13 @@ static void store(Warp *w, const Inst *i, void *out) {
     move(w, i, &x, true);
 }
 
-/* prefetch, prefetchu: no effect; hardware ignores bad addresses too. */
+/* prefetch: no effect, hardware ignores bad addresses too. Fences inside a block: lanes and warps
+ * see each other's stores at once here. */
 static void nothing(Warp *w, const Inst *i, void *out) {
     (void)w, (void)i, (void)out;
 }
 
+/* A fence: what this block reads from now on may be ordered by flags, which is not followed. */
 static void membar(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     w->worker->fenced = true;
@@ -424,6 +434,7 @@ static bool below(Type t, u64 a, u64 b) {
     }
 }
 
+/* New value from the old one and the operands. */
 static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c) {
     Type t = (Type)i->type;
     switch (i->op) {
@@ -534,6 +545,7 @@ static void cp_async(Warp *w, const Inst *i, void *out) {
     memcpy(c->data, from.data, sizeof c->data);
 }
 
+/* Closes the group of copies of these lanes. */
 static void cp_commit(Warp *w, const Inst *i, void *out) {
     (void)i, (void)out;
     EACH(l, w->mask) w->committed[l]++;
@@ -630,8 +642,10 @@ const Form mem_forms[] = {
     {"prefetch [.global|.local] .L1|.L2|.L2::evict_last|.L2::evict_normal", "m", SIM_C_GLOBAL, 0,
      nothing},
     {"prefetchu .L1", "m", SIM_C_GLOBAL, 0, nothing},
-    {"membar .cta|.gl|.sys", "", SIM_C_GLOBAL, 0, membar},
-    {"fence [.sc|.acq_rel] .cta|.gpu|.sys", "", SIM_C_GLOBAL, 0, membar},
+    {"membar .cta", "", SIM_C_GLOBAL, 0, nothing},
+    {"membar .gl|.sys", "", SIM_C_GLOBAL, 0, membar},
+    {"fence [.sc|.acq_rel] .cta", "", SIM_C_GLOBAL, 0, nothing},
+    {"fence [.sc|.acq_rel] .gpu|.sys", "", SIM_C_GLOBAL, 0, membar},
     {"createpolicy .fractional .L2::evict_last|.L2::evict_first|.L2::evict_normal|"
      ".L2::evict_unchanged [.L2::evict_unchanged|.L2::evict_first] .b64", "d?w", SIM_C_INT, 64,
      createpolicy},

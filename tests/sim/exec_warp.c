@@ -74,6 +74,7 @@ static void shfl(Warp *w, const Inst *i, void *out) {
     }
 }
 
+/* Counts only the lanes that the mask names. */
 static void vote(Warp *w, const Inst *i, void *out) {
     u32 p = src_mask(w, i, 0);
     const u32 *members = src(w, i, 1);
@@ -90,6 +91,7 @@ static void vote(Warp *w, const Inst *i, void *out) {
     }
 }
 
+/* Which named lanes hold the same value. */
 static void match(Warp *w, const Inst *i, void *out) {
     bool wide = type_bytes((Type)i->type) == 8;
     const u32 *members = src(w, i, 1);
@@ -236,6 +238,7 @@ typedef struct {
     int groups;   /* 4 or 8 */
 } Tile;
 
+/* Fragments -> matrices. */
 static void load_tile(Warp *w, const Inst *i, Tile *t) {
     int n_a = t->groups / 2, n_b = t->groups / 4;
     for (int l = 0; l < 32; l++) {
@@ -255,6 +258,7 @@ static void store_tile(Warp *w, const Inst *i, const Tile *t) {
             ((u32 *)slot(w, i->dst[r]))[l] = t->c[l / 4 + 8 * (r / 2)][2 * (l % 4) + (r & 1)];
 }
 
+/* The low or high halves of 8 groups as f32. */
 static inline __m256 widen_half(__m256i halves, bool high, bool bf16) {
     if (bf16)
         return _mm256_castsi256_ps(
@@ -293,11 +297,13 @@ static void multiply_half(Tile *t, bool bf16) {
     }
 }
 
+/* The even or odd bytes of 8 groups as 16-bit lanes. */
 static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed) {
     v = odd ? v : _mm256_slli_epi16(v, 8);
     return is_signed ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
 }
 
+/* Exact, modulo 2^32 like the hardware without .satfinite. */
 static void multiply_int(Tile *t, bool a_signed, bool b_signed) {
     __m256i b[8][2];
     for (int g = 0; g < t->groups; g++)

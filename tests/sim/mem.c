@@ -108,6 +108,7 @@ static void insert(Alloc *a) {
     n_table++;
 }
 
+/* Zero pages that cost nothing until they are touched. */
 static void *zero_pages(u64 bytes) {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -192,6 +193,7 @@ int sim_mem_alloc(int device, u64 bytes, u64 *address) {
     return error;
 }
 
+/* The bytes go, the entry stays, to recognise stale pointers. */
 static void release(Alloc *a) {
     u64 room = (a->size + RED_ZONE - 1) & ~(u64)(RED_ZONE - 1);
     devices[a->device].used -= room;

@@ -53,6 +53,7 @@ static const struct {
     {".clamp", F_NOTHING, 0}, {".shiftamt", F_SHIFTAMT, 1}, {".cc", F_CARRY, 1},
 };
 
+/* Notes what a modifier says in the instruction. */
 static void set_field(Inst *i, Field field, int v) {
     switch (field) {
     case F_SPACE: *(i->space ? &i->space2 : &i->space) = (u8)v; break;
@@ -76,6 +77,7 @@ static void set_field(Inst *i, Field field, int v) {
     }
 }
 
+/* One ".modifier": a type, or an entry of the table above; the rest changes nothing. */
 static void apply_modifier(Inst *i, const char *name) {
     Type t = parse_type(name);
     if (t != T_NONE) {
@@ -127,6 +129,7 @@ static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
 
 static const Form *const form_tables[] = {alu_forms, cvt_forms, half_forms, mem_forms, warp_forms};
 
+/* The first form that allows the opcode, or an error that names what none does. */
 static const Form *find_form(Parser *p, const char *opcode) {
     size_t best = 0, name = strcspn(opcode, ".");
     bool known = false;
@@ -153,6 +156,7 @@ static const char *const special_names[SR_COUNT] = {
     "%dynamic_smem_size", "%total_smem_size", "%smid", "%nsmid", "%gridid", "%clock", "%clock_hi",
     "%clock64", "%globaltimer"};
 
+/* %tid.x and its like live in slots that are filled before a warp starts. */
 static u32 special_slot(Parser *p, const char *name, int *which) {
     for (int k = 0; k < SR_COUNT; k++)
         if (!strcmp(name, special_names[k])) {
@@ -230,6 +234,7 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
     return at;
 }
 
+/* The slot of a predicate register; "_" as a destination is the sink. */
 static u32 predicate(Parser *p, bool destination) {
     u32 at = 0;
     if (destination && accept_word(p, "_")) return 0;
@@ -240,6 +245,7 @@ static u32 predicate(Parser *p, bool destination) {
     return at;
 }
 
+/* A register to write, of `bits` bits or (relaxed) more. */
 static u32 destination(Parser *p, int bits, bool relaxed, bool *wide) {
     u32 at = 0;
     if (accept_word(p, "_")) return 0;
@@ -307,6 +313,7 @@ static void second_address(Parser *p, Inst *i) {
     i->target = (u32)(int32_t)offset;
 }
 
+/* "{a, b, c, d}" or a single register. */
 static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool relaxed) {
     bool braces = accept(p, '{');
     do {
@@ -319,6 +326,7 @@ static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool
     if (braces) expect(p, '}');
 }
 
+/* "p", "!p", or a constant. */
 static void predicate_source(Parser *p, Inst *i) {
     if (accept(p, '!')) i->src_flip |= 1u << i->n_src;
     accept(p, '-');
@@ -348,6 +356,7 @@ static bool is_predicate(Parser *p) {
     return (p->tok == TOK_PUNCT && p->punct == '!') || (s && s->kind == K_REG && s->type == T_PRED);
 }
 
+/* Reads one operand as its letter says. */
 static void operand(Parser *p, Inst *i, char letter) {
     Type t = (Type)i->type, t2 = (Type)i->type2;
     int bits = width_bits(t);
@@ -434,6 +443,7 @@ static bool reads_clock(const SimCode *c, const Inst *i) {
     return false;
 }
 
+/* .v2 and .v4 need as many registers. */
 static void check_vector(Parser *p, const Inst *i, const Form *f) {
     if (!strpbrk(f->operands, "DA") || i->class == SIM_C_CVT) return;
     int n = strchr(f->operands, 'D') ? i->n_dst : i->n_src - 1;
@@ -441,6 +451,7 @@ static void check_vector(Parser *p, const Inst *i, const Form *f) {
         ptx_fail(p, "%d registers for a vector of %d", n, i->vec ? i->vec : 1);
 }
 
+/* Finds the function that will run it: by form, by type, or by the form's own choice. */
 static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode) {
     i->run = i->ftz && f->run_ftz ? f->run_ftz : f->run;
     i->class = f->class;
@@ -522,6 +533,7 @@ static bool ends_block(const Inst *i) {
     return i->run == run_bra || i->run == run_exit || i->run == run_trap || i->run == run_assert;
 }
 
+/* Cuts the code into basic blocks: at targets, and behind branches and ends. */
 static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst) {
     u8 *leader = calloc(c->n_inst + 1, 1);
     Basic *b = NULL;
@@ -566,6 +578,7 @@ static u8 *fixed_slots(const SimCode *c) {
 #define BIT_GET(set, n) ((set)[(n) / 64] >> ((n) % 64) & 1)
 #define BIT_ADD(set, n) ((set)[(n) / 64] |= 1ull << ((n) % 64))
 
+/* Adds what an instruction certainly writes: nothing under a guard. */
 static void add_writes(const Inst *i, u64 *set) {
     if (i->guard) return;
     for (int k = 0; k < i->n_dst; k++) BIT_ADD(set, i->dst[k] / 32);
@@ -595,6 +608,7 @@ static void definitely_set(Basic *b, u32 n, u32 words) {
     }
 }
 
+/* Walks each block with what is set at its start, and marks reads that are not covered. */
 static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed) {
     u8 *tracked = calloc(c->frame_bytes / 32 + 1, 1);
     u64 *now = malloc(words * 8);

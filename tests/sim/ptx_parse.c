@@ -17,6 +17,7 @@ struct Chunk {
     _Alignas(16) u8 bytes[];
 };
 
+/* Zeroed memory; the simulator does not outlive a host without memory. */
 static void *xalloc(size_t bytes) {
     void *p = calloc(1, bytes);
     if (!p) {
@@ -58,6 +59,7 @@ char *keep(Parser *p, const char *text) {
 /* ------------------------------------------------------------------------------------------------
  * tokens */
 
+/* Ends the parse: the line and the reason go to the log. */
 void ptx_fail(Parser *p, const char *format, ...) {
     va_list ap;
     va_start(ap, format);
@@ -69,6 +71,7 @@ void ptx_fail(Parser *p, const char *format, ...) {
     longjmp(p->fail, 1);
 }
 
+/* White space and comments of both kinds. */
 static void skip_blank(Parser *p) {
     for (; p->p < p->end; p->p++) {
         if (*p->p == '\n') {
@@ -86,6 +89,7 @@ static void skip_blank(Parser *p) {
     }
 }
 
+/* Opcodes, names and registers are words: "ld.global.v4.u32", "%r1", "$L__BB0_2", "%tid.x". */
 static bool word_char(const Parser *p, const char *c) {
     if (isalnum((unsigned char)*c) || *c == '_' || *c == '$' || *c == '.' || *c == '%') return true;
     /* the two colons of ".L1::no_allocate" */
@@ -136,6 +140,7 @@ static void read_number(Parser *p) {
     p->p = stop;
 }
 
+/* Reads the next token into tok, word, punct, number. */
 void next(Parser *p) {
     skip_blank(p);
     p->line = p->read_line;
@@ -164,6 +169,7 @@ void next(Parser *p) {
     }
 }
 
+/* Takes the punctuation if it is the current token. */
 bool accept(Parser *p, int punct) {
     if (p->tok != TOK_PUNCT || p->punct != punct) return false;
     next(p);
@@ -195,6 +201,7 @@ static const char *expect_name(Parser *p) {
     return name;
 }
 
+/* ".u32" -> T_U32; T_NONE if it is not a type. */
 Type parse_type(const char *dotted) {
     static const struct { const char *name; Type type; } types[] = {
         {".pred", T_PRED}, {".b8", T_B8}, {".u8", T_U8}, {".s8", T_S8}, {".b16", T_B16},
@@ -232,6 +239,7 @@ static bool in_family(const Symbol *s, const char *name, u32 *slot) {
     return true;
 }
 
+/* The innermost symbol of that name, and the slot if it is a register. */
 Symbol *find_symbol(Parser *p, const char *name, u32 *slot) {
     for (u32 i = p->n_syms; i-- > 0;) {
         if (i == p->func_base - 1 && i >= p->n_module)
@@ -244,6 +252,7 @@ Symbol *find_symbol(Parser *p, const char *name, u32 *slot) {
     return NULL;
 }
 
+/* Room in the frame for a register, constant or special register. */
 u32 new_slot(Parser *p, int bits) {
     u32 at = p->code->frame_bytes;
     p->code->frame_bytes += bits == 1 ? 32 : bits == 64 ? 256 : 128;
@@ -251,6 +260,7 @@ u32 new_slot(Parser *p, int bits) {
     return at;
 }
 
+/* The slot of a constant; each value has one per kernel. */
 u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
     SimCode *c = p->code;
     if (bits < 64 && bits > 1) value = (u32)value;
@@ -264,6 +274,7 @@ u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
     return at;
 }
 
+/* Gives bytes their aligned place after those in use. */
 static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const char *what) {
     u64 at = (*used + align - 1) & ~(align - 1);
     if (at + bytes > limit)
@@ -280,6 +291,7 @@ u64 symbol_address(Parser *p, Symbol *s) {
     return s->value;
 }
 
+/* One more instruction, with its line in the PTX and in the source. */
 Inst *new_inst(Parser *p) {
     SimCode *c = p->code;
     c->inst = xgrow(c->inst, c->n_inst, &c->cap_inst, sizeof *c->inst);
@@ -291,6 +303,7 @@ Inst *new_inst(Parser *p) {
     return i;
 }
 
+/* The target of instruction `inst` is a label that may come later. */
 void add_fixup(Parser *p, u32 inst, const char *label) {
     p->fixups = xgrow(p->fixups, p->n_fixups, &p->cap_fixups, sizeof *p->fixups);
     p->fixups[p->n_fixups++] = (Fixup){inst, label, p->line};
@@ -344,6 +357,7 @@ static Variable parse_variable(Parser *p, SymKind kind) {
     return v;
 }
 
+/* One initial value: a number, a bit pattern, or the address of another variable. */
 static void put_value(Parser *p, const Variable *v, u8 *to) {
     bool minus = accept(p, '-');
     u64 x = 0;
@@ -372,6 +386,7 @@ static void put_value(Parser *p, const Variable *v, u8 *to) {
     memcpy(to, &x, type_bytes(v->type) < 8 ? (size_t)type_bytes(v->type) : 8);
 }
 
+/* "= {1, 2, {3, 4}}", or a single value; `at` counts the bytes. */
 static void parse_initialiser(Parser *p, const Variable *v, u8 *host, u64 *at) {
     if (accept(p, '{')) {
         while (!accept(p, '}')) {
@@ -388,6 +403,7 @@ static void parse_initialiser(Parser *p, const Variable *v, u8 *host, u64 *at) {
     *at += n;
 }
 
+/* A .global or .const variable gets device memory of its own, zero unless initialised. */
 static void add_global(Parser *p, const Variable *v) {
     SimModule *m = p->m;
     Alloc *a;
@@ -494,6 +510,7 @@ static void resolve_labels(Parser *p, u32 first_symbol, u32 first_fixup) {
 
 static void parse_scope(Parser *p);
 
+/* A word with a leading dot inside a body. */
 static void parse_directive(Parser *p) {
     if (!strcmp(p->word, ".loc")) {
         parse_loc(p);
@@ -512,6 +529,7 @@ static void parse_directive(Parser *p) {
     }
 }
 
+/* "@%p add.u32 ...;" or without the guard. */
 static void parse_guarded(Parser *p) {
     u32 guard = 0, at;
     bool flip = false;
@@ -527,6 +545,7 @@ static void parse_guarded(Parser *p) {
     decode_instruction(p, guard, flip);
 }
 
+/* A word followed by a single colon. */
 static bool at_label(const Parser *p) {
     const char *c = p->p;
     while (c < p->end && (*c == ' ' || *c == '\t')) c++;
@@ -552,6 +571,7 @@ static void parse_statement(Parser *p) {
     }
 }
 
+/* "{ ... }": names and labels declared inside end with it. */
 static void parse_scope(Parser *p) {
     u32 syms = p->n_syms, fixups = p->n_fixups;
     expect(p, '{');
@@ -582,6 +602,7 @@ static void bind_params(Parser *p, Symbol *const *actual, int n_actual) {
     }
 }
 
+/* "(param0, param1)": bytes of the caller that were filled by st.param. */
 static int call_arguments(Parser *p, Symbol *out, int max) {
     int n = 0;
     expect(p, '(');
@@ -636,6 +657,7 @@ static void inline_call(Parser *p, const Symbol *f, Symbol *ret, int n_ret, Symb
     p->depth--;
 }
 
+/* "call (ret), name, (arguments);" A guarded call is jumped over by the other lanes. */
 void parse_call(Parser *p, u32 guard, bool flip) {
     Symbol ret[8], arg[64];
     u32 at;
@@ -671,6 +693,7 @@ void parse_call(Parser *p, u32 guard, bool flip) {
     if (guard) p->code->inst[skip].target = p->code->n_inst;
 }
 
+/* From "{" to behind the matching "}". */
 static void skip_braces(Parser *p) {
     int depth = 0;
     do {
@@ -698,6 +721,7 @@ static void parse_func(Parser *p, const char *text, int line) {
     skip_braces(p);
 }
 
+/* Kernel parameters lie one after the other, aligned, in the launch's parameter block. */
 static void entry_params(Parser *p) {
     SimKernel *k = p->kernel;
     SimParam params[512];
@@ -719,6 +743,7 @@ static void entry_params(Parser *p) {
     k->params = memcpy(arena_get(p->m, bytes + 1), params, bytes);
 }
 
+/* .maxntid, .reqntid and the like, between the parameters and the body. */
 static void entry_limits(Parser *p) {
     SimKernel *k = p->kernel;
     k->max_threads = 1024;
@@ -739,6 +764,7 @@ static void entry_limits(Parser *p) {
     }
 }
 
+/* ".entry name (params) { body }" -> a kernel with its code. */
 static void parse_entry(Parser *p) {
     SimModule *m = p->m;
     SimKernel *k = arena_get(m, sizeof *k);
@@ -776,6 +802,7 @@ static void parse_entry(Parser *p) {
 /* ------------------------------------------------------------------------------------------------
  * modules */
 
+/* ".version 7.4" */
 static void parse_version(Parser *p) {
     if (p->tok != TOK_NUMBER) ptx_fail(p, "bad .version");
     double d = 0;
@@ -790,6 +817,7 @@ static void parse_version(Parser *p) {
     }
 }
 
+/* ".target sm_80, debug"; sm_90a and the like are for one architecture only. */
 static void parse_target(Parser *p) {
     if (p->tok != TOK_WORD || sscanf(p->word, "sm_%d", &p->m->target) != 1)
         ptx_fail(p, "bad .target '%s'", p->word);
@@ -800,6 +828,7 @@ static void parse_target(Parser *p) {
     for (next(p); accept(p, ',');) next(p);
 }
 
+/* ".file 1 "name", ...": number 1 in .loc means this file. */
 static void parse_file(Parser *p) {
     SimModule *m = p->m;
     int n = (int)expect_number(p);
@@ -831,6 +860,7 @@ static void find_functions(Parser *p) {
     memcpy(p->word, start.word, sizeof p->word);
 }
 
+/* One directive at module level. */
 static void parse_top(Parser *p) {
     bool external = false;
     while (accept_word(p, ".visible") || accept_word(p, ".weak") || accept_word(p, ".common") ||
