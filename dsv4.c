@@ -153,9 +153,10 @@ static void progress(const char *what, int64_t done, int64_t total) {
     fflush(stderr);
 }
 // ---------------------------------------------------------------------------
-// types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection streams,
-// H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A active experts,
-// F expert hidden dim, V vocabulary, I index heads, J index dim, M compress ratio of a layer
+// types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection
+// streams, H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A
+// active experts, F expert hidden dim, V vocabulary, I index heads, J index dim, M compress ratio
+// of a layer
 
 typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4, N_FORMATS } Format;
 
@@ -169,13 +170,15 @@ typedef struct {
     Format fmt;
 } Mat;
 
-// Rows of activations: FP32 always, and (fast path) as INT8 in groups of 32 along k, last group short.
-// Row t: x + t*ld, q + t*ldq (ldq = 32 * groups, zero padded), s + t*lds (lds = groups of one row).
+// Rows of activations: FP32 always, and (fast path) as INT8 in groups of 32 along k, last group
+// short. Row t: x + t*ld, q + t*ldq (ldq = 32 * groups, zero padded), s + t*lds (lds = groups of
+// one row).
 typedef struct {
     float *x;       // [T, k]
     int8_t *q;      // [T, groups, 32]
     float *s;       // [T, groups] scale = absmax / 127
-    int k, groups;  // groups = ceil(k / 32); several segments (o_groups) are each padded on their own
+    // groups = ceil(k / 32); several segments (o_groups) are each padded on their own
+    int k, groups;
     size_t ld, ldq, lds;
 } Act;
 
@@ -195,7 +198,8 @@ typedef struct {
     char quant[32];             // quantization_config.quant_method, "" if none
 } Config;
 
-// One hyper-connection: how the S streams are mixed into a sublayer's input and its output back into them.
+// One hyper-connection: how the S streams are mixed into a sublayer's input and its output back
+// into them.
 typedef struct {
     Mat fn;         // [(2+S)*S, S*D]   (hc_head: [S, S*D])
     float *base;    // [(2+S)*S]        (hc_head: [S])
@@ -246,8 +250,9 @@ typedef struct {
     Mtp *mtp;                           // [n_mtp], NULL if the checkpoint has none
 } Weights;
 
-// What one session keeps in one layer. Rows of K (keys = values) and J (index keys): BF16, or FP32 with --exact.
-// A ring of n slots holds position p in slot p % n; `ring` = window + rows per call + slack, `cring` likewise.
+// What one session keeps in one layer. Rows of K (keys = values) and J (index keys): BF16, or FP32
+// with --exact. A ring of n slots holds position p in slot p % n; `ring` = window + rows per call +
+// slack, `cring` likewise.
 typedef struct {
     void *win;          // [ring, K]       window rows
     void *comp;         // [ctx/M, K]      compressed rows (append-only)
@@ -3438,7 +3443,8 @@ static double read_bandwidth(Pool *p) {
     return best;
 }
 // ---------------------------------------------------------------------------
-// weights: one table says which tensors a checkpoint holds, their shapes and where they go. Every mismatch is refused.
+// weights: one table says which tensors a checkpoint holds, their shapes and where they go. Every
+// mismatch is refused.
 
 // VEC: small, copied to FP32. MAT: BF16 or FP32 matrix, or quantised with its .scale. TABLE: I64.
 typedef enum { VEC, MAT, TABLE } Kind;
@@ -3446,7 +3452,8 @@ typedef enum { VEC, MAT, TABLE } Kind;
 typedef enum { ALL, COMPRESSED, CSA, HASHED, SCORED } When;
 
 typedef struct {
-    const char *name;       // after the block's prefix; a MAT's name has no ".weight" (hc_*_fn: exactly as here)
+    // after the block's prefix; a MAT's name has no ".weight" (hc_*_fn: exactly as here)
+    const char *name;
     Kind kind;
     When when;
     char rows, cols;        // letters of shape_of(); cols 0: a vector
@@ -3489,7 +3496,8 @@ static const Bind layer_table[] = {
     { "ffn.shared_experts.w3", MAT, ALL, 'F', 'D', L(sw3) },
 };
 #undef L
-static const Bind expert_table[] = {            // one entry per expert: "ffn.experts.%d.w1"; at: in Mat *w[3]
+// one entry per expert: "ffn.experts.%d.w1"; at: in Mat *w[3]
+static const Bind expert_table[] = {
     { "w1", MAT, ALL, 'F', 'D', offsetof(Layer, w1) },
     { "w2", MAT, ALL, 'D', 'F', offsetof(Layer, w2) },
     { "w3", MAT, ALL, 'F', 'D', offsetof(Layer, w3) },
@@ -3549,25 +3557,31 @@ typedef struct {
 } Binder;
 
 static bool tensor_is(const Tensor *t, int dtype, int64_t rows, int64_t cols) {
-    return t->dtype == dtype && t->shape[0] == rows && t->rank == (cols ? 2 : 1) && (!cols || t->shape[1] == cols);
+    return t->dtype == dtype && t->shape[0] == rows && t->rank == (cols ? 2 : 1) &&
+           (!cols || t->shape[1] == cols);
 }
 
-static const char *tensor_file(const Binder *b, const Tensor *t) { return b->store->shards[t->shard].path; }
+static const char *tensor_file(const Binder *b, const Tensor *t) {
+    return b->store->shards[t->shard].path;
+}
 
 static const Tensor *need(Binder *b, const char *name) {
     const Tensor *t = store_find(b->store, name);
     if (t) b->bound++;
-    else fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name, b->store->n);
+    else
+        fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name,
+             b->store->n);
     return t;
 }
 
 static bool mismatch(Binder *b, const Tensor *t, const char *expected) {
     char found[256];
-    return fail(b->e, "%s: tensor %.*s: expected %s, found %s", tensor_file(b, t), SHOWN(t->name), expected,
-                tensor_kind(t, found));
+    return fail(b->e, "%s: tensor %.*s: expected %s, found %s", tensor_file(b, t), SHOWN(t->name),
+                expected, tensor_kind(t, found));
 }
 
-// Data at an address that does not suit its element type is copied (legal in a file, slow and undefined in C).
+// Data at an address that does not suit its element type is copied (legal in a file, slow and
+// undefined in C).
 static const void *aligned_data(const Tensor *t, size_t align) {
     if ((uintptr_t)t->data % align == 0) return t->data;
     return memcpy(xalloc(t->bytes, 1), t->data, t->bytes);
@@ -3587,7 +3601,9 @@ static bool bind_vec(Binder *b, const char *name, int rows, int cols, float **to
         bf16 h;
         if (t->dtype == DT_F32) memcpy(x + i, t->data + 4 * i, 4);
         else memcpy(&h, t->data + 2 * i, 2), x[i] = f32_of_bf16(h);
-        if (!isfinite(x[i])) return fail(b->e, "%s: tensor %s: element %zu is not finite", tensor_file(b, t), name, i);
+        if (!isfinite(x[i]))
+            return fail(b->e, "%s: tensor %s: element %zu is not finite", tensor_file(b, t), name,
+                        i);
     }
     return true;
 }
@@ -3602,19 +3618,21 @@ static bool bind_table(Binder *b, const char *name, int rows, int cols, const in
     return true;
 }
 
-// Every token's experts must exist and differ. Reads the whole table (1 to 6 MB), so only before running.
+// Every token's experts must exist and differ. Reads the whole table (1 to 6 MB), so only before
+// running.
 static bool check_table(const Config *c, const Layer *l, Err *e) {
     for (size_t i = 0; l->tid2eid && i < (size_t)c->vocab * c->n_active; i++) {
         int64_t x = l->tid2eid[i];
         if (x < 0 || x >= c->n_experts)
-            return fail(e, "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d do)", l->name,
-                        i / c->n_active, (long long)x, c->n_experts - 1);
+            return fail(e,
+                        "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d do)",
+                        l->name, i / c->n_active, (long long)x, c->n_experts - 1);
     }
     return true;
 }
 
-// Finds out a matrix's format from the dtypes and shapes of `name`.weight and `name`.scale (a name that ends in _fn is
-// the tensor itself).
+// Finds out a matrix's format from the dtypes and shapes of `name`.weight and `name`.scale (a name
+// that ends in _fn is the tensor itself).
 static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
     char full[160], want[200];
     size_t len = strlen(name);
@@ -3639,7 +3657,11 @@ static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
     int rows = nibbles ? n : (n + 127) / 128, cols = nibbles ? k / 32 : (k + 127) / 128;
     bool e8m0 = tensor_is(s, DT_F8_E8M0, rows, cols), bf = tensor_is(s, DT_BF16, rows, cols);
     if (nibbles ? !e8m0 && !bf : fp8 ? !e8m0 : !bf) {
-        snprintf(want, sizeof want, "%s [%d, %d]", nibbles ? "BF16 or F8_E8M0" : fp8 ? "F8_E8M0" : "BF16", rows, cols);
+        snprintf(want, sizeof want, "%s [%d, %d]",
+                 nibbles ? "BF16 or F8_E8M0"
+                 : fp8   ? "F8_E8M0"
+                         : "BF16",
+                 rows, cols);
         return mismatch(b, s, want);
     }
     m->fmt = fp8 ? W_FP8 : bytes ? W_INT8 : e8m0 ? W_FP4 : W_INT4;
@@ -3651,7 +3673,8 @@ static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
 
 static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, void *to) {
     char name[120];
-    int rows = shape_of(row->rows, b->c, ratio), cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
+    int rows = shape_of(row->rows, b->c, ratio),
+        cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
     snprintf(name, sizeof name, "%s%s", prefix, row->name);
     switch (row->kind) {
     case VEC: return bind_vec(b, name, rows, cols, to);
@@ -3670,7 +3693,11 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     l->icomp.out = b->c->index_dim;
     for (size_t i = 0; i < COUNT(layer_table); i++) {
         const Bind *row = layer_table + i;
-        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4, [HASHED] = hashed, [SCORED] = !hashed };
+        bool has[] = { [ALL] = true,
+                       [COMPRESSED] = ratio > 0,
+                       [CSA] = ratio == 4,
+                       [HASHED] = hashed,
+                       [SCORED] = !hashed };
         if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
     }
     for (size_t i = 0; i < COUNT(expert_table); i++) {
@@ -3692,7 +3719,9 @@ static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix
 
 static bool store_has(const Store *s, const char *prefix) {
     for (size_t i = 0; i < s->n; i++)
-        if (s->tensors[i].name.n > strlen(prefix) && !memcmp(s->tensors[i].name.p, prefix, strlen(prefix))) return true;
+        if (s->tensors[i].name.n > strlen(prefix) &&
+            !memcmp(s->tensors[i].name.p, prefix, strlen(prefix)))
+            return true;
     return false;
 }
 
@@ -3702,22 +3731,26 @@ static bool check_layers(const Binder *b) {
         int layer = 0;
         Span name = b->store->tensors[i].name;
         if (name.n < 8 || memcmp(name.p, "layers.", 7)) continue;
-        for (size_t k = 7; k < name.n && name.p[k] >= '0' && name.p[k] <= '9' && layer < 1 << 20; k++)
+        for (size_t k = 7; k < name.n && name.p[k] >= '0' && name.p[k] <= '9' && layer < 1 << 20;
+             k++)
             layer = layer * 10 + name.p[k] - '0';
         if (layer >= b->c->n_layers)
-            return fail(b->e, "config.json: num_hidden_layers is %d, but the checkpoint has %.*s", b->c->n_layers, SHOWN(name));
+            return fail(b->e, "config.json: num_hidden_layers is %d, but the checkpoint has %.*s",
+                        b->c->n_layers, SHOWN(name));
     }
     return true;
 }
 
-// Binds all tensors of the model. The MTP layers are bound if the checkpoint has them (dspark releases: another kind).
+// Binds all tensors of the model. The MTP layers are bound if the checkpoint has them (dspark
+// releases: another kind).
 static bool weights_bind(Weights *w, Binder *b) {
     const Config *c = b->c;
     char name[64];
     if (!check_layers(b)) return false;
     w->layers = xalloc((size_t)c->n_layers, sizeof *w->layers);
     if (!bind_list(b, model_table, COUNT(model_table), "", w)) return false;
-    if (w->embed.fmt != W_BF16 && w->embed.fmt != W_F32) return fail(b->e, "embed.weight: expected BF16 or F32");
+    if (w->embed.fmt != W_BF16 && w->embed.fmt != W_F32)
+        return fail(b->e, "embed.weight: expected BF16 or F32");
     for (int i = 0; i < c->n_layers; i++) {
         snprintf(name, sizeof name, "layers.%d", i);
         if (!bind_block(b, w->layers + i, name, c->ratio[i], i < c->n_hash_layers)) return false;
@@ -3739,7 +3772,8 @@ static size_t store_bytes(const Store *s) {
     return n;
 }
 
-// The rotation per position of each pair of rope dims (spec 3), [R/2]. Compressed layers use their own theta and YaRN.
+// The rotation per position of each pair of rope dims (spec 3), [R/2]. Compressed layers use their
+// own theta and YaRN.
 static float *rope_frequencies(const Config *c, bool compressed) {
     int R = c->rope_dim;
     float *f = xalloc((size_t)R / 2, sizeof *f);
@@ -3756,39 +3790,57 @@ static float *rope_frequencies(const Config *c, bool compressed) {
     return f;
 }
 // ---------------------------------------------------------------------------
-// devices: the short list of operations the forward pass is written over. The CPU's are C functions in this
-// file, CUDA's are launches of the kernels of the same names in kernels.cu.
+// devices: the short list of operations the forward pass is written over. The CPU's are C functions
+// in this file, CUDA's are launches of the kernels of the same names in kernels.cu.
 
 typedef struct Device Device;
 
-// Every operation works on the T rows given to begin(), in the device's own buffers. In brackets: the section of the
-// model's description; -> names the buffers written. Errors end the process (fail-stop).
+// Every operation works on the T rows given to begin(), in the device's own buffers. In brackets:
+// the section of the model's description; -> names the buffers written. Errors end the process
+// (fail-stop).
 typedef struct {
-    void (*begin)(Device *d, const Row *rows, int T);           // the batch of the calls that follow
-    void (*embed)(Device *d);                                   // X[t,s] = embed[token]            (1)
+    // the batch of the calls that follow
+    void (*begin)(Device *d, const Row *rows, int T);
+    // X[t,s] = embed[token]            (1)
+    void (*embed)(Device *d);
     void (*streams_in)(Device *d, const float *X);              // host X [T, S, D] -> X
-    void (*streams_out)(Device *d, float *X);                   // X -> host X; waits until it is there
-    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);   // X -> x = rms(mix), post, comb    (2)
-    void (*hc_post)(Device *d);                                 // X[k] = post[k] y + sum_j comb[j][k] X[j]
-    void (*attn_project)(Device *d, const Layer *l);            // x -> qr, kv, compressor inputs, index weights
-    void (*attn_latent)(Device *d, const Layer *l, int i);      // norms; kv -> window ring; compress  (4, 5)
-    void (*attn_query)(Device *d, const Layer *l);              // qr -> q, index q: head norm, rope  (4, 6)
-    void (*index_topk)(Device *d, const Layer *l, int i);       // index q, keys -> chosen rows       (6)
-    void (*attend)(Device *d, const Layer *l, int i);           // q, caches -> o, inverse rope       (4.3-4.6)
-    void (*attn_out)(Device *d, const Layer *l);                // o -> u -> y                        (4.7)
-    void (*route)(Device *d, const Layer *l);                   // x -> experts and weights per row   (7.1-7.3)
-    void (*experts)(Device *d, const Layer *l);                 // x -> y: routed and shared experts  (7.4, 7.5)
-    void (*mtp_in)(Device *d, const Mtp *m);                    // X, next -> X                       (10)
-    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits);
-                                                                // rows want[n] -> host logits [n, V] (1, 2.5)
+    // X -> host X; waits until it is there
+    void (*streams_out)(Device *d, float *X);
+    // X -> x = rms(mix), post, comb    (2)
+    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);
+    // X[k] = post[k] y + sum_j comb[j][k] X[j]
+    void (*hc_post)(Device *d);
+    // x -> qr, kv, compressor inputs, index weights
+    void (*attn_project)(Device *d, const Layer *l);
+    // norms; kv -> window ring; compress  (4, 5)
+    void (*attn_latent)(Device *d, const Layer *l, int i);
+    // qr -> q, index q: head norm, rope  (4, 6)
+    void (*attn_query)(Device *d, const Layer *l);
+    // index q, keys -> chosen rows       (6)
+    void (*index_topk)(Device *d, const Layer *l, int i);
+    // q, caches -> o, inverse rope       (4.3-4.6)
+    void (*attend)(Device *d, const Layer *l, int i);
+    // o -> u -> y                        (4.7)
+    void (*attn_out)(Device *d, const Layer *l);
+    // x -> experts and weights per row   (7.1-7.3)
+    void (*route)(Device *d, const Layer *l);
+    // x -> y: routed and shared experts  (7.4, 7.5)
+    void (*experts)(Device *d, const Layer *l);
+    // X, next -> X                       (10)
+    void (*mtp_in)(Device *d, const Mtp *m);
+    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n,
+                 float *logits);
+    // rows want[n] -> host logits [n,
+    // V] (1, 2.5)
     void (*cache_new)(Device *d, int slot);                     // empty caches of a new session
     void (*cache_free)(Device *d, int slot);
-    size_t (*cache_save)(Device *d, int slot, int pos, void *to);         // rings at pos; to NULL: the size
+    // rings at pos; to NULL: the size
+    size_t (*cache_save)(Device *d, int slot, int pos, void *to);
     void (*cache_load)(Device *d, int slot, int pos, const void *from);   // compressed rows stay
 } Ops;
 
-// A stage: the layers [first, last) on one device, with everything they need there. i in the calls above counts a
-// stage's layers from 0; the MTP layers come after them on the last stage.
+// A stage: the layers [first, last) on one device, with everything they need there. i in the calls
+// above counts a stage's layers from 0; the MTP layers come after them on the last stage.
 struct Device {
     char name[16];              // "cpu", "cuda:0"
     const Ops *op;
@@ -3806,9 +3858,10 @@ struct Device {
     void *impl;                 // Run (CPU) or Cuda
 };
 // ---------------------------------------------------------------------------
-// the CPU's operations: the specification in code. Every output has one fixed order of summation, so results do not
-// depend on the number of threads, the batch or the chunk. Fast path: products on INT8 activations, caches in BF16,
-// Q, P and index q rounded to BF16. With --exact: FP32 everywhere.
+// the CPU's operations: the specification in code. Every output has one fixed order of summation,
+// so results do not depend on the number of threads, the batch or the chunk. Fast path: products on
+// INT8 activations, caches in BF16, Q, P and index q rounded to BF16. With --exact: FP32
+// everywhere.
 
 // One matrix's share of a batch: an expert's entries, or an output group.
 typedef struct { int expert, start, n; Mat w; Act a; } Part;
@@ -3837,8 +3890,10 @@ typedef struct {
     int *expert;                // [T, A]
     float *weight;              // [T, A]
     int *count;                 // [E]
-    int *place;                 // [T*A] where each (row, choice) stands in the list sorted by expert
-    int *entry_row;             // [(A+1)*T] the row of each entry of that list, the shared expert's entries last
+    // [T*A] where each (row, choice) stands in the list sorted by expert
+    int *place;
+    // [(A+1)*T] the row of each entry of that list, the shared expert's entries last
+    int *entry_row;
     float *entry_weight;        // [(A+1)*T] its route weight
     float *g, *v;               // [(A+1)*T, F] w1 x, w3 x
     Act h;                      // [(A+1)*T, F]
@@ -3905,7 +3960,8 @@ static void rms_norm(float *y, const float *x, const float *w, int n, float eps)
 
 static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// Rotates the pairs (v[2i], v[2i+1]) of the R rope dims by the angles in rot [R/2, 2]; sign -1: back.
+// Rotates the pairs (v[2i], v[2i+1]) of the R rope dims by the angles in rot [R/2, 2]; sign -1:
+// back.
 static void rope(float *v, const float *rot, int R, float sign) {
     for (int i = 0; i < R / 2; i++) {
         float a = v[2 * i], b = v[2 * i + 1], cs = rot[2 * i], sn = rot[2 * i + 1] * sign;
@@ -3928,7 +3984,8 @@ static void act_quantise(const Device *d, Act *a, int t) {
     int segments = (int)(a->lds / a->groups);
     for (int i = 0; i < segments; i++)
         quantise(a->x + t * a->ld + (size_t)i * a->k, a->k,
-                 a->q + t * a->ldq + (size_t)i * a->groups * 32, a->s + t * a->lds + (size_t)i * a->groups);
+                 a->q + t * a->ldq + (size_t)i * a->groups * 32,
+                 a->s + t * a->lds + (size_t)i * a->groups);
 }
 
 static Act act_new(const Device *d, int rows, int k, int segments) {
@@ -3961,12 +4018,14 @@ static Act act_rows(const Act *a, int row) {
 // Bytes of a matrix and its scales as stored; an absent one has none.
 static size_t mat_bytes(const Mat *m) {
     static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
-    size_t n = (size_t)m->n, k = (size_t)m->k, blocks = (n + 127) / 128 * ((k + 127) / 128), groups = n * (k / 32);
+    size_t n = (size_t)m->n, k = (size_t)m->k, blocks = (n + 127) / 128 * ((k + 127) / 128),
+           groups = n * (k / 32);
     size_t scales[N_FORMATS] = { 0, 0, 2 * blocks, 2 * groups, blocks, groups };
     return m->w ? n * k * bits[m->fmt] / 8 + scales[m->fmt] : 0;
 }
 
-// Rows [row, row + n) of a matrix. Of a block-scaled one they must begin a scale block or lie within one.
+// Rows [row, row + n) of a matrix. Of a block-scaled one they must begin a scale block or lie
+// within one.
 static Mat mat_rows(const Mat *w, int row, int n) {
     static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
     Mat m = *w;
@@ -4001,7 +4060,8 @@ static void round_row(const Device *d, float *x, int n) {
 
 // --- hyper-connections (mHC, spec 2)
 
-// Makes C [S, S] doubly stochastic: softmax over rows, then columns and rows are normalised in turn.
+// Makes C [S, S] doubly stochastic: softmax over rows, then columns and rows are normalised in
+// turn.
 static void sinkhorn(float *C, int S, int iters, float eps) {
     for (int j = 0; j < S; j++) {
         float m = C[j * S], sum = 0;
@@ -4038,7 +4098,8 @@ static void hc_mix(float *y, const float *X, const float *mix, const Hyper *h, c
 static void hc_scale(const Device *d, float *mix, int n, const float *X) {
     int len = d->c->hc_mult * d->c->dim;
     float mean = dot(X, X, len) / len;
-    if (!isfinite(mean)) die(1, "%s: the output is not finite (run `dsv4 verify` on the checkpoint)", d->at);
+    if (!isfinite(mean))
+        die(1, "%s: the output is not finite (run `dsv4 verify` on the checkpoint)", d->at);
     float scale = 1.0f / sqrtf(mean + d->c->norm_eps);
     for (int i = 0; i < n; i++) mix[i] *= scale;
 }
@@ -4049,7 +4110,8 @@ static void hc_pre_rows(void *arg, int begin, int end) {
     int S = k->c->hc_mult, D = k->c->dim, n = (2 + S) * S;
     for (int t = begin; t < end; t++) {
         const float *X = r->X + (size_t)t * S * D, *base = k->hyper->base, *scale = k->hyper->scale;
-        float *mix = r->mix + (size_t)t * n, *x = r->x.x + t * r->x.ld, *C = r->comb + (size_t)t * S * S;
+        float *mix = r->mix + (size_t)t * n, *x = r->x.x + t * r->x.ld,
+              *C = r->comb + (size_t)t * S * S;
         hc_scale(k->d, mix, n, X);
         hc_mix(x, X, mix, k->hyper, k->c);
         for (int s = 0; s < S; s++)
@@ -4071,18 +4133,21 @@ static void cpu_hc_pre(Device *d, const Hyper *h, const float *norm) {
     Act X = streams_act(k.r, k.c);
     k.hyper = h;
     k.norm = norm;
-    matmul(k.r->pool, &(Product){ &h->fn, &X, NULL, k.r->T, k.r->mix, (size_t)h->fn.n }, 1, d->exact);
+    matmul(k.r->pool, &(Product){ &h->fn, &X, NULL, k.r->T, k.r->mix, (size_t)h->fn.n }, 1,
+           d->exact);
     parallel(k.r->pool, k.r->T, 1, hc_pre_rows, &k);
 }
 
-// X'[k] = post[k] y + sum_j comb[j][k] X[j]: the sum runs over comb's first index. Items: T rows times column blocks.
+// X'[k] = post[k] y + sum_j comb[j][k] X[j]: the sum runs over comb's first index. Items: T rows
+// times column blocks.
 static void hc_post_columns(void *arg, int begin, int end) {
     Task *k = arg;
     Run *r = k->r;
     int S = k->c->hc_mult, D = k->c->dim, blocks = (D + COLUMNS - 1) / COLUMNS;
     float in[MAX_STREAMS][COLUMNS];
     for (int item = begin; item < end; item++) {
-        int t = item / blocks, at = item % blocks * COLUMNS, n = D - at < COLUMNS ? D - at : COLUMNS;
+        int t = item / blocks, at = item % blocks * COLUMNS,
+            n = D - at < COLUMNS ? D - at : COLUMNS;
         float *X = r->X + (size_t)t * S * D + at;
         const float *C = r->comb + (size_t)t * S * S, *y = r->y + (size_t)t * D + at;
         for (int j = 0; j < S; j++) memcpy(in[j], X + (size_t)j * D, sizeof *X * (size_t)n);
@@ -4132,8 +4197,9 @@ static void compress_store(const Compressor *m, float *ring, int slots, const fl
     for (size_t i = 0; i < n; i++) to[n + i] = in[n + i] + ape[i];
 }
 
-// Pools the window that ends at pos into out [m->out]: per channel a softmax over the candidates' gates weighs
-// their kv. With overlap (M = 4) the first half of the channels speaks for the window before.
+// Pools the window that ends at pos into out [m->out]: per channel a softmax over the candidates'
+// gates weighs their kv. With overlap (M = 4) the first half of the channels speaks for the window
+// before.
 static void compress_pool(const Compressor *m, const float *ring, int slots, int pos, float *out) {
     int n = m->wkv.n, overlap = n > m->out, start = pos - m->ratio + 1;
     int first = overlap && start ? start - m->ratio : start;
@@ -4143,7 +4209,8 @@ static void compress_pool(const Compressor *m, const float *ring, int slots, int
         sum[i] = out[i] = 0;
     }
     for (int p = first; p <= pos; p++) {
-        const float *gate = ring + ((size_t)(p % slots) * 2 + 1) * n + (overlap && p >= start ? m->out : 0);
+        const float *gate =
+            ring + ((size_t)(p % slots) * 2 + 1) * n + (overlap && p >= start ? m->out : 0);
         for (int i = 0; i < m->out; i++) max[i] = fmaxf(max[i], gate[i]);
     }
     for (int p = first; p <= pos; p++) {
@@ -4233,7 +4300,8 @@ static void cpu_attn_query(Device *d, const Layer *l) {
     Run *r = k.r;
     bool index = l->ratio == 4;
     Product p[2] = { { &l->wq_b, &r->qr, NULL, r->T, r->q, (size_t)c->n_heads * c->head_dim },
-                     { &l->iwq_b, &r->qr, NULL, r->T, r->iq, (size_t)c->index_heads * c->index_dim } };
+                     { &l->iwq_b, &r->qr, NULL, r->T, r->iq,
+                       (size_t)c->index_heads * c->index_dim } };
     matmul(r->pool, p, 1 + index, d->exact);
     parallel(r->pool, r->T * (c->n_heads + (index ? c->index_heads : 0)), 4, query_heads, &k);
 }
@@ -4247,7 +4315,8 @@ static void index_scores(void *arg, int begin, int end) {
     Run *r = k->r;
     const Config *c = k->c;
     int I = c->index_heads, J = c->index_dim, chunks = (k->keys + k->chunk - 1) / k->chunk;
-    float scale = 1.0f / sqrtf((float)J) / sqrtf((float)I), key[MAX_HEAD_DIM], *s = xalloc((size_t)I, sizeof *s);
+    float scale = 1.0f / sqrtf((float)J) / sqrtf((float)I), key[MAX_HEAD_DIM],
+          *s = xalloc((size_t)I, sizeof *s);
     for (int item = begin; item < end; item++) {
         int t = k->from + item / chunks, w = item % chunks * k->chunk;
         const Row *row = r->rows + t;
@@ -4259,15 +4328,18 @@ static void index_scores(void *arg, int begin, int end) {
             row_get(k->d, cache->ikeys, (size_t)w, J, key);
             row_scores(key, r->iq + (size_t)t * I * J, I, J, scale, s);
             for (int h = 0; h < I; h++) sum += r->iw[(size_t)t * I + h] * (s[h] < 0 ? 0 : s[h]);
-            if (!isfinite(sum)) die(1, "%s.attn.indexer: a score is not finite (run `dsv4 verify` on the checkpoint)", k->l->name);
+            if (!isfinite(sum))
+                die(1,
+                    "%s.attn.indexer: a score is not finite (run `dsv4 verify` on the checkpoint)",
+                    k->l->name);
             r->iscore[(size_t)(t - k->from) * k->keys + w] = sum;
         }
     }
     free(s);
 }
 
-// The k largest of score[n] as ascending indices; ties go to the lowest index. NaN counts as smallest.
-// Radix select on order-preserving integers: 11 + 11 + 10 bits.
+// The k largest of score[n] as ascending indices; ties go to the lowest index. NaN counts as
+// smallest. Radix select on order-preserving integers: 11 + 11 + 10 bits.
 static uint32_t order_key(float x) {
     uint32_t u;
     memcpy(&u, &x, 4);
@@ -4277,7 +4349,8 @@ static uint32_t order_key(float x) {
 
 static void top_k(const float *score, int n, int k, int *top) {
     uint32_t prefix = 0, mask = 0;
-    int need = k, m = 0;                                // entries still wanted among those equal to prefix
+    // entries still wanted among those equal to prefix
+    int need = k, m = 0;
     for (int shift = 21; ; shift = shift > 10 ? shift - 11 : 0) {
         int count[2048] = { 0 }, bits = shift ? 11 : 10, bin = (1 << bits) - 1;
         for (int i = 0; i < n; i++) {
@@ -4326,7 +4399,8 @@ static void cpu_index_topk(Device *d, const Layer *l, int i) {
     }
 }
 
-// The cached rows one query sees: its window, then the compressed rows (all, or the indexer's choice).
+// The cached rows one query sees: its window, then the compressed rows (all, or the indexer's
+// choice).
 typedef struct { const Cache *cache; const int *top; int from, window, n; } Seen;
 
 static Seen rows_seen(const Task *k, int t) {
@@ -4344,12 +4418,17 @@ static int seen_rows(const Task *k, const Seen *v, int j, float *buf) {
     for (int i = 0; i < n; i++) {
         int w = j + i - v->window;
         const void *rows = w < 0 ? v->cache->win : v->cache->comp;
-        row_get(k->d, rows, (size_t)(w < 0 ? (v->from + j + i) % k->d->ring : v->top ? v->top[w] : w), K, buf + (size_t)i * K);
+        row_get(k->d, rows,
+                (size_t)(w < 0    ? (v->from + j + i) % k->d->ring
+                         : v->top ? v->top[w]
+                                  : w),
+                K, buf + (size_t)i * K);
     }
     return n;
 }
 
-// Scores become unnormalised weights exp(s - m); returns their sum with the sink, which has no value row.
+// Scores become unnormalised weights exp(s - m); returns their sum with the sink, which has no
+// value row.
 static float softmax_sink(const Device *d, float *s, int n, float sink) {
     float m = sink, sum;
     for (int j = 0; j < n; j++) m = fmaxf(m, s[j]);
@@ -4363,23 +4442,28 @@ static float softmax_sink(const Device *d, float *s, int n, float sink) {
 static void attend_heads(void *arg, int begin, int end) {
     Task *k = arg;
     Run *r = k->r;
-    int H = k->c->n_heads, K = k->c->head_dim, R = k->c->rope_dim, blocks = (H + k->chunk - 1) / k->chunk;
+    int H = k->c->n_heads, K = k->c->head_dim, R = k->c->rope_dim,
+        blocks = (H + k->chunk - 1) / k->chunk;
     float scale = 1.0f / sqrtf((float)K), *rows = xalloc((size_t)ROW_BLOCK * K, sizeof *rows);
     for (int item = begin; item < end; item++) {
-        int t = item / blocks, h0 = item % blocks * k->chunk, hn = H - h0 < k->chunk ? H - h0 : k->chunk;
+        int t = item / blocks, h0 = item % blocks * k->chunk,
+            hn = H - h0 < k->chunk ? H - h0 : k->chunk;
         Seen v = rows_seen(k, t);
         const float *q = r->q + ((size_t)t * H + h0) * K;
         float *o = r->o.x + t * r->o.ld + (size_t)h0 * K, sum[HEAD_BLOCK];
         float *p = xalloc((size_t)hn * (size_t)v.n, sizeof *p);     // [hn, n]
         for (int j = 0, n; j < v.n; j += n) {
             n = seen_rows(k, &v, j, rows);
-            for (int h = 0; h < hn; h++) row_scores(q + (size_t)h * K, rows, n, K, scale, p + (size_t)h * v.n + j);
+            for (int h = 0; h < hn; h++)
+                row_scores(q + (size_t)h * K, rows, n, K, scale, p + (size_t)h * v.n + j);
         }
-        for (int h = 0; h < hn; h++) sum[h] = softmax_sink(k->d, p + (size_t)h * v.n, v.n, k->l->attn_sink[h0 + h]);
+        for (int h = 0; h < hn; h++)
+            sum[h] = softmax_sink(k->d, p + (size_t)h * v.n, v.n, k->l->attn_sink[h0 + h]);
         memset(o, 0, sizeof *o * (size_t)hn * K);
         for (int j = 0, n; j < v.n; j += n) {
             n = seen_rows(k, &v, j, rows);
-            for (int h = 0; h < hn; h++) row_sum(o + (size_t)h * K, p + (size_t)h * v.n + j, rows, n, K);
+            for (int h = 0; h < hn; h++)
+                row_sum(o + (size_t)h * K, p + (size_t)h * v.n + j, rows, n, K);
         }
         for (int h = 0; h < hn; h++, o += K) {
             for (int i = 0; i < K; i++) o[i] /= sum[h];
@@ -4407,8 +4491,8 @@ static void quantise_u(void *arg, int begin, int end) {
     for (int t = begin; t < end; t++) act_quantise(k->d, &k->r->u, t);
 }
 
-// Grouped output: u_g = wo_a[g] o_g for each group of H/G heads, then y = wo_b u. A group's rows are cut where a
-// 128-row block of scales ends.
+// Grouped output: u_g = wo_a[g] o_g for each group of H/G heads, then y = wo_b u. A group's rows
+// are cut where a 128-row block of scales ends.
 static void cpu_attn_out(Device *d, const Layer *l) {
     Task k = task(d, l, 0);
     Run *r = k.r;
@@ -4417,18 +4501,21 @@ static void cpu_attn_out(Device *d, const Layer *l) {
     for (int g = 0; g < G; g++)
         for (int row = g * L, end = row + L, next; row < end; row = next, n++) {
             next = L % 128 == 0 || (row / 128 + 1) * 128 > end ? end : (row / 128 + 1) * 128;
-            r->part[n] = (Part){ .w = mat_rows(&l->wo_a, row, next - row), .a = act_segment(&r->o, g) };
-            r->job[n] = (Product){ &r->part[n].w, &r->part[n].a, NULL, r->T, r->u.x + row, r->u.ld };
+            r->part[n] =
+                (Part){ .w = mat_rows(&l->wo_a, row, next - row), .a = act_segment(&r->o, g) };
+            r->job[n] =
+                (Product){ &r->part[n].w, &r->part[n].a, NULL, r->T, r->u.x + row, r->u.ld };
         }
     matmul(r->pool, r->job, n, d->exact);
     parallel(r->pool, r->T, 1, quantise_u, &k);
-    matmul(r->pool, &(Product){ &l->wo_b, &r->u, NULL, r->T, r->y, (size_t)d->c->dim }, 1, d->exact);
+    matmul(r->pool, &(Product){ &l->wo_b, &r->u, NULL, r->T, r->y, (size_t)d->c->dim }, 1,
+           d->exact);
 }
 
 // --- mixture of experts (spec 7)
 
-// s = sqrt(softplus(z)); the A largest of s + bias (ties to the lowest index), or the token's own from the table;
-// weights from s alone, normalised over the chosen.
+// s = sqrt(softplus(z)); the A largest of s + bias (ties to the lowest index), or the token's own
+// from the table; weights from s alone, normalised over the chosen.
 static void route_rows(void *arg, int begin, int end) {
     Task *k = arg;
     const Config *c = k->c;
@@ -4439,8 +4526,11 @@ static void route_rows(void *arg, int begin, int end) {
         int *expert = k->r->expert + (size_t)t * A;
         for (int e = 0; e < E; e++) {
             s[e] = sqrtf(s[e] > 20 ? s[e] : log1pf(expf(s[e])));
-            if (!isfinite(s[e])) die(1, "%s.ffn.gate: the router's score of expert %d is not finite "
-                                        "(run `dsv4 verify` on the checkpoint)", l->name, e);
+            if (!isfinite(s[e]))
+                die(1,
+                    "%s.ffn.gate: the router's score of expert %d is not finite "
+                    "(run `dsv4 verify` on the checkpoint)",
+                    l->name, e);
         }
         for (int a = 0; a < A; a++) {
             int best = -1;
@@ -4448,7 +4538,8 @@ static void route_rows(void *arg, int begin, int end) {
             else for (int e = 0; e < E; e++) {
                 bool taken = false;
                 for (int b = 0; b < a; b++) taken |= expert[b] == e;
-                if (!taken && (best < 0 || s[e] + l->gate_bias[e] > s[best] + l->gate_bias[best])) best = e;
+                if (!taken && (best < 0 || s[e] + l->gate_bias[e] > s[best] + l->gate_bias[best]))
+                    best = e;
             }
             expert[a] = best;
             sum += s[best];
@@ -4459,12 +4550,15 @@ static void route_rows(void *arg, int begin, int end) {
 
 static void cpu_route(Device *d, const Layer *l) {
     Task k = task(d, l, 0);
-    matmul(k.r->pool, &(Product){ &l->gate, &k.r->x, NULL, k.r->T, k.r->gate, (size_t)d->c->n_experts }, 1, d->exact);
+    matmul(k.r->pool,
+           &(Product){ &l->gate, &k.r->x, NULL, k.r->T, k.r->gate, (size_t)d->c->n_experts }, 1,
+           d->exact);
     parallel(k.r->pool, k.r->T, 1, route_rows, &k);
 }
 
-// Sorts the (row, choice) pairs by expert, stable in row order, into groups; the shared expert, with every row, is the
-// last group. Entry i of the sorted list belongs to row entry_row[i]. Returns the number of groups.
+// Sorts the (row, choice) pairs by expert, stable in row order, into groups; the shared expert,
+// with every row, is the last group. Entry i of the sorted list belongs to row entry_row[i].
+// Returns the number of groups.
 static int group_experts(Run *r, const Config *c) {
     int A = c->n_active, pairs = r->T * A, groups = 0, at = 0;
     memset(r->count, 0, sizeof *r->count * (size_t)c->n_experts);
@@ -4529,16 +4623,24 @@ static void cpu_experts(Device *d, const Layer *l) {
         Part *p = r->part + i;
         bool shared = p->expert == c->n_experts;
         const int *rows = r->entry_row + p->start;
-        r->job[2 * i] = (Product){ shared ? &l->sw1 : &l->w1[p->expert], &r->x, rows, p->n, r->g + p->start * F, F };
-        r->job[2 * i + 1] = (Product){ shared ? &l->sw3 : &l->w3[p->expert], &r->x, rows, p->n, r->v + p->start * F, F };
+        r->job[2 * i] = (Product){
+            shared ? &l->sw1 : &l->w1[p->expert], &r->x, rows, p->n, r->g + p->start * F, F
+        };
+        r->job[2 * i + 1] = (Product){
+            shared ? &l->sw3 : &l->w3[p->expert], &r->x, rows, p->n, r->v + p->start * F, F
+        };
     }
     matmul(r->pool, r->job, 2 * groups, d->exact);
     parallel(r->pool, entries, 1, swiglu_rows, &k);
     for (int i = 0; i < groups; i++) {
         Part *p = r->part + i;
         p->a = act_rows(&r->h, p->start);
-        r->job[i] = (Product){ p->expert == c->n_experts ? &l->sw2 : &l->w2[p->expert], &p->a, NULL, p->n,
-                               r->ye + p->start * D, D };
+        r->job[i] = (Product){ p->expert == c->n_experts ? &l->sw2 : &l->w2[p->expert],
+                               &p->a,
+                               NULL,
+                               p->n,
+                               r->ye + p->start * D,
+                               D };
     }
     matmul(r->pool, r->job, groups, d->exact);
     parallel(r->pool, r->T, 1, combine_rows, &k);
@@ -4595,7 +4697,8 @@ static void head_rows(void *arg, int begin, int end) {
     }
 }
 
-static void cpu_head(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits) {
+static void cpu_head(Device *d, const Hyper *h, const float *norm, const int *want, int n,
+                     float *logits) {
     Task k = task(d, NULL, 0);
     Run *r = k.r;
     Act X = streams_act(r, d->c);
@@ -4604,7 +4707,8 @@ static void cpu_head(Device *d, const Hyper *h, const float *norm, const int *wa
     k.want = want;
     matmul(r->pool, &(Product){ &h->fn, &X, want, n, r->mix, (size_t)d->c->hc_mult }, 1, d->exact);
     parallel(r->pool, n, 1, head_rows, &k);
-    matmul(r->pool, &(Product){ &d->w.head, &r->heads, NULL, n, logits, (size_t)d->c->vocab }, 1, d->exact);
+    matmul(r->pool, &(Product){ &d->w.head, &r->heads, NULL, n, logits, (size_t)d->c->vocab }, 1,
+           d->exact);
 }
 
 // Items: T rows; normed next embeddings and normed streams, each stream on its own.
@@ -4627,7 +4731,8 @@ static void mtp_norms(void *arg, int begin, int end) {
 static void mtp_add(void *arg, int begin, int end) {
     Task *k = arg;
     int S = k->c->hc_mult, D = k->c->dim;
-    for (int i = begin; i < end; i++) axpy(k->r->X + (size_t)i * D, 1, k->r->e + (size_t)(i / S) * D, D);
+    for (int i = begin; i < end; i++)
+        axpy(k->r->X + (size_t)i * D, 1, k->r->e + (size_t)(i / S) * D, D);
 }
 
 // X[s] = e_proj rms(embed[next]) + h_proj rms(X[s])
@@ -4638,7 +4743,8 @@ static void cpu_mtp_in(Device *d, const Mtp *m) {
     int rows = r->T * d->c->hc_mult;
     k.mtp = m;
     parallel(r->pool, r->T, 1, mtp_norms, &k);
-    Product p[2] = { { &m->e_proj, &r->emb, NULL, r->T, r->e, D }, { &m->h_proj, &r->streams, NULL, rows, r->X, D } };
+    Product p[2] = { { &m->e_proj, &r->emb, NULL, r->T, r->e, D },
+                     { &m->h_proj, &r->streams, NULL, rows, r->X, D } };
     matmul(r->pool, p, 2, d->exact);
     parallel(r->pool, rows, 1, mtp_add, &k);
 }
@@ -4655,10 +4761,13 @@ static void cpu_begin(Device *d, const Row *rows, int T) {
             rope_angles(r->rot[i] + (size_t)t * R, d->inv_freq[i], R, rows[t].pos);
 }
 
-// Memory that the system gives out page by page as it is touched, so a long context costs only what is used.
+// Memory that the system gives out page by page as it is touched, so a long context costs only what
+// is used.
 static void *reserve(size_t bytes) {
-    void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) die(1, "out of memory: %zu bytes of context cache (try a smaller -c)", bytes);
+    void *p = mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED)
+        die(1, "out of memory: %zu bytes of context cache (try a smaller -c)", bytes);
     return p;
 }
 
@@ -4709,52 +4818,78 @@ static void cpu_cache_free(Device *d, int slot) {
     d->cache[slot] = NULL;
 }
 
-// Copies the slots of positions [from, to) between a ring and a flat buffer; buf NULL only counts. Returns bytes.
-static size_t ring_copy(void *ring, size_t row, int slots, int from, int to, uint8_t *buf, bool save) {
+// Copies the slots of positions [from, to) between a ring and a flat buffer; buf NULL only counts.
+// Returns bytes.
+static size_t ring_copy(void *ring, size_t row, int slots, int from, int to, uint8_t *buf,
+                        bool save) {
     for (int p = from; buf && p < to; p++) {
-        uint8_t *slot = (uint8_t *)ring + row * (size_t)(p % slots), *flat = buf + row * (size_t)(p - from);
+        uint8_t *slot = (uint8_t *)ring + row * (size_t)(p % slots),
+                *flat = buf + row * (size_t)(p - from);
         memcpy(save ? flat : slot, save ? slot : flat, row);
     }
     return row * (size_t)(to > from ? to - from : 0);
 }
 
-// What the rings must hold for the next row to be at `pos`: the window, and the compressors' open windows.
+// What the rings must hold for the next row to be at `pos`: the window, and the compressors' open
+// windows.
 static size_t cache_copy(Device *d, int slot, int pos, uint8_t *buf, bool save) {
     size_t n = 0;
     for (int i = 0; i < stage_caches(d); i++) {
         const Layer *l = stage_layer(d, i);
         Cache *c = d->cache[slot] + i;
         int M = l->ratio, from = pos > d->c->window ? pos - d->c->window : 0;
-        n += ring_copy(c->win, kv_bytes(d, d->c->head_dim), d->ring, from, pos, buf ? buf + n : NULL, save);
+        n += ring_copy(c->win, kv_bytes(d, d->c->head_dim), d->ring, from, pos,
+                       buf ? buf + n : NULL, save);
         if (!M) continue;
         from = pos / M * M;
         if (M == 4 && from) from -= M;
-        n += ring_copy(c->cin, 8 * (size_t)l->comp.wkv.n, d->cring[M], from, pos, buf ? buf + n : NULL, save);
-        if (M == 4) n += ring_copy(c->icin, 8 * (size_t)l->icomp.wkv.n, d->cring[M], from, pos, buf ? buf + n : NULL, save);
+        n += ring_copy(c->cin, 8 * (size_t)l->comp.wkv.n, d->cring[M], from, pos,
+                       buf ? buf + n : NULL, save);
+        if (M == 4)
+            n += ring_copy(c->icin, 8 * (size_t)l->icomp.wkv.n, d->cring[M], from, pos,
+                           buf ? buf + n : NULL, save);
     }
     return n;
 }
 
-static size_t cpu_cache_save(Device *d, int slot, int pos, void *to) { return cache_copy(d, slot, pos, to, true); }
+static size_t cpu_cache_save(Device *d, int slot, int pos, void *to) {
+    return cache_copy(d, slot, pos, to, true);
+}
 static void cpu_cache_load(Device *d, int slot, int pos, const void *from) {
     cache_copy(d, slot, pos, (uint8_t *)from, false);
 }
 
 static const Ops cpu_ops = {
-    .begin = cpu_begin, .embed = cpu_embed, .streams_in = cpu_streams_in, .streams_out = cpu_streams_out,
-    .hc_pre = cpu_hc_pre, .hc_post = cpu_hc_post, .attn_project = cpu_attn_project, .attn_latent = cpu_attn_latent,
-    .attn_query = cpu_attn_query, .index_topk = cpu_index_topk, .attend = cpu_attend, .attn_out = cpu_attn_out,
-    .route = cpu_route, .experts = cpu_experts, .mtp_in = cpu_mtp_in, .head = cpu_head,
-    .cache_new = cpu_cache_new, .cache_free = cpu_cache_free,
-    .cache_save = cpu_cache_save, .cache_load = cpu_cache_load,
+    .begin = cpu_begin,
+    .embed = cpu_embed,
+    .streams_in = cpu_streams_in,
+    .streams_out = cpu_streams_out,
+    .hc_pre = cpu_hc_pre,
+    .hc_post = cpu_hc_post,
+    .attn_project = cpu_attn_project,
+    .attn_latent = cpu_attn_latent,
+    .attn_query = cpu_attn_query,
+    .index_topk = cpu_index_topk,
+    .attend = cpu_attend,
+    .attn_out = cpu_attn_out,
+    .route = cpu_route,
+    .experts = cpu_experts,
+    .mtp_in = cpu_mtp_in,
+    .head = cpu_head,
+    .cache_new = cpu_cache_new,
+    .cache_free = cpu_cache_free,
+    .cache_save = cpu_cache_save,
+    .cache_load = cpu_cache_load,
 };
 
 // Gives d its buffers for max_rows rows. The pool is shared by all CPU stages.
 static void cpu_device(Device *d, Pool *pool) {
     const Config *c = d->c;
     Run *r = xalloc(1, sizeof *r);
-    size_t T = (size_t)d->max_rows, S = (size_t)c->hc_mult, D = (size_t)c->dim, A = (size_t)c->n_active;
-    size_t J = (size_t)c->index_heads * c->index_dim, F = (size_t)c->expert_dim, entries = T * (A + 1);
+    size_t T = (size_t)d->max_rows, S = (size_t)c->hc_mult, D = (size_t)c->dim,
+           A = (size_t)c->n_active;
+    size_t J = (size_t)c->index_heads * c->index_dim, F = (size_t)c->expert_dim,
+           entries = T * (A + 1);
     size_t parts = (size_t)c->o_groups * (c->o_lora_rank / 128 + 2);
     if (parts < (size_t)c->n_experts + 1) parts = (size_t)c->n_experts + 1;
     d->op = &cpu_ops;
@@ -6537,7 +6672,7 @@ static void report_rates(int ordinal) {
 // Microseconds from one GPU's memory to the next one's, through pinned memory, as stages hand over a row.
 static void report_hop(int a, int b) {
     Toy *m = toy_new(&toy_shape, W_INT8, W_INT4);
-    Device d[2] = { { 0 } };
+    Device d[2] = { 0 };
     enum { TIMES = 20 };
     size_t n = (size_t)m->c.hc_mult * m->c.dim;
     float *X = xalloc(n, sizeof *X), *Y = xalloc(n, sizeof *Y);
@@ -6605,7 +6740,9 @@ static int cuda_report(void) {
 
 #define VERSION "0.1"
 
-typedef enum { RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128 } Command;
+typedef enum {
+    RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128
+} Command;
 
 static struct {
     const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
@@ -6621,54 +6758,66 @@ typedef struct {
     const char *name;           // long name; the test build's own options have no help
     char letter;
     OptType type;
-    void *to;
-    double lo, hi;              // INT and REAL: allowed range; lo_open: lo itself is not
-    bool lo_open;
     int commands;               // where it is allowed
+    void *to;
+    double lo, hi;              // INT and REAL: allowed range
     const char *arg, *help;     // arg of a WORD: its choices, if it holds a '|'
 } Option;
 
 enum { LOADS = RUN | BENCH | PPL | INFO, COMPUTES = RUN | BENCH | PPL };
 static const Option options[] = {
-    { "model", 'm', WORD, &opt.model, 0, 0, 0, LOADS | TOKENIZE, "DIR", "the checkpoint: config.json, *.safetensors, tokenizer.json" },
-    { "prompt", 'p', WORD, &opt.prompt, 0, 0, 0, RUN, "TEXT", "answer one prompt; without -p, -f and --ids: chat" },
-    { "file", 'f', WORD, &opt.file, 0, 0, 0, RUN, "FILE", "the prompt is the text of FILE ('-': standard input)" },
-    { "raw", 0, FLAG, &opt.raw, 0, 0, 0, RUN, NULL, "begin-of-sentence and the text, no chat encoding" },
-    { "ids", 0, WORD, &opt.ids, 0, 0, 0, RUN, "0,5,6", "the prompt as token ids, nothing added; answers in ids" },
-    { "show-ids", 0, FLAG, &opt.show_ids, 0, 0, 0, RUN, NULL, "print the answer as token ids" },
-    { "tokens", 'n', INT, &opt.tokens, 0, INT_MAX, 0, RUN | BENCH, "N", "tokens to generate at most (default: to the end)" },
-    { "ctx", 'c', INT, &opt.ctx, 1, INT_MAX, 0, LOADS, "N", "context: positions a session can hold" },
-    { "seed", 's', INT, &opt.seed, 0, 9e15, 0, RUN, "N", "seed of the sampler (default: the clock)" },
-    { "temp", 0, REAL, &opt.temp, 0, 1000, 0, RUN, "X", "temperature, 0 = greedy (default: the publisher's, else 1)" },
-    { "top-k", 0, INT, &opt.top_k, 0, INT_MAX, 0, RUN, "N", "only the N likeliest tokens, 0 = all" },
-    { "top-p", 0, REAL, &opt.top_p, 0, 1, 1, RUN, "X", "only the likeliest tokens that sum to X (default: the publisher's, else 1)" },
-    { "min-p", 0, REAL, &opt.min_p, 0, 1, 0, RUN, "X", "only tokens at least X times as likely as the likeliest" },
-    { "system", 0, WORD, &opt.system, 0, 0, 0, RUN, "TEXT", "system message" },
-    { "think", 0, FLAG, &opt.think, 0, 0, 0, RUN, NULL, "reason first (to standard error), then answer" },
-    { "nothink", 0, FLAG, &opt.nothink, 0, 0, 0, RUN, NULL, "answer at once (default)" },
-    { "effort", 0, WORD, &opt.effort, 0, 0, 0, RUN, "low|high|max", "how hard to reason, with --think" },
-    { "encoding", 0, WORD, &opt.encoding, 0, 0, 0, RUN | TOKENIZE, "v4|0731", "prompt generation (default: by the checkpoint)" },
-    { "devices", 0, WORD, &opt.devices, 0, 0, 0, LOADS, "LIST", "cuda:0,cuda:1,cpu (default: every GPU, else cpu)" },
-    { "layers", 0, WORD, &opt.layers, 0, 0, 0, LOADS, "LIST", "layers per entry of --devices, e.g. 22,21" },
-    { "threads", 't', INT, &opt.threads, 1, 1024, 0, COMPUTES | VERIFY | CONVERT, "N", "CPU threads (default: all cores)" },
-    { "exact", 0, FLAG, &opt.exact, 0, 0, 0, COMPUTES, NULL, "FP32 everywhere: the slow reference (cpu)" },
-    { "mlock", 0, FLAG, &opt.mlock, 0, 0, 0, COMPUTES, NULL, "keep the weights in memory" },
-    { "logits", 0, WORD, &opt.logits, 0, 0, 0, RUN, "FILE", "write the prompt's logits: float32 [tokens][vocab]" },
-    { "mtp-logits", 0, WORD, &opt.mtp_logits, 0, 0, 0, RUN, "FILE", "the same for the MTP layer" },
-    { "plain", 0, FLAG, &opt.plain, 0, 0, 0, TOKENIZE, NULL, "special tokens in the text are text" },
-    { "decode", 0, FLAG, &opt.decode, 0, 0, 0, TOKENIZE, NULL, "ids -> bytes" },
-    { "chat", 0, WORD, &opt.chat, 0, 0, 0, TOKENIZE, "FILE", "a messages file -> its ids" },
-    { "scale-dtype", 0, WORD, &opt.scale_dtype, 0, 0, 0, CONVERT, "bf16|f16", "dtype of the scales that are written (default: bf16)" },
-    { "layer-remap", 0, WORD, &opt.layer_remap, 0, 0, 0, CONVERT, "LIST", "the layers to keep, in their new order: 0,2,40-42" },
-    { "verify", 0, FLAG, &opt.verify, 0, 0, 0, CONVERT, NULL, "read the result again and compare it with the source" },
-    { "kernels", 0, WORD, &opt.kernels, 0, 0, 0, COMPUTES | DEVICES, "FILE", "another kernels.cu" },
-    { "help", 'h', FLAG, &opt.help, 0, 0, 0, -1, NULL, "this text" },
-    { "version", 0, FLAG, &opt.version, 0, 0, 0, -1, NULL, "the version" },
-    { "chunk", 0, INT, &opt.chunk, 1, 1 << 16, 0, COMPUTES, "N", NULL },
-    { "isa", 0, WORD, &opt.isa, 0, 0, 0, COMPUTES, "portable|avx2|avx512|avx512-vnni", NULL },
+    { "model", 'm', WORD, LOADS | TOKENIZE, &opt.model, 0, 0, "DIR", "the checkpoint's directory" },
+    { "prompt", 'p', WORD, RUN, &opt.prompt, 0, 0, "TEXT",
+      "answer one prompt (without a prompt: chat)" },
+    { "file", 'f', WORD, RUN, &opt.file, 0, 0, "FILE", "the prompt is a file's text ('-': stdin)" },
+    { "raw", 0, FLAG, RUN, &opt.raw, 0, 0, NULL,
+      "begin-of-sentence and the text, no chat encoding" },
+    { "ids", 0, WORD, RUN, &opt.ids, 0, 0, "0,5,6", "the prompt as token ids; answers in ids" },
+    { "show-ids", 0, FLAG, RUN, &opt.show_ids, 0, 0, NULL, "print the answer as token ids" },
+    { "tokens", 'n', INT, RUN | BENCH, &opt.tokens, 0, INT_MAX, "N", "tokens to generate at most" },
+    { "ctx", 'c', INT, LOADS, &opt.ctx, 1, INT_MAX, "N", "context: positions a session can hold" },
+    { "seed", 's', INT, RUN, &opt.seed, 0, 9e15, "N", "seed of the sampler (default: the clock)" },
+    { "temp", 0, REAL, RUN, &opt.temp, 0, 1000, "X", "temperature, 0 = greedy" },
+    { "top-k", 0, INT, RUN, &opt.top_k, 0, INT_MAX, "N", "only the N likeliest tokens, 0 = all" },
+    { "top-p", 0, REAL, RUN, &opt.top_p, 1e-9, 1, "X", "only the likeliest tokens that sum to X" },
+    { "min-p", 0, REAL, RUN, &opt.min_p, 0, 1, "X", "only tokens X times as likely as the best" },
+    { "system", 0, WORD, RUN, &opt.system, 0, 0, "TEXT", "system message" },
+    { "think", 0, FLAG, RUN, &opt.think, 0, 0, NULL, "reason first, on standard error" },
+    { "nothink", 0, FLAG, RUN, &opt.nothink, 0, 0, NULL, "answer at once (default)" },
+    { "effort", 0, WORD, RUN, &opt.effort, 0, 0, "low|high|max",
+      "how hard to reason, with --think" },
+    { "encoding", 0, WORD, RUN | TOKENIZE, &opt.encoding, 0, 0, "v4|0731",
+      "prompt generation (default: by config)" },
+    { "devices", 0, WORD, LOADS, &opt.devices, 0, 0, "LIST",
+      "cuda:0,cuda:1,cpu (default: all GPUs)" },
+    { "layers", 0, WORD, LOADS, &opt.layers, 0, 0, "LIST", "layers per device, e.g. 22,21" },
+    { "threads", 't', INT, COMPUTES | VERIFY | CONVERT, &opt.threads, 1, 1024, "N",
+      "CPU threads (default: all cores)" },
+    { "exact", 0, FLAG, COMPUTES, &opt.exact, 0, 0, NULL, "FP32 everywhere: the slow reference" },
+    { "mlock", 0, FLAG, COMPUTES, &opt.mlock, 0, 0, NULL, "keep the weights in memory" },
+    { "logits", 0, WORD, RUN, &opt.logits, 0, 0, "FILE", "write the prompt's logits, float32" },
+    { "mtp-logits", 0, WORD, RUN, &opt.mtp_logits, 0, 0, "FILE", "the same for the MTP layer" },
+    { "plain", 0, FLAG, TOKENIZE, &opt.plain, 0, 0, NULL, "special tokens in the text are text" },
+    { "decode", 0, FLAG, TOKENIZE, &opt.decode, 0, 0, NULL, "ids -> bytes" },
+    { "chat", 0, WORD, TOKENIZE, &opt.chat, 0, 0, "FILE", "a messages file -> its ids" },
+    { "scale-dtype", 0, WORD, CONVERT, &opt.scale_dtype, 0, 0, "bf16|f16",
+      "dtype of the scales written" },
+    { "layer-remap", 0, WORD, CONVERT, &opt.layer_remap, 0, 0, "LIST",
+      "layers to keep, in their new order" },
+    { "verify", 0, FLAG, CONVERT, &opt.verify, 0, 0, NULL, "compare the result with the source" },
+    { "kernels", 0, WORD, COMPUTES | DEVICES, &opt.kernels, 0, 0, "FILE", "another kernels.cu" },
+    { "help", 'h', FLAG, -1, &opt.help, 0, 0, NULL, "this text" },
+    { "version", 0, FLAG, -1, &opt.version, 0, 0, NULL, "the version" },
+    { "chunk", 0, INT, COMPUTES, &opt.chunk, 1, 1 << 16, "N", NULL },
+    { "isa", 0, WORD, COMPUTES, &opt.isa, 0, 0, "portable|avx2|avx512|avx512-vnni", NULL },
 };
 
-static const struct { const char *name; Command command; const char *args, *help; int n_args; } commands[] = {
+static const struct {
+    const char *name;
+    Command command;
+    const char *args, *help;
+    int n_args;
+} commands[] = {
     { "", RUN, "-m DIR [-p TEXT]", "answer one prompt, or chat in the terminal", 0 },
     { "tokenize", TOKENIZE, "-m DIR", "standard input -> token ids", 0 },
     { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
@@ -6683,7 +6832,8 @@ static void print_help(void) {
     puts("dsv4: DeepSeek-V4-Flash from its published checkpoints\n");
     for (size_t i = 0; i < COUNT(commands); i++) {
         char line[80];
-        snprintf(line, sizeof line, "dsv4 %s%s%s", commands[i].name, *commands[i].name ? " " : "", commands[i].args);
+        snprintf(line, sizeof line, "dsv4 %s%s%s", commands[i].name, i ? " " : "",
+                 commands[i].args);
         printf("  %-30s %s\n", line, commands[i].help);
     }
     puts("");
@@ -6695,7 +6845,8 @@ static void print_help(void) {
         snprintf(name, sizeof name, "%s --%s %s", letter, o->name, o->arg ? o->arg : "");
         printf("  %-30s %s\n", name, o->help);
     }
-    puts("\nEnvironment: DSV4_NVRTC (path of libnvrtc), DSV4_CACHE (directory of compiled kernels)");
+    puts("\nDefaults of the sampler: generation_config.json, else temperature 1.\n"
+         "Environment: DSV4_NVRTC (path of libnvrtc), DSV4_CACHE (directory of compiled kernels)");
 }
 
 // A value of a choice list "a|b|c".
@@ -6714,20 +6865,24 @@ static void set_option(const Option *o, const char *name, const char *value) {
         *(bool *)o->to = true;
         return;
     case WORD:
-        if (strchr(o->arg, '|') && !choice_ok(o->arg, value)) die(2, "%s: expected %s, found '%s'", name, o->arg, value);
+        if (strchr(o->arg, '|') && !choice_ok(o->arg, value))
+            die(2, "%s: expected %s, found '%s'", name, o->arg, value);
         *(const char **)o->to = value;
         return;
     case INT: {
         long long x = strtoll(value, &end, 10);
-        if (!strchr("-0123456789", *value) || end == value || *end || errno || x < o->lo || (double)x > o->hi)
-            die(2, "%s: expected a whole number from %.0f to %.0f, found '%s'", name, o->lo, o->hi, value);
+        bool number = strchr("-0123456789", *value) && end != value && !*end && !errno;
+        if (!number || x < o->lo || (double)x > o->hi)
+            die(2, "%s: expected a whole number from %.0f to %.0f, found '%s'", name, o->lo, o->hi,
+                value);
         *(int64_t *)o->to = x;
         return;
     }
     case REAL: {
         double x = strtod(value, &end);
-        if (value[strspn(value, "-+.0123456789e")] || end == value || *end || !isfinite(x) || x < o->lo || x > o->hi || (o->lo_open && x == o->lo))
-            die(2, "%s: expected a number from %g%s to %g, found '%s'", name, o->lo, o->lo_open ? " (excluded)" : "", o->hi, value);
+        bool number = end != value && !*end && !value[strspn(value, "-+.0123456789e")];
+        if (!number || !(x >= o->lo && x <= o->hi))
+            die(2, "%s: expected a number from %g to %g, found '%s'", name, o->lo, o->hi, value);
         *(double *)o->to = x;
     }
     }
@@ -6738,7 +6893,8 @@ static const Option *find_option(const char *word, const char **value) {
     for (size_t i = 0; i < COUNT(options); i++) {
         const Option *o = options + i;
         size_t n = strlen(o->name);
-        if (word[0] == '-' && word[1] == '-' && !strncmp(word + 2, o->name, n) && (!word[2 + n] || word + 2 + n == eq)) {
+        bool dashes = word[0] == '-' && word[1] == '-';
+        if (dashes && !strncmp(word + 2, o->name, n) && (!word[2 + n] || word + 2 + n == eq)) {
             *value = eq ? eq + 1 : NULL;
             return o;
         }
@@ -6756,24 +6912,26 @@ static Command parse_options(int argc, char **argv, char **args) {
     for (size_t i = 1; i < COUNT(commands) && argc > 1; i++)
         if (!strcmp(argv[1], commands[i].name)) which = i;
     Command command = commands[which].command;
-    int n = 0;
+    const char *program = which ? commands[which].name : "-m";
+    int n = 0, most = commands[which].n_args;
     for (int i = 1 + (which > 0); i < argc; i++) {
-        const char *value = NULL;
-        const Option *o = argv[i][0] == '-' && argv[i][1] ? find_option(argv[i], &value) : NULL;
-        if (!o && argv[i][0] == '-' && argv[i][1]) die(2, "unknown option %s (dsv4 --help lists them)", argv[i]);
-        if (!o) {
-            if (n == commands[which].n_args) die(2, "unexpected argument '%s' (dsv4 --help)", argv[i]);
+        const char *value = NULL, *name = argv[i];
+        bool dash = name[0] == '-' && name[1];
+        const Option *o = dash ? find_option(name, &value) : NULL;
+        if (dash && !o) die(2, "unknown option %s (dsv4 --help lists them)", name);
+        if (!dash && n == most) die(2, "unexpected argument '%s' (dsv4 --help)", name);
+        if (!dash) {
             args[n++] = argv[i];
             continue;
         }
-        const char *name = argv[i];
-        if (!(o->commands & command)) die(2, "%s does not go with dsv4 %s", name, *commands[which].name ? commands[which].name : "-m");
+        if (!(o->commands & command)) die(2, "%s does not go with dsv4 %s", name, program);
         if (o->type == FLAG && value) die(2, "%s takes no value", name);
-        if (o->type != FLAG && !value && !(value = ++i < argc ? argv[i] : NULL)) die(2, "%s needs a value: %s", name, o->arg);
+        if (o->type != FLAG && !value && ++i < argc) value = argv[i];
+        if (o->type != FLAG && !value) die(2, "%s needs a value: %s", name, o->arg);
         set_option(o, name, value);
     }
     if (opt.help || opt.version) return command;
-    if (n < commands[which].n_args) die(2, "usage: dsv4 %s %s", commands[which].name, commands[which].args);
+    if (n < most) die(2, "usage: dsv4 %s %s", program, commands[which].args);
     if (!opt.model && command & (LOADS | TOKENIZE)) die(2, "no model: -m DIR (dsv4 --help)");
     return command;
 }
@@ -6838,10 +6996,13 @@ static void forward_layer(Device *d, const Layer *l, int i) {
 static void check_logits(const float *logits, int n, int vocab) {
     for (size_t i = 0; i < (size_t)n * vocab; i++)
         if (!isfinite(logits[i]))
-            die(1, "head: the logit of token %d is not finite (run `dsv4 verify` on the checkpoint)", (int)(i % vocab));
+            die(1,
+                "head: the logit of token %d is not finite (run `dsv4 verify` on the checkpoint)",
+                (int)(i % vocab));
 }
 
-// The draft layer after the last main layer: row t sees the token at t + 1 and predicts the one at t + 2.
+// The draft layer after the last main layer: row t sees the token at t + 1 and predicts the one at
+// t + 2.
 static void forward_mtp(Device *d, Batch *j) {
     const Mtp *m = d->w.mtp;
     int V = d->c->vocab;
@@ -6873,7 +7034,8 @@ static void forward_stage(Device *d, Batch *j) {
     if (j->mtp_logits) forward_mtp(d, j);
 }
 
-// --- stages as threads: batches follow each other through the pipeline, so all devices work at once
+// --- stages as threads: batches follow each other through the pipeline, so all devices work at
+// once
 
 typedef struct { Model *m; int stage; } StageArg;
 
@@ -6904,7 +7066,8 @@ static void *stage_main(void *arg) {
     return NULL;
 }
 
-// Hands a batch to the first stage. One stage: it is computed here and now. Jobs are finished in order.
+// Hands a batch to the first stage. One stage: it is computed here and now. Jobs are finished in
+// order.
 static void forward_begin(Model *m, Batch *j) {
     j->stage = 0;
     if (m->n_stages == 1) {
@@ -6932,10 +7095,12 @@ typedef struct {
     int slot;
     int *tokens;                // [ctx] what was read
     int n;
-    int kept;                   // positions from here on are still whole in the rings: it can be rewound to them
+    // positions from here on are still whole in the rings: it can be rewound to them
+    int kept;
 } Session;
 
-// The rings at one position of a session. The compressed rows stay in the caches: they are only ever appended.
+// The rings at one position of a session. The compressed rows stay in the caches: they are only
+// ever appended.
 typedef struct {
     int pos;
     void *rings[MAX_STAGES];    // per stage
@@ -6970,7 +7135,8 @@ static Session *session_new(Model *m) {
 
 static void session_free(Session *s) {
     if (!s) return;
-    for (int i = 0; i < s->m->n_stages; i++) s->m->stage[i].op->cache_free(&s->m->stage[i], s->slot);
+    for (int i = 0; i < s->m->n_stages; i++)
+        s->m->stage[i].op->cache_free(&s->m->stage[i], s->slot);
     s->m->slot_used[s->slot] = false;
     munmap(s->tokens, (size_t)s->m->ctx * sizeof *s->tokens);
     free(s);
@@ -7017,7 +7183,8 @@ typedef struct {
     bool busy;
 } Chunk;
 
-static void chunk_fill(Chunk *k, const Session *s, const int *tokens, int from, int n, int total, const Feed *f) {
+static void chunk_fill(Chunk *k, const Session *s, const int *tokens, int from, int n, int total,
+                       const Feed *f) {
     for (int i = 0; i < n; i++) {
         int at = from + i;
         k->rows[i] = (Row){ tokens[at], s->slot, s->n + at, at + 1 < total ? tokens[at + 1] : -1 };
@@ -7030,8 +7197,9 @@ static void chunk_fill(Chunk *k, const Session *s, const int *tokens, int from, 
     k->job.want = f->all || f->mtp ? k->want : k->want + n - 1;
 }
 
-// Reads n tokens in chunks, several of them on their way if there are several stages. Every finished chunk goes to
-// f->sink. Stops early, after a whole chunk, when interrupted: then fewer than n tokens were read.
+// Reads n tokens in chunks, several of them on their way if there are several stages. Every
+// finished chunk goes to f->sink. Stops early, after a whole chunk, when interrupted: then fewer
+// than n tokens were read.
 static int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
     Model *m = s->m;
     int flight = m->n_stages > 1 ? m->n_stages + 1 : 1, begun = 0, done = 0, head = 0, tail = 0;
@@ -7095,7 +7263,8 @@ static char *path_join(const char *dir, const char *file) {
 
 static const Store *open_store;     // for the SIGBUS handler: whose page could not be read
 
-// Reads config.json, opens the shards and binds every tensor. Nothing is read from the weights but small vectors.
+// Reads config.json, opens the shards and binds every tensor. Nothing is read from the weights but
+// small vectors.
 static void model_bind(Model *m, const char *dir) {
     Err e = { 0 };
     Span text;
@@ -7109,17 +7278,20 @@ static void model_bind(Model *m, const char *dir) {
     if (!weights_bind(&m->w, &b)) model_fail(&e);
     memcpy(m->format, b.format, sizeof m->format);
     if (m->c.dspark) note("this release's mtp.* tensors (DSpark) are skipped");
-    else if ((size_t)b.bound < m->store.n) note("%zu tensors of the checkpoint are not used", m->store.n - (size_t)b.bound);
+    else if ((size_t)b.bound < m->store.n)
+        note("%zu tensors of the checkpoint are not used", m->store.n - (size_t)b.bound);
 }
 
 // Bytes of a block's weights as stored.
 static size_t layer_bytes(const Layer *l, const Config *c) {
-    const Mat *m[] = { &l->hc_attn.fn, &l->hc_ffn.fn, &l->wq_a, &l->wq_b, &l->wkv, &l->wo_a, &l->wo_b, &l->comp.wkv,
-                       &l->comp.wgate, &l->icomp.wkv, &l->icomp.wgate, &l->iwq_b, &l->iproj, &l->gate,
-                       &l->sw1, &l->sw2, &l->sw3 };
+    const Mat *m[] = { &l->hc_attn.fn,  &l->hc_ffn.fn, &l->wq_a,     &l->wq_b,       &l->wkv,
+                       &l->wo_a,        &l->wo_b,      &l->comp.wkv, &l->comp.wgate, &l->icomp.wkv,
+                       &l->icomp.wgate, &l->iwq_b,     &l->iproj,    &l->gate,       &l->sw1,
+                       &l->sw2,         &l->sw3 };
     size_t n = 0;
     for (size_t i = 0; i < COUNT(m); i++) n += mat_bytes(m[i]);
-    for (int e = 0; e < c->n_experts; e++) n += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
+    for (int e = 0; e < c->n_experts; e++)
+        n += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
     return n + (l->tid2eid ? 8 * (size_t)c->vocab * c->n_active : 0);
 }
 
@@ -7222,6 +7394,15 @@ static double layer_cost(const Model *m, const Layer *l) {
     return (double)(layer_bytes(l, c) - experts) + (double)experts * c->n_active / c->n_experts;
 }
 
+// Bytes of the weights that a stage computes with.
+static size_t stage_weights(const Model *m, const Device *d) {
+    size_t n = d->has_head ? mat_bytes(&m->w.head) : 0;
+    for (int i = d->first; i < d->last; i++) n += layer_bytes(&m->w.layers[i], &m->c);
+    for (int i = 0; d->has_head && m->w.mtp && i < m->c.n_mtp; i++)
+        n += layer_bytes(&m->w.mtp[i].block, &m->c);
+    return n;
+}
+
 // Bytes that layers [first, last) take on a GPU: weights, one session at full context, buffers.
 static size_t stage_bytes(Model *m, int first, int last, bool head) {
     const Config *c = &m->c;
@@ -7237,8 +7418,9 @@ static size_t stage_bytes(Model *m, int first, int last, bool head) {
     return n + ((size_t)256 << 20);         // the driver's own and what alignment loses
 }
 
-// Gives the GPUs, in their order, as many layers as memory allows while no stage costs more than `limit`. The head counts as
-// one more layer (it costs as much as 4.4 of the real model). Returns how many of the L + 1 found a place.
+// Gives the GPUs, in their order, as many layers as memory allows while no stage costs more than
+// `limit`. The head counts as one more layer (it costs as much as 4.4 of the real model). Returns
+// how many of the L + 1 found a place.
 static int fill_gpus(Model *m, Placement *place, int n, double limit) {
     int at = 0, L = m->c.n_layers;
     for (int i = 0; i < n; i++) {
@@ -7247,7 +7429,8 @@ static int fill_gpus(Model *m, Placement *place, int n, double limit) {
         for (; on_gpu(&place[i]) && at <= L; at++) {
             bool head = at == L;
             cost += head ? (double)mat_bytes(&m->w.head) : layer_cost(m, &m->w.layers[at]);
-            if (cost > limit || stage_bytes(m, first, head ? L : at + 1, head) > place[i].memory) break;
+            if (cost > limit || stage_bytes(m, first, head ? L : at + 1, head) > place[i].memory)
+                break;
         }
         place[i].head = at > L && first <= L;
         place[i].layers = at - first - place[i].head;
@@ -7255,8 +7438,9 @@ static int fill_gpus(Model *m, Placement *place, int n, double limit) {
     return at;
 }
 
-// Chooses the layers of each place. GPUs alone: the slowest stage as fast as memory allows. With CPUs in the list the
-// GPUs are filled and the CPUs share the rest. Returns the number of places in use.
+// Chooses the layers of each place. GPUs alone: the slowest stage as fast as memory allows. With
+// CPUs in the list the GPUs are filled and the CPUs share the rest. Returns the number of places in
+// use.
 static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
     int L = m->c.n_layers, cpus = 0, used = 0;
     double lo = 0, hi = 1e15;
@@ -7277,7 +7461,9 @@ static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
         n++;
     }
     if (rest && !cpus)
-        die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or try a smaller -c",
+        die(1,
+            "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or try "
+            "a smaller -c",
             memory / 1e9, L + 1 - rest, L, m->ctx);
     for (int step = 0; !rest && step < 50; step++) {
         double mid = (lo + hi) / 2;
@@ -7287,7 +7473,8 @@ static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
     for (int i = 0, k = 0; i < n; i++) {
         bool cpu = !on_gpu(&place[i]);
         if (cpu && rest) place[i].layers = (rest - 1) * (k + 1) / cpus - (rest - 1) * k / cpus, k++;
-        if (place[i].layers > 0 || place[i].head || (cpu && rest && k == cpus)) place[used++] = place[i];
+        if (place[i].layers > 0 || place[i].head || (cpu && rest && k == cpus))
+            place[used++] = place[i];
     }
     return used;
 }
@@ -7295,15 +7482,10 @@ static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
 static void print_plan(const Model *m, FILE *to) {
     for (int i = 0; i < m->n_stages; i++) {
         const Device *d = &m->stage[i];
-        size_t weights = 0;
-        for (int l = d->first; l < d->last; l++) weights += layer_bytes(&m->w.layers[l], &m->c);
-        if (d->has_head) weights += mat_bytes(&m->w.head);
-        for (int k = 0; d->has_head && m->w.mtp && k < m->c.n_mtp; k++)
-            weights += layer_bytes(&m->w.mtp[k].block, &m->c);
-        char what[64];
-        if (d->first == d->last) snprintf(what, sizeof what, "%s", d->has_head ? "the head" : "nothing");
-        else snprintf(what, sizeof what, "layers %d to %d%s", d->first, d->last - 1, d->has_head ? " and the head" : "");
-        fprintf(to, "# %s: %s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name, what, weights / 1e9,
+        char layers[64] = "no layers";
+        if (d->first < d->last) snprintf(layers, sizeof layers, "layers %d to %d", d->first, d->last - 1);
+        fprintf(to, "# %s: %s%s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name,
+                layers, d->has_head ? " and the head" : "", stage_weights(m, d) / 1e9,
                 session_bytes(d) / 1e9, m->ctx);
     }
 }
@@ -7319,7 +7501,8 @@ static void start_stages(Model *m) {
     }
 }
 
-// The context a session gets: as asked, else min(what the model can, 131072, what half the memory holds).
+// The context a session gets: as asked, else min(what the model can, 131072, what half the memory
+// holds).
 static int choose_ctx(const Model *m, int asked) {
     int most = m->c.max_ctx;
     if (asked > most) die(2, "-c %d: this model reads at most %d positions", asked, most);
@@ -7353,22 +7536,28 @@ static void load_pieces(void *arg, int begin, int end) {
         int shard = 0;
         while ((size_t)i >= o->first[shard + 1]) shard++;
         Span map = o->store->shards[shard].map;
-        size_t at = ((size_t)i - o->first[shard]) * PIECE, n = map.n - at < PIECE ? map.n - at : PIECE;
+        size_t at = ((size_t)i - o->first[shard]) * PIECE,
+               n = map.n - at < PIECE ? map.n - at : PIECE;
         const volatile char *p = map.p + at;
         size_t pages = (n + 4095) / 4096, present = 0;
-        if (!mincore((void *)(uintptr_t)p, n, in_memory)) while (present < pages && in_memory[present] & 1) present++;
+        if (!mincore((void *)(uintptr_t)p, n, in_memory))
+            while (present < pages && in_memory[present] & 1) present++;
         if (present < pages) madvise((void *)(uintptr_t)p, n, MADV_WILLNEED);
         for (size_t page = present; page < pages; page++) (void)p[page * 4096];
         if (o->lock && mlock((void *)(uintptr_t)p, n))
             die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
         size_t done = atomic_fetch_add(&o->done, 1) + 1;
-        if (done % 64 == 0) progress("loading", (int64_t)done, (int64_t)o->first[o->store->n_shards]);
+        if (done % 64 == 0)
+            progress("loading", (int64_t)done, (int64_t)o->first[o->store->n_shards]);
     }
 }
 
-// Reads the files with all threads, in their order, so that the first token does not wait for the disk page by page.
+// Reads the files with all threads, in their order, so that the first token does not wait for the
+// disk page by page.
 static void load_weights(const Store *s, Pool *pool, bool lock) {
-    Loading o = { .store = s, .first = xalloc((size_t)s->n_shards + 1, sizeof(size_t)), .lock = lock };
+    Loading o = { .store = s,
+                  .first = xalloc((size_t)s->n_shards + 1, sizeof(size_t)),
+                  .lock = lock };
     for (int i = 0; i < s->n_shards; i++) {
         madvise((void *)(uintptr_t)s->shards[i].map.p, s->shards[i].map.n, MADV_HUGEPAGE);
         o.first[i + 1] = o.first[i] + (s->shards[i].map.n + PIECE - 1) / PIECE;
@@ -7393,7 +7582,8 @@ static Model *model_open(const Opening *o) {
     m->reach = m->chunk + 64;
     m->n_stages = o->devices ? parse_devices(o->devices, place) : default_devices(place, o->exact);
     for (int i = 0; o->exact && i < m->n_stages; i++)
-        if (strcmp(place[i].name, "cpu")) die(2, "--exact runs on the cpu only, not on %s", place[i].name);
+        if (strcmp(place[i].name, "cpu"))
+            die(2, "--exact runs on the cpu only, not on %s", place[i].name);
     if (o->layers) parse_layers(o->layers, place, m->n_stages, c->n_layers);
     else m->n_stages = choose_layers(m, place, m->n_stages, !o->devices);
     m->stage = xalloc((size_t)m->n_stages, sizeof *m->stage);
@@ -7406,16 +7596,24 @@ static Model *model_open(const Opening *o) {
     print_plan(m, stderr);
     for (int i = 0; i < c->n_layers; i++)
         if (!check_table(c, m->w.layers + i, &e)) model_fail(&e);
-    size_t weights = store_bytes(&m->store), memory = memory_info("MemTotal");
+    int cpus = 0;
+    size_t weights = 0, memory = memory_info("MemTotal");
+    for (int i = 0; i < m->n_stages; i++) {
+        cpus += !on_gpu(&place[i]);
+        if (!on_gpu(&place[i])) weights += stage_weights(m, &m->stage[i]);
+    }
     bool fits = !memory || weights < memory - memory / 16;
     if (!fits)
-        note("the weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running from the disk, slowly",
-             weights / 1e9, memory / 1e9);
+        note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
+             "from the disk, slowly", weights / 1e9, memory / 1e9);
     for (int i = 0; i < m->n_stages; i++) {
-        Pool *pool = pool_new(o->threads ? o->threads : m->n_stages > 1 ? 1 : 0);
-        if (!i && (fits || o->mlock)) load_weights(&m->store, pool, o->mlock);
-        if (!strncmp(m->stage[i].name, "cuda:", 5)) cuda_device(&m->stage[i], atoi(m->stage[i].name + 5));
-        else cpu_device(&m->stage[i], pool);
+        if (on_gpu(&place[i])) {
+            cuda_device(&m->stage[i], atoi(place[i].name + 5));
+            continue;
+        }
+        Pool *pool = pool_new(o->threads || cpus == 1 ? o->threads : 1);
+        if (!i && cpus == m->n_stages && (fits || o->mlock)) load_weights(&m->store, pool, o->mlock);
+        cpu_device(&m->stage[i], pool);
     }
     start_stages(m);
     return m;
@@ -7640,9 +7838,15 @@ static bool verify(const char *path, int threads, Err *e) {
 // programs: what the subcommands do
 
 static Model *open_from_options(bool info) {
-    return model_open(&(Opening){ .dir = opt.model, .devices = opt.devices, .layers = opt.layers, .ctx = (int)opt.ctx,
-                                  .threads = (int)opt.threads, .chunk = (int)opt.chunk, .exact = opt.exact,
-                                  .mlock = opt.mlock, .info = info });
+    return model_open(&(Opening){ .dir = opt.model,
+                                  .devices = opt.devices,
+                                  .layers = opt.layers,
+                                  .ctx = (int)opt.ctx,
+                                  .threads = (int)opt.threads,
+                                  .chunk = (int)opt.chunk,
+                                  .exact = opt.exact,
+                                  .mlock = opt.mlock,
+                                  .info = info });
 }
 
 // The checkpoint's tokenizer. NULL if it has none and none is needed.
@@ -7652,7 +7856,8 @@ static Tokenizer *open_tokenizer(bool needed) {
     char *path = path_join(opt.model, "tokenizer.json");
     Tokenizer *t = NULL;
     if (!needed && access(path, F_OK)) return free(path), NULL;
-    if (access(path, F_OK)) die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
+    if (access(path, F_OK))
+        die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
     t = xalloc(1, sizeof *t);
     if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
     munmap((void *)(uintptr_t)text.p, text.n);
@@ -7679,13 +7884,15 @@ static Str read_text(const char *path) {
 static ChatOptions chat_options(const Model *m) {
     ChatOptions o = { .thinking = opt.think, .release_0731 = m && m->c.dspark };
     if (opt.encoding) o.release_0731 = !strcmp(opt.encoding, "0731");
-    if (opt.effort) o.effort = *opt.effort == 'l' ? EFFORT_LOW : *opt.effort == 'h' ? EFFORT_HIGH : EFFORT_MAX;
+    if (opt.effort)
+        o.effort = *opt.effort == 'l' ? EFFORT_LOW : *opt.effort == 'h' ? EFFORT_HIGH : EFFORT_MAX;
     return o;
 }
 
-// Appends a user's turn up to where the answer begins: for the first turn the begin of sentence, effort and system text
-// too. Only the encoding's own tags are tokens; whatever the texts hold is text. Tags cut the text in any case, so the
-// ids are the same as those of the whole prompt where the texts hold no tags.
+// Appends a user's turn up to where the answer begins: for the first turn the begin of sentence,
+// effort and system text too. Only the encoding's own tags are tokens; whatever the texts hold is
+// text. Tags cut the text in any case, so the ids are the same as those of the whole prompt where
+// the texts hold no tags.
 static void encode_turn(const Tokenizer *t, ChatOptions o, bool first, Span user, Ids *ids) {
     Err e;
     Chat chat = { 0 };
@@ -7695,7 +7902,8 @@ static void encode_turn(const Tokenizer *t, ChatOptions o, bool first, Span user
     chat_say(&chat, ROLE_USER, (Span){ 0 }, (Span){ 0 }, false);
     if (!first) o.effort = EFFORT_NONE;
     if (!chat_render(&chat, &o, &text, &e)) die(2, "%s", e.text);
-    size_t bos = first ? strlen(BOS_TEXT) : 0, tags = strlen("<｜User｜><｜Assistant｜>") + strlen(opt.think ? "<think>" : "</think>");
+    size_t bos = first ? strlen(BOS_TEXT) : 0,
+           tags = strlen("<｜User｜><｜Assistant｜>") + strlen(opt.think ? "<think>" : "</think>");
     const char *at = text.p + text.n - tags;                    // <｜User｜> HERE <｜Assistant｜>...
     if (first) ids_add(ids, t->bos);
     tok_encode(t, (Span){ text.p + bos, (size_t)(at - text.p) - bos }, false, ids);
@@ -7713,7 +7921,8 @@ static void encode_messages(const Tokenizer *t, Span file, Ids *ids) {
     Chat chat = { 0 };
     Str text = { 0 };
     ChatOptions o = chat_options(NULL);
-    if (!chat_read(&chat, &o, file, opt.chat, &e) || !chat_render(&chat, &o, &text, &e)) die(1, "%s", e.text);
+    if (!chat_read(&chat, &o, file, opt.chat, &e) || !chat_render(&chat, &o, &text, &e))
+        die(1, "%s", e.text);
     tok_encode(t, str_span(&text), true, ids);
     chat_free(&chat);
     free(text.p);
@@ -7722,9 +7931,11 @@ static void encode_messages(const Tokenizer *t, Span file, Ids *ids) {
 // The tokenizer may know more tokens than the model.
 static void check_tokens(const Model *m, const Tokenizer *t, const Ids *ids) {
     if (ids->n > (size_t)m->ctx)
-        die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)", ids->n, m->ctx, m->c.max_ctx);
+        die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
+            ids->n, m->ctx, m->c.max_ctx);
     for (size_t i = 0; i < ids->n; i++)
-        if (ids->p[i] >= m->c.vocab) die(1, "token %d is beyond the model's vocabulary of %d", ids->p[i], m->c.vocab);
+        if (ids->p[i] >= m->c.vocab)
+            die(1, "token %d is beyond the model's vocabulary of %d", ids->p[i], m->c.vocab);
     if (t && t->n > m->c.vocab) note("the tokenizer has %d tokens, the model %d", t->n, m->c.vocab);
 }
 
@@ -7745,8 +7956,10 @@ static int run_tokenize(void) {
             char *end;
             long id = strtol(p, &end, 10);
             size_t skip = strspn(end, " \n\t\r,");
-            if (end == p || (!skip && *end) || (size_t)(p - in.p) > in.n) die(1, "--decode: expected ids, found '%.20s'", p);
-            if (id < 0 || id >= t->n) die(1, "--decode: %ld: the tokenizer ends at %d", id, t->n - 1);
+            if (end == p || (!skip && *end) || (size_t)(p - in.p) > in.n)
+                die(1, "--decode: expected ids, found '%.20s'", p);
+            if (id < 0 || id >= t->n)
+                die(1, "--decode: %ld: the tokenizer ends at %d", id, t->n - 1);
             tok_decode(t, (int)id, false, &u, &out);
             p = end + skip;
         }
@@ -7800,16 +8013,19 @@ static void close_out(FILE *f, const char *path) {
 }
 
 typedef struct {
-    int prompt, reused, generated;              // tokens; reused: of the prompt, were in place already
-    double t_prompt, t_first, t_generate;       // seconds; t_first: from the start to the first token
+    // tokens; reused: of the prompt, were in place already
+    int prompt, reused, generated;
+    // seconds; t_first: from the start to the first token
+    double t_prompt, t_first, t_generate;
 } Timing;
 
 static void print_timing(const Timing *t) {
     char reused[64] = "";
     if (t->reused) snprintf(reused, sizeof reused, " (and %d in place)", t->reused);
-    note("prompt %d tokens%s, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f s", t->prompt, reused,
-         t->t_prompt > 0 ? t->prompt / t->t_prompt : 0, t->generated,
-         t->t_generate > 0 && t->generated > 1 ? (t->generated - 1) / t->t_generate : 0, t->t_first);
+    note(
+        "prompt %d tokens%s, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f s",
+        t->prompt, reused, t->t_prompt > 0 ? t->prompt / t->t_prompt : 0, t->generated,
+        t->t_generate > 0 && t->generated > 1 ? (t->generated - 1) / t->t_generate : 0, t->t_first);
 }
 
 // Gets each generated token; false stops.
@@ -7821,8 +8037,8 @@ static int common_prefix(const Session *s, const int *tokens, int n) {
     return i;
 }
 
-// Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a snapshot of it; at least
-// the last token stays to be read. Returns how many tokens are in place.
+// Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
+// snapshot of it; at least the last token stays to be read. Returns how many tokens are in place.
 static int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {
     int same = common_prefix(s, tokens, n);
     if (same == n) same--;
@@ -7837,11 +8053,12 @@ static bool is_in(const Ids *ids, int token) {
     return false;
 }
 
-// Makes the prompt's n tokens what the session has read, then generates until end-of-sentence, `most` tokens (< 0: no
-// limit), the end of the context, the sink's wish or Ctrl-C. The last token is not read back. With snap, a snapshot is
-// taken before the prompt's last token, which is where a chat's next prompt departs from this one.
-static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler, const Ids *eos,
-                     Snapshot **snap, TokenSink sink, void *arg, Timing *t) {
+// Makes the prompt's n tokens what the session has read, then generates until end-of-sentence,
+// `most` tokens (< 0: no limit), the end of the context, the sink's wish or Ctrl-C. The last token
+// is not read back. With snap, a snapshot is taken before the prompt's last token, which is where a
+// chat's next prompt departs from this one.
+static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler,
+                     const Ids *eos, Snapshot **snap, TokenSink sink, void *arg, Timing *t) {
     Model *m = s->m;
     Err e;
     LogitsOut out = { .vocab = m->c.vocab, .last = xalloc((size_t)m->c.vocab, sizeof(float)),
@@ -7849,7 +8066,9 @@ static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler
     out.logits = open_out(opt.logits);
     out.mtp = open_out(opt.mtp_logits);
     double start = now();
-    Feed feed = { .all = out.logits, .mtp = out.mtp, .progress = true, .sink = logits_sink, .arg = &out };
+    Feed feed = {
+        .all = out.logits, .mtp = out.mtp, .progress = true, .sink = logits_sink, .arg = &out
+    };
     int reused = session_reuse(s, tokens, n, snap ? *snap : NULL), read = reused;
     if (snap) {
         read += session_feed(s, tokens + read, n - 1 - read, &feed);
@@ -7894,7 +8113,8 @@ static bool print_token(void *arg, int token) {
         utf8_finish(&p->utf8, &text);
         str_puts(&text, "\n");
         p->reasoning = false;
-    } else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);    // the model may know more
+    // the model may know more
+    } else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);
     if (text.n) fwrite(text.p, 1, text.n, to);
     free(text.p);
     p->printed++;
@@ -7929,15 +8149,17 @@ static void parse_ids(const char *text, int vocab, Ids *ids) {
     if (!ids->n) die(2, "--ids: no ids");
 }
 
-// What to sample and where to stop: options, else the publisher's generation_config.json, else temperature 1 and the
-// config's end-of-sentence token.
+// What to sample and where to stop: options, else the publisher's generation_config.json, else
+// temperature 1 and the config's end-of-sentence token.
 static void open_sampler(const Model *m, Sampler *s, Ids *eos) {
     Err e;
     Span text;
     Sampling how = sampling_default;
     char *path = path_join(opt.model, "generation_config.json");
     if (!access(path, F_OK)) {
-        if (!map_file(path, &text, &e) || !read_generation_config(text, path, m->c.vocab, &how, eos, &e)) die(1, "%s", e.text);
+        if (!map_file(path, &text, &e) ||
+            !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
+            die(1, "%s", e.text);
         munmap((void *)(uintptr_t)text.p, text.n);
     }
     free(path);
@@ -7948,7 +8170,9 @@ static void open_sampler(const Model *m, Sampler *s, Ids *eos) {
     if (opt.min_p >= 0) how.min_p = opt.min_p;
     if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
     sampler_init(s, m->c.vocab, how, (uint64_t)opt.seed);
-    if (how.temperature > 0) note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature, how.top_p);
+    if (how.temperature > 0)
+        note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature,
+             how.top_p);
 }
 
 // Answers one prompt.
@@ -7972,7 +8196,9 @@ static int run_prompt(void) {
     Sampler sampler;
     Ids eos = { 0 };
     open_sampler(m, &sampler, &eos);
-    Printer p = { .t = t, .ids = opt.ids || opt.show_ids, .reasoning = opt.think && !opt.ids && !opt.raw };
+    Printer p = { .t = t,
+                  .ids = opt.ids || opt.show_ids,
+                  .reasoning = opt.think && !opt.ids && !opt.raw };
     Timing timing;
     computing = true;
     generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, NULL, print_token, &p, &timing);
@@ -8001,8 +8227,9 @@ static bool read_turn(Str *line) {
     return n >= 0 || line->n;
 }
 
-// A conversation in the terminal. Ctrl-C stops the answer. What was read stays read: only a turn's new tokens are, since
-// `past` holds the very ids of the answers, and old reasoning is dropped by going back to the snapshot before it.
+// A conversation in the terminal. Ctrl-C stops the answer. What was read stays read: only a turn's
+// new tokens are, since `past` holds the very ids of the answers, and old reasoning is dropped by
+// going back to the snapshot before it.
 static int run_chat(void) {
     Tokenizer *t = open_tokenizer(true);
     Model *m = open_from_options(false);
@@ -8012,12 +8239,14 @@ static int run_chat(void) {
     Ids past = { 0 }, ids = { 0 }, eos = { 0 };
     open_sampler(m, &sampler, &eos);
     Str line = { 0 };
-    note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops an answer, Ctrl-D leaves");
+    note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops "
+         "an answer, Ctrl-D leaves");
     computing = true;
     for (bool again = false; !terminated;) {
         interrupted = 0;
         if (!read_turn(&line)) {
-            if (!interrupted || again) break;                   // the end of the input, or Ctrl-C twice
+            // the end of the input, or Ctrl-C twice
+            if (!interrupted || again) break;
             again = true;
             clearerr(stdin);
             note("Ctrl-C again or Ctrl-D leaves");
@@ -8033,7 +8262,8 @@ static int run_chat(void) {
         for (size_t i = 0; i < past.n; i++) ids_add(&ids, past.p[i]);
         encode_turn(t, chat_options(m), !past.n, str_span(&line), &ids);
         if (ids.n >= (size_t)m->ctx) {
-            note("the conversation has %zu tokens, the context holds %d: /new starts again", ids.n, m->ctx);
+            note("the conversation has %zu tokens, the context holds %d: /new starts again", ids.n,
+                 m->ctx);
             continue;
         }
         Printer p = { .t = t, .ids = opt.show_ids, .reasoning = opt.think };
@@ -8041,7 +8271,8 @@ static int run_chat(void) {
         generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, &snap, print_token, &p, &timing);
         print_end(&p);
         print_timing(&timing);
-        past.n = 0;                                             // the prompt, its <think> closed, and the answer
+        // the prompt, its <think> closed, and the answer
+        past.n = 0;
         for (size_t i = 0; i + 1 < ids.n; i++) ids_add(&past, ids.p[i]);
         ids_add(&past, t->end_think);
         for (size_t i = 0; i < p.answer.n; i++) ids_add(&past, p.answer.p[i]);
@@ -8072,11 +8303,13 @@ static double bytes_per_token(const Model *m) {
     return n;
 }
 
-// Bytes of weights that decoding one token reads: everything but the experts that are not chosen, and one row of the
-// embedding. Hash layers need the gate's rows of the chosen experts only; all of it is counted.
+// Bytes of weights that decoding one token reads: everything but the experts that are not chosen,
+// and one row of the embedding. Hash layers need the gate's rows of the chosen experts only; all of
+// it is counted.
 static double bytes_touched(const Model *m) {
     const Config *c = &m->c;
-    double n = mat_bytes(&m->w.head) + (double)mat_bytes(&m->w.embed) / c->vocab + mat_bytes(&m->w.hc_head.fn);
+    double n = mat_bytes(&m->w.head) + (double)mat_bytes(&m->w.embed) / c->vocab +
+               mat_bytes(&m->w.hc_head.fn);
     for (int i = 0; i < c->n_layers; i++) {
         const Layer *l = &m->w.layers[i];
         double experts = 0;
@@ -8092,33 +8325,38 @@ static void print_layers(const Model *m) {
     for (int i = 0; i < m->c.n_layers; i++) {
         const Layer *l = &m->w.layers[i];
         printf("  layer %-2d  ratio %-3d  %-6s  %9.2f MB  experts %s, attention %s\n", i, l->ratio,
-               l->tid2eid ? "hashed" : "scored", layer_bytes(l, &m->c) / 1e6, format_names[l->w1[0].fmt],
-               format_names[l->wq_b.fmt]);
+               l->tid2eid ? "hashed" : "scored", layer_bytes(l, &m->c) / 1e6,
+               format_names[l->w1[0].fmt], format_names[l->wq_b.fmt]);
     }
     for (int i = 0; m->w.mtp && i < m->c.n_mtp; i++)
-        printf("  mtp %-2d    ratio %-3d  scored  %9.2f MB  experts %s, e_proj %s\n", i, m->w.mtp[i].block.ratio,
-               layer_bytes(&m->w.mtp[i].block, &m->c) / 1e6, format_names[m->w.mtp[i].block.w1[0].fmt],
-               format_names[m->w.mtp[i].e_proj.fmt]);
+        printf("  mtp %-2d    ratio %-3d  scored  %9.2f MB  experts %s, e_proj %s\n", i,
+               m->w.mtp[i].block.ratio, layer_bytes(&m->w.mtp[i].block, &m->c) / 1e6,
+               format_names[m->w.mtp[i].block.w1[0].fmt], format_names[m->w.mtp[i].e_proj.fmt]);
 }
 
 static int run_info(void) {
     Model *m = open_from_options(true);
     const Config *c = &m->c;
-    printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, context %d\n", c->n_layers,
-           c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window, c->vocab, c->max_ctx);
-    printf("experts    %d, %d per token, hidden %d; the first %d layers choose by token\n", c->n_experts, c->n_active,
-           c->expert_dim, c->n_hash_layers);
-    printf("indexer    %d heads x %d, keeps %d rows; hyper-connections: %d streams\n", c->index_heads, c->index_dim,
-           c->index_topk, c->hc_mult);
-    printf("checkpoint %zu tensors in %d files, %.2f GB", m->store.n, m->store.n_shards, store_bytes(&m->store) / 1e9);
+    printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, "
+           "context %d\n",
+           c->n_layers, c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window, c->vocab,
+           c->max_ctx);
+    printf("experts    %d, %d per token, hidden %d; the first %d layers choose by token\n",
+           c->n_experts, c->n_active, c->expert_dim, c->n_hash_layers);
+    printf("indexer    %d heads x %d, keeps %d rows; hyper-connections: %d streams\n",
+           c->index_heads, c->index_dim, c->index_topk, c->hc_mult);
+    printf("checkpoint %zu tensors in %d files, %.2f GB", m->store.n, m->store.n_shards,
+           store_bytes(&m->store) / 1e9);
     printf(", quant_method %s\n", *c->quant ? c->quant : "none");
     for (int i = 0; i < N_FORMATS; i++)
         if (m->format[i]) printf("  %-18s %6d matrices\n", format_names[i], m->format[i]);
     print_layers(m);
     double rings = -bytes_per_token(m) * m->ctx;
     for (int i = 0; i < m->n_stages; i++) rings += session_bytes(&m->stage[i]);
-    printf("memory     %.3f GB of weights read per token; context: %.0f bytes per token (%.2f MB per 1024), "
-           "%.1f MB of rings per session\n", bytes_touched(m) / 1e9, bytes_per_token(m), bytes_per_token(m) * 1024 / 1e6,
+    printf("memory     %.3f GB of weights read per token; context: %.0f bytes per token (%.2f MB "
+           "per 1024), "
+           "%.1f MB of rings per session\n",
+           bytes_touched(m) / 1e9, bytes_per_token(m), bytes_per_token(m) * 1024 / 1e6,
            rings / 1e6);
     print_plan(m, stdout);
     return 0;
@@ -8142,7 +8380,8 @@ static void nll_sink(void *arg, int pos, int n, const float *logits, const float
     }
 }
 
-// Perplexity of a text, in contexts of -c positions (default 2048), each begun with the begin-of-sentence token.
+// Perplexity of a text, in contexts of -c positions (default 2048), each begun with the
+// begin-of-sentence token.
 static int run_ppl(const char *path) {
     if (!opt.ctx) opt.ctx = 2048;
     Model *m = open_from_options(false);
@@ -8163,8 +8402,8 @@ static int run_ppl(const char *path) {
         progress("reading", (int64_t)(at + n), (int64_t)ids.n);
     }
     if (interrupted) die(130, "interrupted");
-    printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %d\n", exp(sum.nll / sum.n),
-           sum.nll / sum.n, (long long)sum.n, m->ctx);
+    printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %d\n",
+           exp(sum.nll / sum.n), sum.nll / sum.n, (long long)sum.n, m->ctx);
     return 0;
 }
 
@@ -8181,7 +8420,8 @@ static double feed_time(Session *s, int n) {
 }
 
 // GB/s of one kind of matrix at one row, over all layers, so that caches do not help.
-static void bench_product(Model *m, const char *name, const Mat **mats, int n, int together, double bandwidth) {
+static void bench_product(Model *m, const char *name, const Mat **mats, int n, int together,
+                          double bandwidth) {
     Run *r = m->stage[0].impl;
     double bytes = 0, best = 1e30;
     if (!n) return;
@@ -8194,14 +8434,15 @@ static void bench_product(Model *m, const char *name, const Mat **mats, int n, i
         double start = now();
         for (int i = 0; i + together <= n; i += together) {
             for (int j = 0; j < together; j++)
-                p[j] = (Product){ mats[i + j], &a, NULL, 1, y + (size_t)j * mats[0]->n, (size_t)mats[0]->n };
+                p[j] = (Product){ mats[i + j],       &a, NULL, 1, y + (size_t)j * mats[0]->n,
+                                  (size_t)mats[0]->n };
             matmul(r->pool, p, together, m->stage[0].exact);
         }
         double t = now() - start;
         if (pass && t < best) best = t;
     }
-    printf("  %-22s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt], mats[0]->n, mats[0]->k,
-           bytes / best / 1e9, 100 * bytes / best / bandwidth);
+    printf("  %-22s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt],
+           mats[0]->n, mats[0]->k, bytes / best / 1e9, 100 * bytes / best / bandwidth);
     free(a.x), free(a.q), free(a.s), free(y), free(p);
 }
 
@@ -8209,12 +8450,16 @@ static void bench_products(Model *m, double bandwidth) {
     const Config *c = &m->c;
     int most = c->n_layers * c->n_experts;
     const Mat **list = xalloc((size_t)most, sizeof *list);
-    const struct { const char *name; size_t at; } dense[] = {
-        { "attn.wq_b", offsetof(Layer, wq_b) }, { "attn.wo_b", offsetof(Layer, wo_b) },
-        { "shared_experts.w1", offsetof(Layer, sw1) }, { "hc_attn_fn", offsetof(Layer, hc_attn.fn) },
+    const struct { const char *name; size_t at;
+    } dense[] = {
+        { "attn.wq_b", offsetof(Layer, wq_b) },
+        { "attn.wo_b", offsetof(Layer, wo_b) },
+        { "shared_experts.w1", offsetof(Layer, sw1) },
+        { "hc_attn_fn", offsetof(Layer, hc_attn.fn) },
         { "attn.compressor.wkv", offsetof(Layer, comp.wkv) },
     };
-    printf("products of one row             format               rows x columns        rate  of read bandwidth\n");
+    printf("products of one row             format               rows x columns        rate  of "
+           "read bandwidth\n");
     for (size_t k = 0; k < COUNT(dense); k++) {
         int n = 0;
         for (int i = 0; i < c->n_layers; i++) {
@@ -8242,8 +8487,8 @@ static int run_bench(void) {
     Run *r = m->stage[0].impl;
     int steps = opt.tokens > 0 ? (int)opt.tokens : 32;
     double bandwidth = read_bandwidth(r->pool), touched = bytes_touched(m);
-    printf("cpu %s, %d threads, read bandwidth %.1f GB/s; %.3f GB of weights read per token\n", cpu_names[cpu_level],
-           r->pool->n_threads, bandwidth / 1e9, touched / 1e9);
+    printf("cpu %s, %d threads, read bandwidth %.1f GB/s; %.3f GB of weights read per token\n",
+           cpu_names[cpu_level], r->pool->n_threads, bandwidth / 1e9, touched / 1e9);
     bench_products(m, bandwidth);
     printf("   depth   prefill tok/s   decode tok/s   decode GB/s   of the bandwidth\n");
     feed_time(s, 1);
@@ -8252,8 +8497,8 @@ static int run_bench(void) {
         double t_read = feed_time(s, n), t = 0, again = read_bandwidth(r->pool);
         if (again > bandwidth) bandwidth = again;
         for (int i = 0; i < steps; i++) t += feed_time(s, 1);
-        printf("%8d %15.1f %14.2f %13.2f %17.0f %%\n", depth, n / t_read, steps / t, touched * steps / t / 1e9,
-               100 * touched * steps / t / bandwidth);
+        printf("%8d %15.1f %14.2f %13.2f %17.0f %%\n", depth, n / t_read, steps / t,
+               touched * steps / t / 1e9, 100 * touched * steps / t / bandwidth);
         fflush(stdout);
     }
     return interrupted ? 130 : 0;
@@ -8276,7 +8521,8 @@ static void on_interrupt(int sig) {
 
 static void on_bus(int sig, siginfo_t *info, void *context) {
     const char *path = open_store ? store_find_address(open_store, info->si_addr) : NULL;
-    const char *parts[] = { "dsv4: ", path ? path : "a mapped file", ": cannot be read (did it shrink, or does its disk fail?)\n" };
+    const char *parts[] = { "dsv4: ", path ? path : "a mapped file",
+                            ": cannot be read (did it shrink, or does its disk fail?)\n" };
     (void)sig;
     (void)context;
     for (int i = 0; i < 3; i++) if (write(2, parts[i], strlen(parts[i])) < 0) break;
@@ -8284,7 +8530,8 @@ static void on_bus(int sig, siginfo_t *info, void *context) {
 }
 
 static void catch_signals(void) {
-    struct sigaction stop = { .sa_handler = on_interrupt }, bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
+    struct sigaction stop = { .sa_handler = on_interrupt },
+                     bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGHUP, &stop, NULL);
@@ -8297,25 +8544,32 @@ static void check_options(void) {
     if (prompts > 1) die(2, "-p, -f and --ids: only one of them");
     if (opt.think && opt.nothink) die(2, "--think and --nothink: only one of them");
     if (opt.raw && !opt.prompt && !opt.file) die(2, "--raw needs -p or -f");
-    if ((opt.logits || opt.mtp_logits) && !prompts) die(2, "--logits and --mtp-logits need a prompt");
+    if ((opt.logits || opt.mtp_logits) && !prompts)
+        die(2, "--logits and --mtp-logits need a prompt");
     if (opt.effort && !opt.think) die(2, "--effort needs --think");
     if (opt.raw && (opt.think || opt.system)) die(2, "--raw takes no --system and no --think");
-    if (opt.decode + opt.plain + (opt.chat != NULL) > 1) die(2, "--decode, --plain and --chat: only one of them");
+    if (opt.decode + opt.plain + (opt.chat != NULL) > 1)
+        die(2, "--decode, --plain and --chat: only one of them");
 }
 
 // The vector instructions to use: the best there are, or fewer.
 static void choose_isa(void) {
     int best = cpu_best();
     cpu_level = best;
-    for (int i = 0; opt.isa && i < N_CPU_LEVELS; i++) if (!strcmp(opt.isa, cpu_names[i])) cpu_level = i;
+    for (int i = 0; opt.isa && i < N_CPU_LEVELS; i++)
+        if (!strcmp(opt.isa, cpu_names[i])) cpu_level = i;
     if (cpu_level > best) die(2, "--isa: this processor has %s at most", cpu_names[best]);
 }
 
 #ifndef DSV4_NO_MAIN
 static int run_convert(const char *src, const char *dst) {
     Err e;
-    Dsv4Convert o = { .src = src, .dst = dst, .scale_dtype = opt.scale_dtype, .layer_remap = opt.layer_remap,
-                      .threads = (int)opt.threads, .verify = opt.verify };
+    Dsv4Convert o = { .src = src,
+                      .dst = dst,
+                      .scale_dtype = opt.scale_dtype,
+                      .layer_remap = opt.layer_remap,
+                      .threads = (int)opt.threads,
+                      .verify = opt.verify };
     if (!dsv4_convert(&o, &e)) die(1, "%s", e.text);
     return 0;
 }
