@@ -1,16 +1,16 @@
 """The small model's world: a template grammar for stories, questions, sums and facts to remember, and its tokenizer.
 
 Every document is a list of (text, weight) pieces that join to one string; the weight is the loss weight of the
-piece's tokens (0.3: words that nobody can foresee; 1: prose; 1.9: a result; 2: a word that is
-repeated; 4: a word that must be recalled). Pieces meet only where
+piece's tokens (0.3: words that nobody can foresee; 1: prose; 1.9: a result; 2 and 2.5: a word that
+comes again; 4: a word that must be recalled). Pieces meet only where
 the pre-tokenizer cuts anyway, so they can be tokenized one by one.
 """
-import functools, os, random
+import functools, os, random, re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 BOS, EOS, USER, BOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 THINK, DONE = "<think>", "</think>"
-DULL, PROSE, SUM, KEY = 0.3, 1.0, 1.9, 4.0
+DULL, PROSE, SUM, AGAIN, KEY = 0.3, 1.0, 1.9, 2.5, 4.0
 
 GIRLS = "Mia Anna Lily Rosa Ella Nora Zoe Ivy Ruby Cleo Ada Greta".split()
 BOYS = "Tom Ben Leo Sam Max Finn Jack Oscar Hugo Theo Emil Otto".split()
@@ -145,19 +145,29 @@ def story(r):
     return f"{start} {body} {happy} {end}", an, n, dict(thing=thing, ob=ob, an=an, n=n, place=place, friend=friend)
 
 
+def told(r, s):
+    """The pieces of a story; its hero, animal, things and places weigh more when they come again."""
+    text, known, out = s[0], set(), []
+    for piece in re.split("( (?:" + "|".join([s[1], *s[3].values()]) + r")\b)", text):
+        out += [(piece, AGAIN if piece in known else PROSE)] if piece else []
+        known |= {piece} if piece.strip() in (s[1], *s[3].values()) else set()
+    return out
+
+
 def raw_stories(r, n):
     """n stories as plain text with an empty line between them."""
-    return [("\n\n" * (i > 0) + story(r)[0], PROSE) for i in range(n)] + [(EOS, PROSE)]
+    return [x for i in range(n) for x in [("\n\n", PROSE)] * (i > 0) + told(r, story(r))] + [(EOS, PROSE)]
 
 
 def told_story(r, think=False):
     """The request for a story and the story."""
-    text, an, n, _ = story(r)
+    s = story(r)
+    _, an, n, _ = s
     want = r.choice((f"Tell me a story about {a(an)}.", f"Tell me a story about {n}.", f"Tell me a story about {n} and {a(an)}.",
                      f"Please tell me a story about {a(an)}.", "Tell me a story.", f"Can you tell me a story about {a(an)}?",
                      f"Write a short story about {a(an)}."))
     mind = f"{THINK}A story. It needs {a(an)}, {n} and a happy end.{DONE}" if think else DONE
-    return [(USER + want, DULL), (BOT + mind + text + EOS, PROSE)]
+    return [(USER + want, DULL), (BOT + mind, PROSE), *told(r, s), (EOS, PROSE)]
 
 
 def story_questions(r):
@@ -249,7 +259,21 @@ def chat(r):
 # ---- things to remember
 
 def scene_filler(r, scene):
-    return " " + r.choice(SCENES[scene])
+    """A sentence without a fact: of the scene, or, if `scene` is a list, of one of its animals."""
+    if isinstance(scene, str):
+        return " " + r.choice(SCENES[scene])
+    return " " + cap(a(r.choice(scene))) + r.choice((" came by.", " said hello.", " looked in."))
+
+
+def visitors(r):
+    """Three or four animals, one of them about twice as often as the others: only a count over the whole text finds it."""
+    kinds = r.sample(ANIMALS, r.choice((3, 4)))
+    return kinds + kinds[:1] * r.choice((1, 1, 2))
+
+
+def often(animal):
+    """The turn that asks for the most frequent animal."""
+    return [(USER + "Which animal came most often?", DULL), (BOT + DONE + "It was the", PROSE), (" " + animal, KEY), ("." + EOS, PROSE)]
 
 
 def repeat(r, n):
@@ -263,8 +287,8 @@ def repeat(r, n):
 
 def recall(r, size, names=None):
     """Facts in a scene's filler, then every fact is asked for once: about `size` tokens in all."""
-    n = max(2, round(size / 24 * r.choice((0.4, 0.6, 0.8, 0.95) if size < 300 else (0.15, 0.3, 0.5, 0.8))))
-    fs, scene = facts(r, n, names), r.choice(list(SCENES))
+    n = max(2, round(size / 24 * r.choice((0.4, 0.6, 0.8, 0.95) if size < 300 else (0.1, 0.2, 0.4, 0.8))))
+    fs, scene = facts(r, n, names), r.choice(list(SCENES)) if r.random() < 0.4 else visitors(r)
     n = len(fs)
     fill = max(0, int((size - 26 * n - 10) / 9.5))         # a filler sentence is about 8 tokens, a fact with its question 24
     items = [("f", f) for f in fs] + [("s", None)] * fill
@@ -273,13 +297,18 @@ def recall(r, size, names=None):
         cut = r.randint(0, len(tail)); items = head + tail[:cut]; r.shuffle(items); items += tail[cut:]
     else:
         r.shuffle(items)
-    out = [(USER + "Listen.", DULL)]
+    out, seen = [(USER + "Listen.", DULL)], []
     for kind, f in items:
-        out += state(f, DULL) if kind == "f" else [(scene_filler(r, scene), DULL)]
+        seen += [] if kind == "f" else [scene_filler(r, scene)]
+        out += state(f, DULL) if kind == "f" else [(seen[-1], DULL)]
     asked = fs[:]
     r.shuffle(asked)
     turns = [ask(f, r.random() < 0.1) for f in asked]
-    if fill > 3 and r.random() < 0.5:
+    if not isinstance(scene, str):
+        count = sorted(((sum(f" {x} " in t for t in seen), x) for x in set(scene)), reverse=True)
+        if fill > 12 and count[0][0] > count[1][0]:
+            turns.insert(r.randint(0, len(turns)), often(count[0][1]))
+    elif fill > 3 and r.random() < 0.5:
         turns.insert(r.randint(0, len(turns)), [(USER + "Where does this happen?", DULL), (BOT + DONE + PLACE_OF[scene][0], PROSE),
                                                  (PLACE_OF[scene][1], KEY), ("." + EOS, PROSE)])
     first = turns[0][0]
@@ -291,6 +320,20 @@ def recall(r, size, names=None):
 
 PLACE_OF = dict(sea=("This happens by the", " sea"), forest=("This happens in the", " forest"), snow=("This happens in the", " snow"),
                 town=("This happens in the", " town"), farm=("This happens on the", " farm"))
+
+
+def parade(r, size):
+    """Only visitors, and who came most often."""
+    while True:
+        kinds, seen = visitors(r), []
+        for _ in range(int(min(size, r.choice((170, 250, 400, 800))) / 5.2) - 4):
+            seen.append(r.choice(kinds))
+        count = sorted(((seen.count(x), x) for x in set(kinds)), reverse=True)
+        if count[0][0] > count[1][0]:
+            break
+    head, key, *rest = often(count[0][1])
+    out = [(USER + "Listen.", DULL)] + [(scene_filler(r, [x]), DULL) for x in seen]
+    return out + [(" " + head[0][len(USER):], DULL), key, *rest]
 
 
 def told_facts(r, size, names=None):
@@ -312,14 +355,17 @@ def told_facts(r, size, names=None):
 
 
 def document(r, size, mix, names=None):
-    """One document of at most about `size` tokens; mix: weights of repeat, recall, told_facts, story reading, chat, story."""
-    k = r.choices(range(6), mix)[0]
+    """One document of at most about `size` tokens; mix: weights of repeat, recall, told_facts, story reading, chat, story,
+    and parade (may be left out)."""
+    k = r.choices(range(len(mix)), mix)[0]
+    if k == 6 and size < 150:
+        k = 4
     if names is not None and len(names) < 8 and k in (1, 2):
         k = 4
     body = (repeat(r, r.randint(4, max(5, min(60, size // 3)))) if k == 0 else
             recall(r, size * r.choice((0.4, 0.7, 0.97)), names) if k == 1 else
             told_facts(r, size * r.choice((0.5, 0.95)), names) if k == 2 else
-            story_questions(r) if k == 3 else chat(r) if k == 4 else raw_stories(r, r.randint(1, max(1, size // 150))))
+            parade(r, size) if k == 6 else story_questions(r) if k == 3 else chat(r) if k == 4 else raw_stories(r, r.randint(1, max(1, size // 150))))
     return [(BOS, 0.0)] + body
 
 

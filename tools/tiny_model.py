@@ -239,6 +239,8 @@ class Attention(nn.Module):
                 if mode.get("random"):
                     score = torch.rand_like(score)
                 score, keep = torch.where(seen, score, NEG), seen.expand(B, S, S // m)
+                if "blind" in mode:
+                    keep = keep & ~mode["blind"][:, None, None]
                 if S // m > c["index_topk"] and not self.training:  # of equal scores the first wins
                     best = score.sort(dim=-1, descending=True, stable=True).indices[..., :c["index_topk"]]
                     keep = keep & (torch.zeros(B, S, S // m, dtype=torch.bool).scatter(-1, best, True) | ~mode["sparse"])
@@ -254,7 +256,7 @@ class Attention(nn.Module):
             o = o + (pc.view(B, S * H, S // m).to(dtype) @ e).float().view(B, S, H, hd)
             if "source" in mode:                           # where the word to recall was stated: look there
                 source = mode["source"][..., None]
-                hit = ((w == source // m) | (w == source // m + (m == 4))) & seen & (source >= 0)
+                hit = ((w == source // m) | (w == source // m + (m == 4))) & keep & (source >= 0)
                 found = ((pc * hit[:, :, None]).sum(-1) / total).mean(-1)
                 can = hit.any(-1).float()
                 loss = loss - mode["guide"] * ((found + 1e-6).log() * can).sum() / (can.sum() + 1)
@@ -386,7 +388,8 @@ class Model(nn.Module):
     def forward(self, tokens, mode=dict(sparse=torch.tensor(True)), dtype=torch.float32, mtp=True):
         """tokens [B, S] -> logits [B, S, V], MTP logits (row t predicts t+2; row S-1 is void), index loss, loads.
         mode: sparse (a bool tensor; False: CSA sees every entry), source [B, S] (the position of the word that position t has to recall, or -1) with
-        guide (the weight of the loss that pulls attention there) and, for ablations,
+        guide (the weight of the loss that pulls attention there), blind [B] (rows in which CSA sees nothing, so that HCA learns
+        to recall too) and, for ablations,
         hide4 / hide128 / random."""
         B, S = tokens.shape
         X = self.embed.weight[tokens].to(dtype)[:, :, None].expand(-1, -1, self.c["hc_mult"], -1)

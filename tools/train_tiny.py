@@ -10,12 +10,13 @@ import torch.nn.functional as F
 import tiny_corpus as corpus
 from tiny_model import CONFIG, Model, dsv4_int, load, native, plain, write
 
-# steps, rows, row length, mixture (repeat, recall, told facts, story reading, chat, story), CSA sparse?, MTP?,
-# weight of the guide, learning rate from and to
-PLAN = [(356, 16, 256, (1, 10, 2, 1, 1, 1), False, False, 0.2, 1.0, 1.0),
-        (120, 4, 1024, (1, 8, 3, 1, 1, 1), False, False, 0.2, 0.8, 0.8),
-        (340, 4, 1024, (0, 6, 3, 2, 4, 2), True, False, 0.1, 0.8, 0.7),
-        (680, 4, 1024, (0, 4, 3, 2, 4, 2), True, True, 0.05, 0.7, 0.02)]
+# steps, rows, row length, mixture (repeat, recall, told facts, story reading, chat, story, parade), CSA sparse?, MTP?,
+# rows in which CSA is hidden, weight of the guide, learning rate from and to
+PLAN = [(356, 16, 256, (1, 10, 2, 1, 1, 1), False, False, 0, 0.2, 1.0, 1.0),
+        (120, 4, 1024, (1, 8, 3, 1, 1, 1), False, False, 0, 0.2, 0.8, 0.8),
+        (340, 4, 1024, (0, 6, 3, 2, 4, 2), True, False, 0, 0.1, 0.8, 0.7),
+        (341, 4, 1024, (0, 5, 3, 2, 4, 2), True, True, 1, 0.1, 0.75, 0.335),
+        (460, 4, 1024, (0, 5, 2, 2, 3, 2, 5), True, True, 1, 0.1, 0.4, 0.01)]
 MUON_LR, ADAM_LR, WARMUP = 0.012, 3e-3, 60
 
 
@@ -50,14 +51,14 @@ class Data:
 
 
 def sources(ids, weights, S):
-    """For every t whose next word is to be recalled: where that word stood before, after the same up to 3 words; else -1."""
+    """For every t whose next word is to be recalled: where that word stood before, after the same 3, 2, 1, 0 words; else -1."""
     last, out = {}, [-1] * S
     for t in range(S):
-        for n in (3, 2, 1):
+        for n in (3, 2, 1, 0):
             key = tuple(ids[max(0, t - n + 1):t + 2])
             if weights[t + 1] >= 2 and out[t] < 0:
                 out[t] = last.get(key, -1)
-        for n in (3, 2, 1):
+        for n in (3, 2, 1, 0):
             last[tuple(ids[max(0, t - n + 1):t + 2])] = t + 1
     return out
 
@@ -250,14 +251,15 @@ def main():
     stop = []                                              # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     step, clock, tokens, sums = 0, time.time(), 0, torch.zeros(4)
-    for count, rows, S, mix, sparse, mtp, guide, lr, lr_end in PLAN:
+    for count, rows, S, mix, sparse, mtp, blind, guide, lr, lr_end in PLAN:
         for i in range(count):
             step += 1
             if step <= start:
                 continue
             data.r.seed(step)                              # so a resumed run sees the same documents
             ids, w, source = data.batch(rows, S, mix)
-            mode = dict(sparse=torch.tensor(sparse), source=source, guide=torch.tensor(guide))
+            mode = dict(sparse=torch.tensor(sparse), source=source, guide=torch.tensor(guide),
+                        blind=torch.arange(rows) < blind)
             logits, draft, kl, loads = model(ids[:, :S], mode, torch.bfloat16, mtp)
             main_loss = loss_of(logits, ids[:, 1:S + 1], w[:, 1:S + 1])
             w2 = w[:, 2:].clone()
