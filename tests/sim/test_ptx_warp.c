@@ -507,6 +507,9 @@ static void test_counters(void) {
                                      counters.unique_load_sectors == 4);
     ok = run("", "ld.global.u32 %t3, [%d1+16];", 0, 0, 32, 0);
     check("32 words off by 16 bytes: 5 sectors", ok && counters.load[2].sectors == 5);
+    ok = run("", "mul.wide.u32 %d5, %t0, 2044; add.u64 %d1, %d1, %d5; setp.lt.u32 %p1, %t0, 2;\n"
+             "@%p1 ld.global.u32 %t3, [%d1];", 0, 0, 32, 0);
+    check("2 words 64 sectors apart: 2 sectors", ok && counters.load[2].sectors == 2);
     ok = run("", "add.u64 %d1, %d1, %d2; ld.global.u32 %t3, [%d1]; ld.global.u32 %t3, [%d1];", 0, 0,
              32, 0);
     check("stride 2: 8 sectors, 8 unique of 16", ok && counters.load[2].sectors == 16 &&
