@@ -68,8 +68,8 @@ def fact(r, name, kind):
 
 
 def facts(r, n, names=None):
-    """Up to n facts with different (name, kind), in random order. Names are taken out of `names`, so that documents that
-    stand in one row never contradict each other."""
+    """Up to n facts with different (name, kind), in random order. Names are taken out of `names`, so that documents
+    that stand in one row never contradict each other."""
     names = NAMES[:] if names is None else names
     r.shuffle(names)
     use = [names.pop() for _ in range(min(len(names), max(1, (n * r.choice((1, 1, 2)) + 1) // 2)))]
@@ -104,11 +104,13 @@ def story(r):
     she, her = ("she", "her") if girl else ("he", "his")
     him = "her" if girl else "him"
     an, ob, co = r.choice(ANIMALS), r.choice(OBJECTS), r.choice(COLOURS)
-    place, food, size = r.choice(PLACES), r.choice(FOODS), r.choice(("small", "old", "clever", "shy", "hungry", "sleepy"))
+    place, food = r.choice(PLACES), r.choice(FOODS)
+    size = r.choice(("small", "old", "clever", "shy", "hungry", "sleepy"))
     thing = f"{co} {ob}"
     time = r.choice(("One morning", "One evening", "One day", "Last summer", "On a rainy day"))
     start = r.choice((f"Once upon a time there was a {'girl' if girl else 'boy'} called {n}. {cap(she)} lived in the {place}.",
-                      f"{n} was a {r.choice(('kind', 'brave', 'curious', 'quiet'))} {'girl' if girl else 'boy'} who lived in the {place}.",
+                      f"{n} was a {r.choice(('kind', 'brave', 'curious', 'quiet'))} {'girl' if girl else 'boy'} "
+                      f"who lived in the {place}.",
                       f"In the {place} lived a {'girl' if girl else 'boy'} called {n}."))
     happy = r.choice((f"{n} laughed, and the {an} laughed too.", f"{n} was so happy that {she} danced around the {place}.",
                       f"The {an} was very proud.", f"From that day on, {n} and the {an} were friends."))
@@ -117,30 +119,45 @@ def story(r):
                     "The moon came out and smiled.", f"In the evening they told {friend} the whole story."))
     plot = r.randrange(6)
     if plot == 0:    # lost and found
-        body = (f"{cap(she)} had a {thing}, and {she} loved it very much. {time} the {thing} was gone! {n} looked under the "
-                f"bed and behind the door, but it was not there. Then {she} met {a(size)} {an}. \"Why are you sad?\" asked the "
-                f"{an}. \"I have lost my {thing},\" said {n}. \"I saw it in the {(p := r.choice(PLACES))},\" said the {an}. "
+        body = (f"{cap(she)} had a {thing}, and {she} loved it very much. {time} the {thing} was gone! {n} "
+                f"looked under the "
+                f"bed and behind the door, but it was not there. Then {she} met {a(size)} {an}. \"Why are you "
+                f"sad?\" asked the "
+                f"{an}. \"I have lost my {thing},\" said {n}. \"I saw it in the {(p := r.choice(PLACES))},\" "
+                f"said the {an}. "
                 f"So they went to the {p} together, and there was the {thing}!")
     elif plot == 1:  # sharing food
-        body = (f"{time} {she} sat down to eat {food}. {cap(a(size))} {an} came by and looked at the {food}. \"Are you hungry?\" "
-                f"asked {n}. \"Yes, very hungry,\" said the {an}. So {n} gave {r.choice(('half of the ' + food, 'some of the ' + food))} to the "
-                f"{an}. The next day the {an} came back with a {thing}. \"This is for you,\" said the {an}, \"because you shared "
+        body = (f"{time} {she} sat down to eat {food}. {cap(a(size))} {an} came by and looked at the {food}. "
+                f"\"Are you hungry?\" "
+                f"asked {n}. \"Yes, very hungry,\" said the {an}. So {n} gave "
+                f"{r.choice(('half of the ' + food, 'some of the ' + food))} to the "
+                f"{an}. The next day the {an} came back with a {thing}. \"This is for you,\" said the {an}, "
+                f"\"because you shared "
                 f"your {food} with me.\"")
     elif plot == 2:  # help
-        body = (f"{time} {she} heard a small voice. \"Help! Help!\" it cried. {cap(a(size))} {an} had fallen into a "
-                f"{r.choice(('hole', 'bucket', 'well'))}. {n} took {her} {thing} and {friend} took a rope, and together they pulled. "
-                f"They pulled once, they pulled twice, and out came the {an}! \"Thank you, {n}! Thank you, {friend}!\" said the {an}.")
+        body = (f"{time} {she} heard a small voice. \"Help! Help!\" it cried. {cap(a(size))} {an} had fallen "
+                f"into a "
+                f"{r.choice(('hole', 'bucket', 'well'))}. {n} took {her} {thing} and {friend} took a rope, and "
+                f"together they pulled. "
+                f"They pulled once, they pulled twice, and out came the {an}! \"Thank you, {n}! Thank you, "
+                f"{friend}!\" said the {an}.")
     elif plot == 3:  # a present
-        body = (f"{time} {friend} came to visit. \"I have something for you,\" said {friend}. It was a {thing}. \"What can it "
-                f"do?\" asked {n}. \"It can make {a(an)} dance,\" said {friend}. {n} did not believe it. But when {she} held up the {thing}, "
+        body = (f"{time} {friend} came to visit. \"I have something for you,\" said {friend}. It was a {thing}. "
+                f"\"What can it "
+                f"do?\" asked {n}. \"It can make {a(an)} dance,\" said {friend}. {n} did not believe it. But "
+                f"when {she} held up the {thing}, "
                 f"{a(size)} {an} came out of the {place} and began to dance!")
     elif plot == 4:  # a race
-        body = (f"{time} {n} and {a(size)} {an} had a race to the {(p := r.choice(PLACES))}. \"I will win,\" said the {an}. They ran past "
-                f"the trees and over the bridge. The {an} was fast, but it stopped to eat {food}. {n} did not stop. {cap(she)} came "
+        body = (f"{time} {n} and {a(size)} {an} had a race to the {(p := r.choice(PLACES))}. \"I will win,\" "
+                f"said the {an}. They ran past "
+                f"the trees and over the bridge. The {an} was fast, but it stopped to eat {food}. {n} did not "
+                f"stop. {cap(she)} came "
                 f"to the {p} first and won a {thing}. \"Next time I will eat later,\" said the {an}.")
     else:            # afraid of the dark
-        body = (f"{cap(she)} was afraid of the dark. {time} {a(size)} {an} knocked at the window. \"Do not be afraid,\" said the {an}. \"Take "
-                f"this {thing}. When it is dark, hold it and count to {r.choice(WORDS[3:])}.\" {n} took the {thing} and counted. "
+        body = (f"{cap(she)} was afraid of the dark. {time} {a(size)} {an} knocked at the window. \"Do not be "
+                f"afraid,\" said the {an}. \"Take "
+                f"this {thing}. When it is dark, hold it and count to {r.choice(WORDS[3:])}.\" {n} took the "
+                f"{thing} and counted. "
                 f"And the dark was not so dark any more. \"Thank you,\" said {n} to the {an}.")
     return f"{start} {body} {happy} {end}", an, n, dict(thing=thing, ob=ob, an=an, n=n, place=place, friend=friend)
 
@@ -273,7 +290,8 @@ def visitors(r):
 
 def often(animal):
     """The turn that asks for the most frequent animal."""
-    return [(USER + "Which animal came most often?", DULL), (BOT + DONE + "It was the", PROSE), (" " + animal, KEY), ("." + EOS, PROSE)]
+    return [(USER + "Which animal came most often?", DULL), (BOT + DONE + "It was the", PROSE), (" " + animal, KEY),
+            ("." + EOS, PROSE)]
 
 
 def repeat(r, n):
@@ -281,7 +299,8 @@ def repeat(r, n):
     pool = r.choice((OBJECTS, FOODS, PLACES, NAMES, OBJECTS + FOODS + ANIMALS + COLOURS))
     words = r.sample(pool, min(n, len(pool)))
     first, rest = words[0], words[1:]
-    out = [(USER + "Repeat:", DULL), *((" " + w, DULL) for w in words), (".", DULL), (BOT + DONE + "I repeat:", PROSE), (" " + first, PROSE)]
+    out = [(USER + "Repeat:", DULL), *((" " + w, DULL) for w in words), (".", DULL)]
+    out += [(BOT + DONE + "I repeat:", PROSE), (" " + first, PROSE)]
     return out + [(" " + w, 2.0) for w in rest] + [("." + EOS, PROSE)]
 
 
@@ -309,8 +328,9 @@ def recall(r, size, names=None):
         if fill > 12 and count[0][0] > count[1][0]:
             turns.insert(r.randint(0, len(turns)), often(count[0][1]))
     elif fill > 3 and r.random() < 0.5:
-        turns.insert(r.randint(0, len(turns)), [(USER + "Where does this happen?", DULL), (BOT + DONE + PLACE_OF[scene][0], PROSE),
-                                                 (PLACE_OF[scene][1], KEY), ("." + EOS, PROSE)])
+        turns.insert(r.randint(0, len(turns)), [(USER + "Where does this happen?", DULL),
+                                                (BOT + DONE + PLACE_OF[scene][0], PROSE), (PLACE_OF[scene][1], KEY),
+                                                ("." + EOS, PROSE)])
     first = turns[0][0]
     turns[0][0] = (" " + first[0][len(USER):], first[1])   # the first question belongs to the same message
     for t in turns:
@@ -318,7 +338,8 @@ def recall(r, size, names=None):
     return out
 
 
-PLACE_OF = dict(sea=("This happens by the", " sea"), forest=("This happens in the", " forest"), snow=("This happens in the", " snow"),
+PLACE_OF = dict(sea=("This happens by the", " sea"), forest=("This happens in the", " forest"),
+                snow=("This happens in the", " snow"),
                 town=("This happens in the", " town"), farm=("This happens on the", " farm"))
 
 
@@ -341,7 +362,8 @@ def told_facts(r, size, names=None):
     out, left, known = [], size, []
     fs = facts(r, r.randint(2, max(2, size // 90)), names)
     for f in fs:
-        out += [(USER, DULL), *state(f, DULL, ""), (BOT + DONE + "I will remember that", PROSE), *state(f, 2.0), (EOS, PROSE)]
+        out += [(USER, DULL), *state(f, DULL, ""), (BOT + DONE + "I will remember that", PROSE), *state(f, 2.0),
+                (EOS, PROSE)]
         left -= 48
         while left > 60 * (len(fs) - len(known)) and r.random() < 0.6:
             t = told_story(r) if left > 400 and r.random() < 0.5 else sum_turn(r) if r.random() < 0.4 else talk_turn(r)
@@ -365,7 +387,10 @@ def document(r, size, mix, names=None):
     body = (repeat(r, r.randint(4, max(5, min(60, size // 3)))) if k == 0 else
             recall(r, size * r.choice((0.4, 0.7, 0.97)), names) if k == 1 else
             told_facts(r, size * r.choice((0.5, 0.95)), names) if k == 2 else
-            parade(r, size) if k == 6 else story_questions(r) if k == 3 else chat(r) if k == 4 else raw_stories(r, r.randint(1, max(1, size // 150))))
+            story_questions(r) if k == 3 else
+            chat(r) if k == 4 else
+            raw_stories(r, r.randint(1, max(1, size // 150))) if k == 5 else
+            parade(r, size))
     return [(BOS, 0.0)] + body
 
 

@@ -4,10 +4,11 @@ Parameter names are the checkpoint's names, except that a layer's routed experts
 (experts.w1 holds all w1 stacked by rows, experts.w2 all w2 side by side by columns). Sequences have a length
 divisible by 128. `dtype` is the type of the matrix products: bfloat16 to train, float32 to evaluate.
 """
-import ctypes, hashlib, json, math, os, re, subprocess, tempfile
+import ctypes, hashlib, json, math, os, subprocess, tempfile
+import formats
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 CONFIG = dict(vocab_size=1024, hidden_size=128, num_hidden_layers=5, num_attention_heads=4, head_dim=128,
@@ -34,7 +35,8 @@ static void cols(const float *x, float *y, float eps) {
     for (int k = 0; k < 4; k++) for (int l = 0; l < L; l++) {
         float r = 1 / (x[k*L+l] + x[(4+k)*L+l] + x[(8+k)*L+l] + x[(12+k)*L+l] + eps);
         for (int i = 0; i < 4; i++) y[(4*i+k)*L+l] = x[(4*i+k)*L+l] * r; } }
-static void back(const float *x, const float *y, float *g, float eps, int a, int b) {  // a: stride of a line, b: inside it
+// backward of one normalisation; a: stride between lines, b: inside a line
+static void back(const float *x, const float *y, float *g, float eps, int a, int b) {
     for (int i = 0; i < 4; i++) for (int l = 0; l < L; l++) {
         float s = eps, d = 0;
         for (int k = 0; k < 4; k++) { s += x[(a*i+b*k)*L+l]; d += g[(a*i+b*k)*L+l] * y[(a*i+b*k)*L+l]; }
@@ -243,7 +245,8 @@ class Attention(nn.Module):
                     keep = keep & ~mode["blind"][:, None, None]
                 if S // m > c["index_topk"] and not self.training:  # of equal scores the first wins
                     best = score.sort(dim=-1, descending=True, stable=True).indices[..., :c["index_topk"]]
-                    keep = keep & (torch.zeros(B, S, S // m, dtype=torch.bool).scatter(-1, best, True) | ~mode["sparse"])
+                    chosen = torch.zeros(B, S, S // m, dtype=torch.bool).scatter(-1, best, True)
+                    keep = keep & (chosen | ~mode["sparse"])
                 elif S // m > c["index_topk"]:
                     least = score.detach().topk(c["index_topk"], -1).values[..., -1:]
                     keep = keep & ((score >= least) | ~mode["sparse"])
@@ -380,16 +383,17 @@ class Model(nn.Module):
     def logits(self, X, part, dtype):
         c = self.c
         f = X.flatten(-2)
-        mix = F.linear(f.float(), part.hc_head_fn) * torch.rsqrt(f.float().square().mean(-1, keepdim=True) + c["rms_norm_eps"])
+        size = f.float().square().mean(-1, keepdim=True)
+        mix = F.linear(f.float(), part.hc_head_fn) * torch.rsqrt(size + c["rms_norm_eps"])
         a = torch.sigmoid(mix * part.hc_head_scale + part.hc_head_base) + c["hc_eps"]
         y = rms((a[..., None] * X.float()).sum(-2), part.norm)
         return self.head(y, dtype)
 
     def forward(self, tokens, mode=dict(sparse=torch.tensor(True)), dtype=torch.float32, mtp=True):
         """tokens [B, S] -> logits [B, S, V], MTP logits (row t predicts t+2; row S-1 is void), index loss, loads.
-        mode: sparse (a bool tensor; False: CSA sees every entry), source [B, S] (the position of the word that position t has to recall, or -1) with
-        guide (the weight of the loss that pulls attention there), blind [B] (rows in which CSA sees nothing, so that HCA learns
-        to recall too) and, for ablations,
+        mode: sparse (a bool tensor; False: CSA sees every entry), source [B, S] (the position of the word that position t
+        has to recall, or -1) with guide (the weight of the loss that pulls attention there), blind [B] (rows in which CSA
+        sees nothing, so that HCA learns to recall too) and, for ablations,
         hide4 / hide128 / random."""
         B, S = tokens.shape
         X = self.embed.weight[tokens].to(dtype)[:, :, None].expand(-1, -1, self.c["hc_mult"], -1)
@@ -409,181 +413,53 @@ class Model(nn.Module):
         return out, self.logits(Y, m, dtype), loss, loads + [load]
 
 
-# ---- checkpoint files: BF16, the release's FP4/FP8, and dsv4_int made from that as the converter does
+# ---- checkpoint files
 
-DENSE = re.compile(r"\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b)|attn\.indexer\.wq_b|ffn\.shared_experts\.w[123])\.weight$")
-FP8 = re.compile(DENSE.pattern[:-1] + r"|mtp\.\d+\.[eh]_proj\.weight$")
-EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
-FP4 = torch.tensor([0, .5, 1, 1.5, 2, 3, 4, 6])
-
-
-def blocks(w, rows, cols):
-    """[N, K] -> views of its blocks: [ceil(N/rows), rows, ceil(K/cols), cols], padded with zeros."""
-    N, K = w.shape
-    w = F.pad(w, (0, -K % cols, 0, -N % rows))
-    return w.view(w.shape[0] // rows, rows, w.shape[1] // cols, cols)
-
-
-def unblock(b, N, K):
-    return b.reshape(b.shape[0] * b.shape[1], -1)[:N, :K].contiguous()
-
-
-def power_scale(absmax, top):
-    """The smallest power of two that keeps absmax / scale <= top, and its e8m0 byte."""
-    e = torch.where(absmax > 0, torch.ceil(torch.log2(absmax.double() / top)), -126.0).clamp(-126, 127)
-    return torch.exp2(e).float(), (e + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
-
-
-def to_fp8(w):
-    b = blocks(w.float(), 128, 128)
-    scale, code = power_scale(b.abs().amax((1, 3)), 448)
-    return unblock((b / scale[:, None, :, None]).to(torch.float8_e4m3fn).float(), *w.shape).to(torch.float8_e4m3fn), code
-
-
-def to_fp4(w):
-    b = w.float().view(w.shape[0], -1, 32)
-    scale, code = power_scale(b.abs().amax(-1), 6)
-    x = (b / scale[..., None]).flatten(1)
-    middle = (FP4[1:] + FP4[:-1]) / 2
-    low = torch.searchsorted(middle, x.abs().contiguous())                     # a tie goes to the lower code ...
-    tie = (x.abs() == middle[low.clamp(max=6)]) & (low % 2 == 1) & (low < 7)  # ... unless that is odd
-    nibble = (low + tie) | (x < 0).long() << 3
-    return (nibble[:, ::2] | nibble[:, 1::2] << 4).to(torch.uint8).view(torch.int8), code
-
-
-def from_fp8(w, scale):
-    return unblock(blocks(w.float(), 128, 128) * scale.float()[:, None, :, None], *w.shape)
-
-
-def nibbles(w):
-    u = w.view(torch.uint8).long()
-    return torch.stack((u & 15, u >> 4), -1).flatten(1)
-
-
-def from_fp4(w, scale):
-    n = nibbles(w)
-    x = FP4[n & 7] * torch.where(n > 7, -1.0, 1.0)
-    return (x.view(len(x), -1, 32) * scale.float()[..., None]).flatten(1)
-
-
-def to_int8(w):
-    b = blocks(w, 128, 128)
-    s = b.abs().amax((1, 3)).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return unblock((b / s[:, None, :, None]).round().clamp(-128, 127), *w.shape).to(torch.int8), s.bfloat16()
-
-
-def to_int4(w):
-    b = w.view(len(w), -1, 32)
-    s = b.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 7
-    n = (b / s[..., None]).round().clamp(-8, 7).long().flatten(1) + 8
-    return (n[:, ::2] | n[:, 1::2] << 4).to(torch.uint8).view(torch.int8), s.bfloat16()
-
-
-def from_int4(w, scale):
-    return ((nibbles(w) - 8).float().view(len(w), -1, 32) * scale.float()[..., None]).flatten(1)
-
-
-def plain(model):
-    """{release name: tensor}, matrices and norms in BF16, the rest in FP32 (tid2eid I64)."""
-    out, E = {}, model.c["n_routed_experts"]
-    for name, p in model.state_dict().items():
+def per_tensor(state, c):
+    """(name in the checkpoint, view of the model's values) for every tensor; the stacked experts one by one."""
+    E = c["n_routed_experts"]
+    for name, p in state.items():
         if ".ffn.experts." in name:
             for e, w in enumerate(p.chunk(E, 1 if name.endswith("w2") else 0)):
-                out[name.replace("experts.", f"experts.{e}.") + ".weight"] = w.bfloat16().contiguous()
+                yield name.replace("experts.", f"experts.{e}.") + ".weight", w
         else:
-            out[name] = p.bfloat16() if name.endswith(".weight") else p.clone()
-    return out
+            yield name, p
 
 
-def native(t):
-    out = {}
-    for name, w in t.items():
-        q = to_fp8 if FP8.search(name) else to_fp4 if EXPERT.search(name) else None
-        if q:
-            out[name], out[name.replace(".weight", ".scale")] = q(w)
-        else:
-            out[name] = w
-    return out
-
-
-def dsv4_int(t):
-    out = dict(t)
-    for name, w in t.items():
-        scale = name.replace(".weight", ".scale")
-        if DENSE.search(name):
-            out[name], out[scale] = to_int8(from_fp8(w, t[scale]))
-        elif EXPERT.search(name):
-            out[name], out[scale] = to_int4(from_fp4(w, t[scale]))
-    return out
-
-
-def load(path, c=None):
-    """A Model in FP32 from a checkpoint folder in any of the three formats."""
-    if c is None:
-        c = json.load(open(os.path.join(path, "config.json")))
-    t, files = {}, sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
-    for f in files:
-        t.update(load_file(os.path.join(path, f)))
-    model = Model(c)
-    state = {}
-    for name, w in t.items():
-        if name.endswith(".scale") and name.replace(".scale", ".weight") in t:
-            continue
-        scale = t.get(name.replace(".weight", ".scale")) if name.endswith(".weight") else None
-        if scale is not None:
-            w = (from_fp8(w, scale) if w.dtype != torch.int8 or DENSE.search(name) else
-                 from_int4(w, scale) if scale.dtype == torch.bfloat16 else from_fp4(w, scale))
-        state[name] = w if w.dtype == torch.int64 else w.float()
-    for name in model.state_dict():
-        if ".ffn.experts." in name:
-            parts = [state.pop(name.replace("experts.", f"experts.{e}.") + ".weight") for e in range(c["n_routed_experts"])]
-            state[name] = torch.cat(parts, 1 if name.endswith("w2") else 0)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def config(fmt):
-    """config.json with every field of the release."""
-    c = dict(architectures=["DeepseekV4ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=0,
-             eos_token_id=1, expert_dtype={"bf16": "bf16", "native": "fp4", "int": "int4"}[fmt], hidden_act="silu",
-             initializer_range=0.02, model_type="deepseek_v4", n_shared_experts=1, norm_topk_prob=True,
-             num_key_value_heads=1, num_nextn_predict_layers=1, scoring_func="sqrtsoftplus", tie_word_embeddings=False,
-             topk_method="noaux_tc", torch_dtype="bfloat16", transformers_version="4.57.1", use_cache=True, **CONFIG)
-    if fmt == "native":
-        c["quantization_config"] = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", scale_fmt="ue8m0",
-                                        weight_block_size=[128, 128])
-    if fmt == "bf16":
-        del c["expert_dtype"]
-    if fmt == "int":
-        group = lambda bits, targets, **k: dict(weights=dict(num_bits=bits, type="int", symmetric=True, **k),
-                                                input_activations=dict(num_bits=16, type="float"), targets=targets)
-        c["quantization_config"] = dict(quant_method="dsv4_int", format="int_packed", config_groups=dict(
-            experts_w4a16=group(4, [f"*.ffn.experts.*.w{i}" for i in (1, 2, 3)], group_size=32, strategy="group"),
-            attention_w8a16=group(8, [f"*.attn.{k}" for k in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")] +
-                                  [f"*.ffn.shared_experts.w{i}" for i in (1, 2, 3)], block_size=[128, 128], strategy="block")),
-            ignore=["embed", "head", "norm", "lm_head", "*norm.weight", "attn.attn_sink", "*.gate.*", "hc_*", "*.hc_attn_*",
-                    "*.hc_ffn_*"])
-    return dict(sorted(c.items()))
-
-
-def write(path, tensors, fmt, tokenizer):
-    """A checkpoint folder: weights, index, config, generation_config, tokenizer."""
+def save(model, path, fmt, tokenizer):
+    """A checkpoint folder in format bf16, native (FP4 / FP8) or int: weights, index, configuration, tokenizer. Matrices
+    and norms are rounded to BF16 first, whatever the format."""
     os.makedirs(path, exist_ok=True)
-    file = "model-00001-of-00001.safetensors"
-    tensors = {k: v.contiguous() for k, v in sorted(tensors.items())}
-    save_file(tensors, os.path.join(path, file), metadata=dict(format="pt"))
-    os.chmod(os.path.join(path, file), 0o644)
-    dump = lambda name, x: open(os.path.join(path, name), "w").write(json.dumps(x, indent=2, ensure_ascii=False) + "\n")
-    dump("model.safetensors.index.json", dict(
-        metadata=dict(total_size=sum(v.numel() * v.element_size() for v in tensors.values())),
-        weight_map={k: file for k in tensors}))
-    dump("config.json", config(fmt))
-    dump("generation_config.json", dict(_from_model_config=True, bos_token_id=0, eos_token_id=1, do_sample=True, temperature=1.0,
-                                        top_p=1.0, transformers_version="4.57.1"))
-    special = lambda s: dict(__type="AddedToken", content=s, lstrip=False, normalized=True, rstrip=False, single_word=False)
-    bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-    dump("tokenizer_config.json", dict(
-        add_bos_token=False, add_eos_token=False, bos_token=special(bos), clean_up_tokenization_spaces=False, eos_token=special(eos),
-        legacy=True, model_max_length=CONFIG["max_position_embeddings"], pad_token=special(eos), sp_model_kwargs={}, unk_token=None,
-        tokenizer_class="PreTrainedTokenizerFast"))
+    values = {k: v.numpy() for k, v in per_tensor(model.state_dict(), model.c)}
+    tensors, file = {}, "model-00001-of-00001.safetensors"
+    for name, kind, _ in formats.tensor_table({**model.c, "num_nextn_predict_layers": 1}):
+        v = values.pop(name)
+        tensors.update(formats.encode(name, kind, v if kind in ("i64", "f32") else formats.bf16_round(v), fmt))
+    assert not values
+    formats.write_file(os.path.join(path, file), tensors)
+    formats.write_index(path, dict.fromkeys(tensors, file), sum(t.nbytes() for t in tensors.values()))
+    text = lambda s: dict(__type="AddedToken", content=s, lstrip=False, normalized=True, rstrip=False,
+                          single_word=False)
+    bos, eos = text("<｜begin▁of▁sentence｜>"), text("<｜end▁of▁sentence｜>")
+    files = dict(
+        config=dict(formats.config(fmt), transformers_version="4.57.1", **model.c),
+        generation_config=dict(_from_model_config=True, bos_token_id=0, eos_token_id=1, do_sample=True, temperature=1.0,
+                               top_p=1.0, transformers_version="4.57.1"),
+        tokenizer_config=dict(add_bos_token=False, add_eos_token=False, bos_token=bos, eos_token=eos,
+                              clean_up_tokenization_spaces=False, legacy=True, model_max_length=model.c["max_position_embeddings"],
+                              pad_token=eos, sp_model_kwargs={}, unk_token=None,
+                              tokenizer_class="PreTrainedTokenizerFast"))
+    for name, x in files.items():
+        with open(os.path.join(path, name + ".json"), "w") as f:
+            f.write(json.dumps(x, indent=2, sort_keys=name == "config", ensure_ascii=False) + "\n")
     tokenizer.save(os.path.join(path, "tokenizer.json"))
+
+
+@torch.no_grad()
+def load(path):
+    """A Model in FP32 from a checkpoint folder in any of the three formats."""
+    checkpoint = formats.Checkpoint(path)
+    model = Model(checkpoint.config)
+    for name, p in per_tensor(model.state_dict(), model.c):
+        p.copy_(torch.from_numpy(np.array(checkpoint.get(name))))
+    return model.eval()

@@ -1,14 +1,14 @@
-"""Trains the small model. `python train_tiny.py DIR` keeps its state in DIR, resumes from it and goes on to the end of PLAN.
+"""Trains the small model. `python train_tiny.py DIR` keeps its state in DIR, resumes from it and goes on to PLAN's end.
 
 The corpus is generated (tiny_corpus.py), so every step sees new documents; seeds are fixed and budgets are steps.
-`--export` writes DIR/bf16, DIR/native, DIR/int, DIR/heldout.txt and DIR/recall.jsonl; `--eval` then measures these files:
-perplexity and recall of each format, transformers on the same BF16 weights, and the ablations.
+`--export` writes DIR/bf16, DIR/native, DIR/int and the held-out files; `--eval` then measures these: perplexity and recall
+of each format, the ablations, and transformers on the same BF16 weights.
 """
 import argparse, json, math, os, random, signal, time
 import torch
 import torch.nn.functional as F
 import tiny_corpus as corpus
-from tiny_model import CONFIG, Model, dsv4_int, load, native, plain, write
+from tiny_model import CONFIG, Model, load, save
 
 # steps, rows, row length, mixture (repeat, recall, told facts, story reading, chat, story, parade), CSA sparse?, MTP?,
 # rows in which CSA is hidden, weight of the guide, learning rate from and to
@@ -51,7 +51,7 @@ class Data:
 
 
 def sources(ids, weights, S):
-    """For every t whose next word is to be recalled: where that word stood before, after the same 3, 2, 1, 0 words; else -1."""
+    """For every t whose next word is to be recalled: where it stood before, after the same 3, 2, 1, 0 words; else -1."""
     last, out = {}, [-1] * S
     for t in range(S):
         for n in (3, 2, 1, 0):
@@ -77,8 +77,9 @@ class Optimizer:
         for name, p in model.named_parameters():
             if p.ndim == 2 and ("attn." in name or "ffn." in name or "_proj" in name) and not any(
                     k in name for k in ("gate.weight", "ape", "weights_proj", "hc_")):
-                view = (lambda x: x.unflatten(0, (E, -1))) if ".experts.w1" in name or ".experts.w3" in name else \
-                       (lambda x: x.unflatten(1, (E, -1)).transpose(0, 1)) if ".experts.w2" in name else (lambda x: x[None])
+                view = ((lambda x: x[None]) if ".experts." not in name or "shared" in name else
+                        (lambda x: x.unflatten(1, (E, -1)).transpose(0, 1)) if name.endswith("w2") else
+                        (lambda x: x.unflatten(0, (E, -1))))
                 v = view(p)
                 key = tuple(sorted(v.shape[1:]))
                 self.muon.setdefault(key, []).append((p, view, torch.zeros_like(p)))
@@ -86,7 +87,8 @@ class Optimizer:
                 self.adam.append((p, torch.zeros_like(p), torch.zeros_like(p)))
 
     def state(self):
-        return [m for g in self.muon.values() for _, _, m in g] + [x for a in self.adam for x in a[1:]] + [torch.tensor(self.t)]
+        moments = [m for g in self.muon.values() for _, _, m in g] + [x for a in self.adam for x in a[1:]]
+        return moments + [torch.tensor(self.t)]
 
     def load(self, state):
         for mine, saved in zip(self.state(), state):
@@ -106,7 +108,8 @@ class Optimizer:
             for (p, view, m), u in zip(group, x.split([len(v) for v in parts])):
                 v = view(p)
                 u = u if v.shape[1] <= v.shape[2] else u.transpose(1, 2)
-                v.mul_(1 - 0.02 * MUON_LR * scale).sub_(u, alpha=MUON_LR * scale * max(1, v.shape[1] / v.shape[2]) ** 0.5)
+                step = MUON_LR * scale
+                v.mul_(1 - 0.02 * step).sub_(u, alpha=step * max(1, v.shape[1] / v.shape[2]) ** 0.5)
         b1, b2 = 0.9, 0.98
         for p, m, v in self.adam:
             if p.grad is None:
@@ -133,7 +136,8 @@ def recall_set(tok, n=25, seed=10 ** 9 + 1):
         while sum(x["distance"] == distance for x in out) < n:
             fs, scene = corpus.facts(r, 6), r.choice(list(corpus.SCENES))
             target, rest = fs[0], fs[1:]
-            early = [corpus.text_of(corpus.state(target, 1))] + [corpus.scene_filler(r, scene) for _ in range(r.randint(0, 3))]
+            early = [corpus.text_of(corpus.state(target, 1))]
+            early += [corpus.scene_filler(r, scene) for _ in range(r.randint(0, 3))]
             r.shuffle(early)
             later = [corpus.text_of(corpus.state(f, 1)) for f in rest]
             ask = corpus.text_of(corpus.ask(target))[len(corpus.USER):]
@@ -150,6 +154,16 @@ def recall_set(tok, n=25, seed=10 ** 9 + 1):
     return out
 
 
+def often_set(n=48, seed=10 ** 9 + 2):
+    """Chat prompts about the most frequent visitor; the evidence is spread over the text. [{distance: its length, ...}]"""
+    r, out = random.Random(seed), []
+    for i in range(n):
+        text = corpus.text_of(corpus.parade(r, (250, 400, 800)[i % 3]))[len(corpus.USER):]
+        prompt, answer = text.split(corpus.BOT + corpus.DONE)
+        out.append(dict(distance=(250, 400, 800)[i % 3], prompt=prompt, answer=answer.replace(corpus.EOS, "")))
+    return out
+
+
 @torch.no_grad()
 def recall_score(model, items, tok, mode):
     """-> {distance: (share of exact answers, loss of the recalled words)}: teacher-forced argmax = greedy decoding."""
@@ -162,8 +176,8 @@ def recall_score(model, items, tok, mode):
             rows.append(head + tail)
             spans.append((len(head), len(head) + len(tail)))
         S = -(-max(map(len, rows)) // 128) * 128
-        logits = torch.cat([model(torch.tensor([row + [2] * (S - len(row)) for row in rows[i:i + 5]]), mode, mtp=False)[0]
-                            for i in range(0, len(rows), 5)])
+        x = torch.tensor([row + [2] * (S - len(row)) for row in rows])
+        logits = torch.cat([model(part, mode, mtp=False)[0] for part in x.split(5)])
         hits, lost, count = 0, 0.0, 0
         for row, (a, b), lg in zip(rows, spans, logits):
             target = torch.tensor(row[a:b])
@@ -286,7 +300,8 @@ def main():
                 with torch.compiler.set_stance("force_eager"):
                     for sparse_now in {sparse, True}:
                         got = recall_score(model, items, tok, dict(sparse=torch.tensor(sparse_now)))
-                        log.write(f"   sparse {sparse_now} " + " ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in got.items()) + "\n")
+                        log.write(f"   sparse {sparse_now} " +
+                                  " ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in got.items()) + "\n")
                 clock = time.time()
                 model.train()
             if time.time() - saved_at > 600 or stop or step == o.steps or step == total:
@@ -299,30 +314,39 @@ def main():
 
 def export(model, out):
     tok = corpus.tokenizer(CONFIG["vocab_size"])
-    p = plain(model)
-    n = native(p)
-    for fmt, t in dict(bf16=p, native=n, int=dsv4_int(n)).items():
-        write(os.path.join(out, fmt), t, fmt, tok)
+    for fmt in ("bf16", "native", "int"):
+        save(model, os.path.join(out, fmt), fmt, tok)
     with open(os.path.join(out, "heldout.txt"), "w") as f:
         f.write(held_out_text())
-    with open(os.path.join(out, "recall.jsonl"), "w") as f:
-        f.writelines(json.dumps(x) + "\n" for x in recall_set(tok))
+    for name, items in dict(recall=recall_set(tok), often=often_set()).items():
+        with open(os.path.join(out, name + ".jsonl"), "w") as f:
+            f.writelines(json.dumps(x) + "\n" for x in items)
 
 
 def evaluate(out):
     tok, on = corpus.tokenizer(CONFIG["vocab_size"]), torch.tensor(True)
     ids = tok.encode(open(os.path.join(out, "heldout.txt")).read()).ids
-    items = [json.loads(line) for line in open(os.path.join(out, "recall.jsonl"))]
-    scores = lambda m, mode: "  ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in recall_score(m, items, tok, mode).items())
-    print(f"{len(ids)} tokens of held-out text; recall: share of exact answers and loss per answer token")
+    sets = {k: [json.loads(line) for line in open(os.path.join(out, k + ".jsonl"))] for k in ("recall", "often")}
+
+    def scores(m, mode):
+        """Recall by distance, the mean loss per answer token of both sets."""
+        got = recall_score(m, sets["recall"], tok, mode)
+        most = recall_score(m, sets["often"], tok, mode)
+        mean = lambda x, i: sum(v[i] for v in x.values()) / len(x)
+        return (" ".join(f"{d}: {s:.0%}" for d, (s, _) in got.items()) +
+                f" loss {mean(got, 1):.4f}, most often {mean(most, 0):.0%} loss {mean(most, 1):.4f}")
+
+    print(f"{len(ids)} tokens of held-out text; recall: share of exact answers, loss per answer token")
     for fmt in ("bf16", "native", "int"):
         m = load(os.path.join(out, fmt))
-        print(f"{fmt:15s} perplexity {perplexity(lambda x: m(x, mtp=False)[0], ids):.6f}  {scores(m, dict(sparse=on))}", flush=True)
-    for name, mode in dict(base={}, hide_csa=dict(hide4=1), hide_hca=dict(hide128=1), hide_both=dict(hide4=1, hide128=1),
+        ppl = perplexity(lambda x: m(x, mtp=False)[0], ids)
+        print(f"{fmt:15s} perplexity {ppl:.5f}  {scores(m, dict(sparse=on))}", flush=True)
+    loss, key, agree = held_out(m, Data(10 ** 9), dict(sparse=on), 4)
+    print(f"int, documents of all kinds: loss {loss:.4f}, recalled words {key:.4f}, "
+          f"MTP draft = next greedy token {agree:.1%}", flush=True)
+    for name, mode in dict(hide_csa=dict(hide4=1), hide_hca=dict(hide128=1), hide_both=dict(hide4=1, hide128=1),
                            random_indexer=dict(random=1), dense=dict(sparse=~on)).items():
-        mode = dict(dict(sparse=on), **mode)
-        loss, key, agree = held_out(m, Data(10 ** 9), mode)
-        print(f"{name:15s} loss {loss:.4f}, recalled words {key:.4f}, mtp agrees {agree:.3f}  {scores(m, mode)}", flush=True)
+        print(f"{name:15s} {scores(m, dict(dict(sparse=on), **mode))}", flush=True)
     import transformers
     torch.Tensor.topk = first_of_equals
     hf = transformers.AutoModelForCausalLM.from_pretrained(os.path.join(out, "bf16"), dtype=torch.float32,
@@ -335,7 +359,7 @@ def evaluate(out):
 
 
 def first_of_equals(x, k, dim=-1, **_):
-    """topk where of equal values the first wins, as in dsv4: index scores are often exactly 0, and transformers then takes any."""
+    """topk where the first of equal values wins, as in dsv4: index scores are often exactly 0, transformers takes any."""
     return torch.return_types.topk(tuple(y.narrow(dim, 0, k) for y in x.sort(dim=dim, descending=True, stable=True)))
 
 
