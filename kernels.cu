@@ -493,7 +493,7 @@ __device__ inline void split_bf16(float a, float b, u32 &hi, u32 &lo) {
 // Two groups of 32 columns of a warp's 32 x 32 part: exact integer sums of a group, scaled into acc. The sums start at
 // 1.5 * 2^23 as bits of a float, so that subtracting it converts them.
 template <int FMT>
-__device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g, int q) {
+__device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g, int q, int count) {
     const u8 *act = stage + 8192;
     const float *as = (const float *)(stage + 12288), *ws = (const float *)(stage + 12800);
 #pragma unroll
@@ -516,6 +516,7 @@ __device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             const int t = rt + n * 8 + g;
+            if (rt + n * 8 >= count) break;
             const uint2 v = *(const uint2 *)(act + t * 64 + swizzle<64>(t, k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
             const u32 b0 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x6420) : v.x;
             const u32 b1 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x7531) : v.y;
@@ -534,7 +535,7 @@ __device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int
 
 // The same for float formats: activations as the sum of two BF16 numbers (16 bits of mantissa), FP32 weights too.
 template <int FMT>
-__device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g, int q) {
+__device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g, int q, int count) {
     const u8 *act = stage + 8192;
     const float *ws = (const float *)(stage + 4096);
 #pragma unroll
@@ -561,6 +562,7 @@ __device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, i
         for (int n = 0; n < 4; n++) {
             constexpr int AB = Step<FMT>::AB;
             const int t = rt + n * 8 + g;
+            if (rt + n * 8 >= count) break;
             const float4 v = *(const float4 *)(act + t * AB + swizzle<AB>(t, k * 4 + q) * 16);
             u32 b0, b1, l0, l1;
             split_bf16(v.x, v.y, b0, l0);
@@ -575,10 +577,10 @@ __device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, i
     }
 }
 
-// One tile by 8 warps, each 32 x 32: out[t][n] in shared memory, pitch TILE_PITCH. row[64]: which rows of `in`. Weights and
+// One tile by 8 warps, each 32 x 32: out[t][n] in shared memory, pitch TILE_PITCH. row[64]: which rows of `in`, `count` of them wanted. Weights and
 // activations come through a ring of three stages by asynchronous copies; what lies past the columns is zero.
 template <int FMT>
-__device__ inline void tile_product(const Pair &p, const In &in, const int *row, u8 *shared) {
+__device__ inline void tile_product(const Pair &p, const In &in, const int *row, int count, u8 *shared) {
     constexpr int K = Step<FMT>::K, WB = Step<FMT>::WB, AB = Step<FMT>::AB, WN = TILE_N * WB / 4096, AN = TILE_T * AB / 4096;
     constexpr bool INTEGER = Step<FMT>::INTEGER;
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, k_all = p.a.k, steps = (k_all + K - 1) / K;
@@ -640,8 +642,8 @@ __device__ inline void tile_product(const Pair &p, const In &in, const int *row,
         if (more) s = load(i + STAGES - 1);
         cp_async_commit();
         const u8 *stage = shared + i % STAGES * STAGE_BYTES;
-        if constexpr (INTEGER) tile_step_int<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3);
-        else tile_step_float<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3);
+        if constexpr (INTEGER) tile_step_int<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3, count);
+        else tile_step_float<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3, count);
         if (more) store_scale(i + STAGES - 1, s);
     }
     __syncthreads();
@@ -657,14 +659,14 @@ __device__ inline void tile_product(const Pair &p, const In &in, const int *row,
 }
 
 template <int FORMATS>
-__device__ inline void tile_any(const Pair &p, const In &in, const int *row, u8 *shared) {
+__device__ inline void tile_any(const Pair &p, const In &in, const int *row, int count, u8 *shared) {
     const Matrix &m = p.a;
-    if constexpr (FORMATS >> W_INT8 & 1) if (HAS(W_INT8)) tile_product<W_INT8>(p, in, row, shared);
-    if constexpr (FORMATS >> W_INT4 & 1) if (HAS(W_INT4)) tile_product<W_INT4>(p, in, row, shared);
-    if constexpr (FORMATS >> W_FP4 & 1) if (HAS(W_FP4)) tile_product<W_FP4>(p, in, row, shared);
-    if constexpr (FORMATS >> W_FP8 & 1) if (HAS(W_FP8)) tile_product<W_FP8>(p, in, row, shared);
-    if constexpr (FORMATS >> W_BF16 & 1) if (HAS(W_BF16)) tile_product<W_BF16>(p, in, row, shared);
-    if constexpr (FORMATS >> W_F32 & 1) if (HAS(W_F32)) tile_product<W_F32>(p, in, row, shared);
+    if constexpr (FORMATS >> W_INT8 & 1) if (HAS(W_INT8)) tile_product<W_INT8>(p, in, row, count, shared);
+    if constexpr (FORMATS >> W_INT4 & 1) if (HAS(W_INT4)) tile_product<W_INT4>(p, in, row, count, shared);
+    if constexpr (FORMATS >> W_FP4 & 1) if (HAS(W_FP4)) tile_product<W_FP4>(p, in, row, count, shared);
+    if constexpr (FORMATS >> W_FP8 & 1) if (HAS(W_FP8)) tile_product<W_FP8>(p, in, row, count, shared);
+    if constexpr (FORMATS >> W_BF16 & 1) if (HAS(W_BF16)) tile_product<W_BF16>(p, in, row, count, shared);
+    if constexpr (FORMATS >> W_F32 & 1) if (HAS(W_F32)) tile_product<W_F32>(p, in, row, count, shared);
 }
 
 // matmul() of dsv4.c for long batches: block (tile of one task, 64 rows). Reads 128 matrix rows once per 64 batch rows.
@@ -682,7 +684,7 @@ gemm(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) {
     if (threadIdx.x < TILE_T) row[threadIdx.x] = min(t0 + (int)threadIdx.x, T - 1);
     __syncthreads();
     const Pair p = { m, m, seg * seg_n + base, 0, TILE_N };
-    tile_any<DENSE | GATE>(p, in, row, shared);
+    tile_any<DENSE | GATE>(p, in, row, min(TILE_T, T - t0), shared);
     for (int j = warp; j < TILE_T && t0 + j < T; j += 8) {
         const size_t to = (size_t)(t0 + j) * t->ldo + seg * seg_n + base;
         float *out = t->out + to;
@@ -1455,7 +1457,7 @@ __device__ inline float swiglu(float g, float u, float weight) {
 
 // Rows n0 .. n0+31 of w1 and w3 for `count` <= B activation rows; hidden row i goes to out row place + i.
 template <int FORMATS, int B>
-__device__ inline void up_rows(float (*part)[8][32], const Matrix &w1, const Matrix &w3, int n0, const In &in,
+__device__ inline void up_rows(float (*part)[8][36], const Matrix &w1, const Matrix &w3, int n0, const In &in,
                                const int (&row)[B], int count, const float *weights, Hidden out, int place) {
     constexpr int R = B > 2 ? 2 : 4;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -1478,7 +1480,7 @@ __device__ inline void up_rows(float (*part)[8][32], const Matrix &w1, const Mat
 extern "C" __global__ void __launch_bounds__(256, 4)
 expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs, const float *z, const float *bias,
             const long long *tid2eid, const Row *rows, Routing r, Hidden out) {
-    __shared__ float part[2][8][32], weight;
+    __shared__ float part[2][8][36], weight;
     __shared__ int expert;
     const int slot = blockIdx.y, lane = threadIdx.x & 31;
     if (threadIdx.x < 32) {
@@ -1499,7 +1501,7 @@ expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs,
 // The same for 2 to 8 rows: block (32 hidden rows, n-th active expert). An expert's weights are read once for all its rows.
 extern "C" __global__ void __launch_bounds__(256, 2)
 expert_up_8(const Matrix *experts, const float *x, const s8 *q, const float *qs, Routing r, Hidden out) {
-    __shared__ float part[2][8][32], weights[8];
+    __shared__ float part[2][8][36], weights[8];
     if (blockIdx.y >= *r.n_active) return;
     const int e = r.active[blockIdx.y], place = r.start[e], count = r.start[e + 1] - place, n0 = blockIdx.x * 32;
     const Matrix w1 = experts[e * 3], w3 = experts[e * 3 + 2];
@@ -1528,7 +1530,7 @@ expert_up_8(const Matrix *experts, const float *x, const s8 *q, const float *qs,
 extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 ffn_in_##B(const Matrix *shared, const Task *gate, int t0, int T, Hidden out, int place) { \
     constexpr int up = EXPERT_DIM / 32; \
-    __shared__ float part[2][8][32]; \
+    __shared__ float part[2][8][36]; \
     if (blockIdx.x >= up) { \
         gemv_block<GATE, B>(gate, 1, blockIdx.x - up, t0, T, 0, 0); \
         return; \
@@ -1646,7 +1648,7 @@ expert_up(const Matrix *experts, const float *x, const s8 *q, const float *qs, i
     __syncthreads();
     const Pair p = { experts[tile.x * 3], experts[tile.x * 3 + 2], n0, n0, 64 };
     const In in = { x, q, qs, DIM };
-    tile_any<SHARED | ROUTED>(p, in, row, shared);
+    tile_any<SHARED | ROUTED>(p, in, row, tile.z, shared);
     for (int j = warp; j < tile.z; j += 8) {
         const float *c = (const float *)shared + j * TILE_PITCH;
         for (int n = lane; n < 64 && n0 + n < EXPERT_DIM; n += 32) {
@@ -1671,7 +1673,7 @@ expert_down(const Matrix *experts, Hidden h, Routing r, float *contribution) {
     const Matrix m = experts[tile.x * 3 + 1];
     const Pair p = { m, m, n0, 0, TILE_N };
     const In in = { h.x, h.q, h.s, EXPERT_DIM };
-    tile_any<SHARED | ROUTED>(p, in, row, shared);
+    tile_any<SHARED | ROUTED>(p, in, row, tile.z, shared);
     for (int j = warp; j < tile.z; j += 8)
         for (int n = lane; n < TILE_N && n0 + n < DIM; n += 32)
             contribution[(size_t)(tile.y + j) * DIM + n0 + n] = ((const float *)shared)[j * TILE_PITCH + n];
