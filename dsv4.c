@@ -53,19 +53,23 @@
 
 typedef uint16_t bf16;      // the upper half of a float32
 
+// Names from files and the command line may hold line ends and terminal controls.
+static char *one_line(char *text) {
+    for (char *p = text; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
+    return text;
+}
+
 bool fail(Err *e, const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(e->text, sizeof e->text, fmt, ap);
     va_end(ap);
-    // names from files may hold line ends and terminal controls
-    for (char *p = e->text; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
-    return false;
+    return one_line(e->text), false;
 }
 
 // One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that fail, one speaks.
 void die(int code, const char *fmt, ...) {
-    atomic_flag dying = ATOMIC_FLAG_INIT;
+    static atomic_flag dying = ATOMIC_FLAG_INIT;
     char line[2048];
     va_list ap;
     while (atomic_flag_test_and_set(&dying)) pause();
@@ -73,7 +77,7 @@ void die(int code, const char *fmt, ...) {
     vsnprintf(line, sizeof line, fmt, ap);
     va_end(ap);
     fflush(stdout);
-    fprintf(stderr, "%sdsv4: %s\n", isatty(2) ? "\r\033[K" : "", line);
+    fprintf(stderr, "%sdsv4: %s\n", isatty(2) ? "\r\033[K" : "", one_line(line));
     exit(code);
 }
 
@@ -3843,6 +3847,7 @@ typedef struct {
 // above counts a stage's layers from 0; the MTP layers come after them on the last stage.
 struct Device {
     char name[16];              // "cpu", "cuda:0"
+    int ordinal;                // of the GPU, -1: the CPU
     const Ops *op;
     const Config *c;
     Weights w;                  // pointers valid on the device; only this stage's layers are set
@@ -4591,7 +4596,8 @@ static void swiglu_rows(void *arg, int begin, int end) {
         const float *g = r->g + (size_t)i * F, *v = r->v + (size_t)i * F;
         float *h = r->h.x + i * r->h.ld;
         for (int j = 0; j < F; j++) {
-            float a = fminf(g[j], limit), b = fmaxf(fminf(v[j], limit), -limit);
+            float a = g[j] > limit ? limit : g[j];      // NaN passes, to be caught
+            float b = v[j] > limit ? limit : v[j] < -limit ? -limit : v[j];
             h[j] = a * sigmoid(a) * b * r->entry_weight[i];
         }
         act_quantise(k->d, &r->h, i);
@@ -4694,6 +4700,7 @@ static void head_rows(void *arg, int begin, int end) {
         hc_scale(k->d, mix, S, X);
         hc_mix(y, X, mix, k->hyper, k->c);
         rms_norm(y, y, k->norm, D, k->c->norm_eps);
+        act_quantise(k->d, &r->heads, i);
     }
 }
 
@@ -4882,7 +4889,7 @@ static const Ops cpu_ops = {
     .cache_load = cpu_cache_load,
 };
 
-// Gives d its buffers for max_rows rows. The pool is shared by all CPU stages.
+// Gives d its buffers for max_rows rows.
 static void cpu_device(Device *d, Pool *pool) {
     const Config *c = d->c;
     Run *r = xalloc(1, sizeof *r);
@@ -5076,7 +5083,7 @@ static bool nvrtc_open(Err *e) {
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
     X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) X(query_norm) \
-    X(index_scores) X(index_topk) X(attend) X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) \
+    X(index_scores) X(index_slab) X(index_topk) X(attend) X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) \
     X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) \
     X(gather_rows) X(gemm) X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
 #define KERNEL_ID(name) K_##name,
@@ -5265,6 +5272,10 @@ typedef struct {
     uint64_t win, comp, ikeys, cin, icin;
 } GpuLayer;
 
+// With graphs on, a stage's step for one row is recorded once and replayed later: the operations then launch nothing.
+typedef enum { GRAPH_OFF, GRAPH_RECORDS, GRAPH_REPLAYS } GraphState;
+static bool cuda_graphs;        // off unless asked for: nobody has seen it faster yet
+
 typedef struct {
     int ordinal;
     CuDevice dev;
@@ -5274,6 +5285,8 @@ typedef struct {
     CuStream stream;
     CuEvent staged;             // the pinned input buffers may be written again
     int T;
+    GraphState graph;
+    CuGraphExec graphs[32];     // [bucket] one decode step of this stage; buckets double the number of index keys
     bool post;                  // an hc_post is due: the next kernel that reads X does it
     bool h_float;               // w2 wants FP32 rows
     bool keep_floats;           // self-test: o in FP32 too
@@ -5290,7 +5303,8 @@ typedef struct {
     GpuAct x, qr, o, u;
     GpuHidden h;
     GpuRouting r;
-    int score_rows, score_ld;   // rows of a slab of index scores, floats per row
+    CuPtr best, best_key;       // [score_rows, best_ld] the best keys of each slab of keys
+    int score_rows, score_ld, best_ld;      // rows of a slab of index scores, floats per row
     Row *host_rows;             // pinned, as all host_*
     float *host_X, *host_logits;
     int *host_want, *host_bad;
@@ -5303,6 +5317,7 @@ enum {
     TILE_SHARED = 3 * 16384,    // its shared memory
     HEAD_TILE = 64,             // rows of logits at a time
     MAX_SPLITS = 32,            // parts of attention
+    KEY_SLAB = 16384,           // index keys that one block chooses from
 };
 
 __attribute__((noreturn, cold))
@@ -5361,6 +5376,7 @@ static void gpu_wait(Device *d) { CU(d, StreamSynchronize, ((Cuda *)d->impl)->st
 static void gpu_launch(Device *d, int kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
                        void **args) {
     Cuda *g = d->impl;
+    if (g->graph == GRAPH_REPLAYS) return;
     CuResult r = cu.LaunchKernel(g->fn[kernel], x, y, z, threads, 1, 1, shared, g->stream, args, NULL);
     if (r) cuda_die(d, kernel_names[kernel], r);
 }
@@ -5763,6 +5779,9 @@ static void cuda_buffers(Device *d) {
     g->score_rows = (int)((16u << 20) / (size_t)(g->score_ld + 1));
     g->score_rows = g->score_rows < 1 ? 1 : g->score_rows > d->max_rows ? d->max_rows : g->score_rows;
     g->scores = gpu_buffer(d, (size_t)g->score_rows * g->score_ld, 4);
+    g->best_ld = (g->score_ld / KEY_SLAB + 1) * c->index_topk;
+    g->best = gpu_buffer(d, (size_t)g->score_rows * g->best_ld, 4);
+    g->best_key = gpu_buffer(d, (size_t)g->score_rows * g->best_ld, 4);
     g->chosen = gpu_buffer(d, T * c->index_topk, 4);
     g->o_part = gpu_buffer(d, parts * H * K, 4);
     g->ml = gpu_buffer(d, parts * H, 8);
@@ -5865,6 +5884,7 @@ static void cuda_close(Device *d) {
     CU(d, CtxSetCurrent, g->ctx);
     gpu_wait(d);
     for (size_t i = 0; i < COUNT(g->slot); i++) if (g->slot[i]) CU(d, MemFree, g->slot[i]);
+    for (size_t i = 0; i < COUNT(g->graphs); i++) if (g->graphs[i]) CU(d, GraphExecDestroy, g->graphs[i]);
     for (int i = 0; i < g->n_owned; i++) CU(d, MemFree, g->owned[i]);
     for (size_t i = 0; i < COUNT(pinned); i++) if (pinned[i]) CU(d, MemFreeHost, pinned[i]);
     CU(d, EventDestroy, g->staged);
@@ -5879,9 +5899,51 @@ static void cuda_close(Device *d) {
 // ---------------------------------------------------------------------------
 // CUDA: the operations. Each is one to three launches; hc_post waits for the next kernel that reads the streams.
 
+// Index keys that the rows of the batch see at most.
+static int gpu_keys(const Device *d) {
+    const Cuda *g = d->impl;
+    int keys = 0;
+    for (int t = 0; t < g->T; t++) {
+        int n = n_visible(g->host_rows[t].pos, 4);
+        keys = n > keys ? n : keys;
+    }
+    return keys;
+}
+
+// The graph for the batch's context: 0 if every key is chosen anyway, else the power of two that holds the keys.
+static int graph_bucket(const Device *d) {
+    int keys = gpu_keys(d), b = 0;
+    if (keys <= d->c->index_topk) return 0;
+    while (1 << b < keys) b++;
+    return b;
+}
+
+static void graph_begin(Device *d) {
+    Cuda *g = d->impl;
+    if (!cuda_graphs || g->T != 1) return;
+    g->graph = g->graphs[graph_bucket(d)] ? GRAPH_REPLAYS : GRAPH_RECORDS;
+    if (g->graph == GRAPH_RECORDS) CU(d, StreamBeginCapture, g->stream, 1);     // 1: calls of other threads go on
+}
+
+// Runs the step that the operations since graph_begin() have described.
+static void graph_end(Device *d) {
+    Cuda *g = d->impl;
+    CuGraphExec *exec = &g->graphs[graph_bucket(d)];
+    if (g->graph == GRAPH_OFF) return;
+    if (g->graph == GRAPH_RECORDS) {
+        CuGraph graph;
+        CU(d, StreamEndCapture, g->stream, &graph);
+        CU(d, GraphInstantiate, exec, graph, 0);
+        CU(d, GraphDestroy, graph);
+    }
+    CU(d, GraphLaunch, *exec, g->stream);
+    g->graph = GRAPH_OFF;
+}
+
 static void cuda_begin(Device *d, const Row *rows, int T) {
     Cuda *g = d->impl;
     CU(d, CtxSetCurrent, g->ctx);
+    graph_end(d);               // of a batch whose results nobody wanted
     CU(d, EventSynchronize, g->staged);
     memcpy(g->host_rows, rows, sizeof *rows * (size_t)T);
     gpu_copy_in(d, g->rows, g->host_rows, sizeof *rows * (size_t)T);
@@ -5892,6 +5954,7 @@ static void cuda_begin(Device *d, const Row *rows, int T) {
 
 static void cuda_embed(Device *d) {
     Cuda *g = d->impl;
+    graph_begin(d);
     CuPtr table = (CuPtr)(uintptr_t)d->w.embed.w;
     int wide = d->w.embed.fmt == W_F32;
     LAUNCH(d, embed, g->T, 1, 1, 256, 0, &table, &wide, &g->rows, &g->X);
@@ -5905,6 +5968,7 @@ static void cuda_streams_in(Device *d, const float *X) {
     memcpy(g->host_X, X, gpu_streams(d));
     gpu_copy_in(d, g->X, g->host_X, gpu_streams(d));
     CU(d, EventRecord, g->staged, g->stream);
+    graph_begin(d);
 }
 
 // The hc_post that is due, and fn . X for the hyper-connection `h` (NULL: none).
@@ -5934,6 +5998,7 @@ static void gpu_finish(Device *d) {
 
 static void cuda_streams_out(Device *d, float *X) {
     Cuda *g = d->impl;
+    graph_end(d);
     gpu_mix(d, NULL);
     CU(d, MemcpyDtoHAsync, g->host_X, g->X, gpu_streams(d), g->stream);
     gpu_finish(d);
@@ -5992,19 +6057,34 @@ static void cuda_attn_query(Device *d, const Layer *l) {
            &g->iqh, &index);
 }
 
+// The choice for rows [t, t + n) whose scores are there. More than KEY_SLAB keys are thinned out by many blocks first: one
+// block reads its memory slowly.
+static void gpu_choose(Device *d, int t, int n, int keys) {
+    Cuda *g = d->impl;
+    size_t ld = (size_t)g->score_ld, best_ld = (size_t)g->best_ld;
+    int slab = keys > KEY_SLAB ? KEY_SLAB : 0;
+    CuPtr from = g->scores;
+    if (slab) {
+        LAUNCH(d, index_slab, (keys + slab - 1) / slab, n, 1, 1024, 0, &g->scores, &ld, &g->rows, &t, &slab, &g->best,
+               &g->best_key, &best_ld);
+        from = g->best;
+        ld = best_ld;
+    }
+    LAUNCH(d, index_topk, n, 1, 1, 1024, 0, &from, &ld, &g->best_key, &g->rows, &t, &slab, &g->chosen);
+}
+
 // In slabs of rows, so that the scores of a long context stay in bounded memory.
 static void cuda_index_topk(Device *d, const Layer *l, int i) {
     Cuda *g = d->impl;
-    int keys = 0;
+    int keys = cuda_graphs && g->T == 1 ? 1 << graph_bucket(d) : gpu_keys(d);
     size_t ld = (size_t)g->score_ld;
     (void)l;
-    for (int t = 0; t < g->T; t++) keys = n_visible(g->host_rows[t].pos, 4) > keys ? n_visible(g->host_rows[t].pos, 4) : keys;
     if (keys <= d->c->index_topk) return;
     for (int t = 0; t < g->T; t += g->score_rows) {
         int n = g->T - t < g->score_rows ? g->T - t : g->score_rows;
         LAUNCH(d, index_scores, (keys + 127) / 128, n, 1, 128, 0, &g->iqh, &g->iw, &g->rows, &g->slots,
                &g->layer[i].ikeys, &t, &g->scores, &ld);
-        LAUNCH(d, index_topk, n, 1, 1, 1024, 0, &g->scores, &ld, &g->rows, &t, &g->chosen);
+        gpu_choose(d, t, n, keys);
     }
 }
 
@@ -6082,6 +6162,7 @@ static void cuda_mtp_in(Device *d, const Mtp *m) {
 static void cuda_head(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits) {
     Cuda *g = d->impl;
     size_t V = (size_t)d->c->vocab;
+    graph_end(d);
     gpu_mix(d, h);
     gpu_norm(d, h, norm, 0);
     memcpy(g->host_want, want, sizeof *want * (size_t)n);
@@ -6460,12 +6541,12 @@ static void twin_attention(Twin *w, const Layer *lc, const Layer *lg, int i) {
     free(q);
 }
 
-// The scores within rounding; then the choice among the CPU's own scores exactly.
+// The scores within rounding; then the choice among the CPU's own scores, made coarse, exactly.
 static void twin_index(Twin *w, const Layer *lc, const Layer *lg, int i) {
     Run *r = w->r;
     Cuda *g = w->g;
     Device *c = &w->cpu, *d = &w->gpu;
-    int topk = c->c->index_topk, keys = n_visible(r->rows[w->T - 1].pos, 4), zero = 0;
+    int topk = c->c->index_topk, keys = n_visible(r->rows[w->T - 1].pos, 4);
     size_t ld = (size_t)g->score_ld;
     c->op->index_topk(c, lc, i);
     d->op->index_topk(d, lg, i);
@@ -6477,9 +6558,11 @@ static void twin_index(Twin *w, const Layer *lc, const Layer *lg, int i) {
         if (n <= topk) continue;
         for (int j = 0; j < n; j++) s[j] /= scale;      // the GPU leaves out the common factor
         twin_floats(w, "index_scores", g->scores + 4 * ld * (size_t)t, s, (size_t)n, 1e-5);
+        for (int j = 0; j < n; j++) s[j] = rintf(2 * s[j]) / 2;     // many ties
+        twin_give(w, g->scores + 4 * ld * (size_t)t, s, 4 * (size_t)n);
         top_k(s, n, topk, r->top + (size_t)t * topk);
     }
-    LAUNCH(d, index_topk, w->T, 1, 1, 1024, 0, &g->scores, &ld, &g->rows, &zero, &g->chosen);
+    gpu_choose(d, 0, w->T, keys);
     const int *chosen = twin_read(w, g->chosen, 4 * (size_t)w->T * topk);
     int wrong = 0;
     for (int t = 0; t < w->T; t++)
@@ -6962,11 +7045,9 @@ typedef struct {
     int n_stages;
     int ctx, chunk, reach;      // reach: how far back a session can be rewound
     bool slot_used[MAX_SLOTS];
-    pthread_t thread[MAX_STAGES];
     pthread_mutex_t lock;       // guards the queues
     pthread_cond_t moved;       // a job changed its stage
     Batch *queue[MAX_STAGES];     // first in, first out
-    bool quit;
 } Model;
 
 static int argmax(const float *x, int n) {
@@ -7045,15 +7126,14 @@ static void queue_add(Batch **queue, Batch *j) {
     *queue = j;
 }
 
-static void *stage_main(void *arg) {
+__attribute__((noreturn)) static void *stage_main(void *arg) {
     StageArg a = *(StageArg *)arg;
     Model *m = a.m;
     free(arg);
     pthread_mutex_lock(&m->lock);
     for (;;) {
-        while (!m->queue[a.stage] && !m->quit) pthread_cond_wait(&m->moved, &m->lock);
+        while (!m->queue[a.stage]) pthread_cond_wait(&m->moved, &m->lock);
         Batch *j = m->queue[a.stage];
-        if (!j) break;
         m->queue[a.stage] = j->next;
         pthread_mutex_unlock(&m->lock);
         forward_stage(&m->stage[a.stage], j);
@@ -7062,8 +7142,6 @@ static void *stage_main(void *arg) {
         if (j->stage < m->n_stages) queue_add(&m->queue[j->stage], j);
         pthread_cond_broadcast(&m->moved);
     }
-    pthread_mutex_unlock(&m->lock);
-    return NULL;
 }
 
 // Hands a batch to the first stage. One stage: it is computed here and now. Jobs are finished in
@@ -7244,13 +7322,6 @@ static int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
 
 // --- opening a model and placing its layers
 
-typedef struct {
-    const char *dir;
-    const char *devices, *layers;       // NULL: the default
-    int ctx, threads, chunk;            // 0: the default
-    bool exact, mlock, info;            // info: nothing is prepared for running
-} Opening;
-
 static void model_fail(const Err *e) { die(1, "%s", e->text); }
 
 static char *path_join(const char *dir, const char *file) {
@@ -7333,6 +7404,13 @@ static void stage_init(Model *m, Device *d, int first, int last, bool exact) {
 }
 
 // --- placement: runs of layers on devices
+
+typedef struct {
+    const char *dir;
+    const char *devices, *layers;       // NULL: the default
+    int ctx, threads, chunk;            // 0: the default
+    bool exact, mlock;
+} Opening;
 
 typedef struct {
     char name[16];
@@ -7441,7 +7519,7 @@ static int fill_gpus(Model *m, Placement *place, int n, double limit) {
 // Chooses the layers of each place. GPUs alone: the slowest stage as fast as memory allows. With
 // CPUs in the list the GPUs are filled and the CPUs share the rest. Returns the number of places in
 // use.
-static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
+static int choose_layers(Model *m, Placement *place, int n, const Opening *o) {
     int L = m->c.n_layers, cpus = 0, used = 0;
     double lo = 0, hi = 1e15;
     size_t memory = 0;
@@ -7454,8 +7532,13 @@ static int choose_layers(Model *m, Placement *place, int n, bool may_add_cpu) {
         if (!place[i].memory) die(1, "%s: there are %d GPUs here", place[i].name, cuda_count());
         memory += place[i].memory;
     }
-    int rest = L + 1 - fill_gpus(m, place, n, hi);      // 1: only the head found no place
-    if (rest && !cpus && may_add_cpu) {
+    int ctx = m->ctx, rest = L + 1 - fill_gpus(m, place, n, hi);    // 1: only the head
+    while (rest && !cpus && !o->ctx && m->ctx > 4096) {             // a shorter context may fit
+        m->ctx /= 2;
+        rest = L + 1 - fill_gpus(m, place, n, hi);
+    }
+    if (rest) m->ctx = ctx;
+    if (rest && !cpus && !o->devices) {
         place[n] = (Placement){ .name = "cpu" };
         cpus = 1;
         n++;
@@ -7483,7 +7566,8 @@ static void print_plan(const Model *m, FILE *to) {
     for (int i = 0; i < m->n_stages; i++) {
         const Device *d = &m->stage[i];
         char layers[64] = "no layers";
-        if (d->first < d->last) snprintf(layers, sizeof layers, "layers %d to %d", d->first, d->last - 1);
+        if (d->first < d->last)
+            snprintf(layers, sizeof layers, "layers %d to %d", d->first, d->last - 1);
         fprintf(to, "# %s: %s%s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name,
                 layers, d->has_head ? " and the head" : "", stage_weights(m, d) / 1e9,
                 session_bytes(d) / 1e9, m->ctx);
@@ -7497,7 +7581,9 @@ static void start_stages(Model *m) {
     for (int i = 0; i < m->n_stages; i++) {
         StageArg *a = xalloc(1, sizeof *a);
         *a = (StageArg){ m, i };
-        if (pthread_create(&m->thread[i], NULL, stage_main, a)) die(1, "cannot start a thread");
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, stage_main, a)) die(1, "cannot start a thread");
+        pthread_detach(thread);
     }
 }
 
@@ -7514,6 +7600,7 @@ static int choose_ctx(const Model *m, int asked) {
     probe.chunk = probe.reach = 1;
     stage_init(&probe, &d, 0, m->c.n_layers, false);
     while (memory && probe.ctx > 4096 && session_bytes(&d) > memory / 2) d.ctx = probe.ctx /= 2;
+    free(d.inv_freq[0]), free(d.inv_freq[1]);
     return probe.ctx;
 }
 
@@ -7569,10 +7656,9 @@ static void load_weights(const Store *s, Pool *pool, bool lock) {
     free(o.first);
 }
 
-// Opens a checkpoint and prepares the devices. Errors end the process.
-static Model *model_open(const Opening *o) {
+// Opens a checkpoint: config, tensors, and where the layers go. Errors end the process.
+static Model *model_read(const Opening *o) {
     Model *m = xalloc(1, sizeof *m);
-    Err e = { 0 };
     model_bind(m, o->dir);
     const Config *c = &m->c;
     Placement place[MAX_STAGES];
@@ -7582,41 +7668,45 @@ static Model *model_open(const Opening *o) {
     m->reach = m->chunk + 64;
     m->n_stages = o->devices ? parse_devices(o->devices, place) : default_devices(place, o->exact);
     for (int i = 0; o->exact && i < m->n_stages; i++)
-        if (strcmp(place[i].name, "cpu"))
-            die(2, "--exact runs on the cpu only, not on %s", place[i].name);
+        if (on_gpu(&place[i])) die(2, "--exact runs on the cpu only, not on %s", place[i].name);
     if (o->layers) parse_layers(o->layers, place, m->n_stages, c->n_layers);
-    else m->n_stages = choose_layers(m, place, m->n_stages, !o->devices);
+    else m->n_stages = choose_layers(m, place, m->n_stages, o);
     m->stage = xalloc((size_t)m->n_stages, sizeof *m->stage);
     for (int i = 0, first = 0; i < m->n_stages; first += place[i++].layers) {
         stage_init(m, &m->stage[i], first, first + place[i].layers, o->exact);
         m->stage[i].has_head = i == m->n_stages - 1;
+        m->stage[i].ordinal = on_gpu(&place[i]) ? atoi(place[i].name + 5) : -1;
         memcpy(m->stage[i].name, place[i].name, sizeof place[i].name);
     }
-    if (o->info) return m;
-    print_plan(m, stderr);
-    for (int i = 0; i < c->n_layers; i++)
-        if (!check_table(c, m->w.layers + i, &e)) model_fail(&e);
+    return m;
+}
+
+// Brings the weights to their devices, so that sessions can run.
+static void model_start(Model *m, const Opening *o) {
+    Err e;
     int cpus = 0;
     size_t weights = 0, memory = memory_info("MemTotal");
+    print_plan(m, stderr);
+    for (int i = 0; i < m->c.n_layers; i++)
+        if (!check_table(&m->c, m->w.layers + i, &e)) model_fail(&e);
     for (int i = 0; i < m->n_stages; i++) {
-        cpus += !on_gpu(&place[i]);
-        if (!on_gpu(&place[i])) weights += stage_weights(m, &m->stage[i]);
+        cpus += m->stage[i].ordinal < 0;
+        if (m->stage[i].ordinal < 0) weights += stage_weights(m, &m->stage[i]);
     }
     bool fits = !memory || weights < memory - memory / 16;
     if (!fits)
         note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
              "from the disk, slowly", weights / 1e9, memory / 1e9);
+    Pool *all = pool_new(o->threads);
+    if (cpus == m->n_stages && (fits || o->mlock)) load_weights(&m->store, all, o->mlock);
+    int threads = cpus > 1 ? (all->n_threads + cpus - 1) / cpus : all->n_threads;
+    pool_free(all);
     for (int i = 0; i < m->n_stages; i++) {
-        if (on_gpu(&place[i])) {
-            cuda_device(&m->stage[i], atoi(place[i].name + 5));
-            continue;
-        }
-        Pool *pool = pool_new(o->threads || cpus == 1 ? o->threads : 1);
-        if (!i && cpus == m->n_stages && (fits || o->mlock)) load_weights(&m->store, pool, o->mlock);
-        cpu_device(&m->stage[i], pool);
+        Device *d = &m->stage[i];
+        if (d->ordinal >= 0) cuda_device(d, d->ordinal);
+        else cpu_device(d, pool_new(threads));
     }
     start_stages(m);
-    return m;
 }
 // ---------------------------------------------------------------------------
 // dsv4 verify: reads every byte of a checkpoint and says what is damaged
@@ -7837,16 +7927,18 @@ static bool verify(const char *path, int threads, Err *e) {
 // ---------------------------------------------------------------------------
 // programs: what the subcommands do
 
-static Model *open_from_options(bool info) {
-    return model_open(&(Opening){ .dir = opt.model,
-                                  .devices = opt.devices,
-                                  .layers = opt.layers,
-                                  .ctx = (int)opt.ctx,
-                                  .threads = (int)opt.threads,
-                                  .chunk = (int)opt.chunk,
-                                  .exact = opt.exact,
-                                  .mlock = opt.mlock,
-                                  .info = info });
+// What the options say of opening a model.
+static Opening opening(void) {
+    return (Opening){ .dir = opt.model, .devices = opt.devices, .layers = opt.layers,
+                      .ctx = (int)opt.ctx, .threads = (int)opt.threads, .chunk = (int)opt.chunk,
+                      .exact = opt.exact, .mlock = opt.mlock };
+}
+
+static Model *open_model(void) {
+    Opening o = opening();
+    Model *m = model_read(&o);
+    model_start(m, &o);
+    return m;
 }
 
 // The checkpoint's tokenizer. NULL if it has none and none is needed.
@@ -7863,6 +7955,11 @@ static Tokenizer *open_tokenizer(bool needed) {
     munmap((void *)(uintptr_t)text.p, text.n);
     free(path);
     return t;
+}
+
+static void close_tokenizer(Tokenizer *t) {
+    if (t) tok_free(t);
+    free(t);
 }
 
 // All bytes of a file, or of standard input for "-".
@@ -7928,15 +8025,23 @@ static void encode_messages(const Tokenizer *t, Span file, Ids *ids) {
     free(text.p);
 }
 
-// The tokenizer may know more tokens than the model.
-static void check_tokens(const Model *m, const Tokenizer *t, const Ids *ids) {
+// The tokenizer may know more tokens than the model. False, with a note: the model cannot read
+// this.
+static bool check_vocab(const Model *m, const Ids *ids) {
+    for (size_t i = 0; i < ids->n; i++)
+        if (ids->p[i] >= m->c.vocab)
+            return note("token %d is beyond the model's vocabulary of %d: the tokenizer is another "
+                        "model's",
+                        ids->p[i], m->c.vocab),
+                   false;
+    return true;
+}
+
+static void check_prompt(const Model *m, const Ids *ids) {
     if (ids->n > (size_t)m->ctx)
         die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
             ids->n, m->ctx, m->c.max_ctx);
-    for (size_t i = 0; i < ids->n; i++)
-        if (ids->p[i] >= m->c.vocab)
-            die(1, "token %d is beyond the model's vocabulary of %d", ids->p[i], m->c.vocab);
-    if (t && t->n > m->c.vocab) note("the tokenizer has %d tokens, the model %d", t->n, m->c.vocab);
+    if (!check_vocab(m, ids)) die(1, "the prompt does not fit the model's vocabulary");
 }
 
 // stdout may be closed or full: the loss of text must not look like success.
@@ -7952,17 +8057,19 @@ static int run_tokenize(void) {
     Ids ids = { 0 };
     if (opt.decode) {
         Utf8 u = { 0 };
-        for (const char *p = in.p; *p;) {
+        const char *p = in.p + strspn(in.p, " \n\t\r,");
+        while (*p) {
             char *end;
             long id = strtol(p, &end, 10);
             size_t skip = strspn(end, " \n\t\r,");
-            if (end == p || (!skip && *end) || (size_t)(p - in.p) > in.n)
+            if (end == p || (!skip && *end))
                 die(1, "--decode: expected ids, found '%.20s'", p);
             if (id < 0 || id >= t->n)
                 die(1, "--decode: %ld: the tokenizer ends at %d", id, t->n - 1);
             tok_decode(t, (int)id, false, &u, &out);
             p = end + skip;
         }
+        if (p != in.p + in.n) die(1, "--decode: expected ids, found a NUL byte");
         utf8_finish(&u, &out);
         fwrite(out.p, 1, out.n, stdout);
     } else {
@@ -7973,8 +8080,7 @@ static int run_tokenize(void) {
     }
     flush_out();
     free(in.p), free(out.p), free(ids.p);
-    tok_free(t);
-    free(t);
+    close_tokenizer(t);
     return 0;
 }
 
@@ -8098,7 +8204,7 @@ static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler
 typedef struct {
     const Tokenizer *t;
     bool ids, reasoning;
-    int printed;
+    bool printed;               // something since the last line end
     Utf8 utf8;
     Ids answer;                 // the tokens after the reasoning
 } Printer;
@@ -8107,17 +8213,16 @@ static bool print_token(void *arg, int token) {
     Printer *p = arg;
     Str text = { 0 };
     FILE *to = p->reasoning ? stderr : stdout;
+    bool ends = p->reasoning && token == p->t->end_think;
     if (!p->reasoning) ids_add(&p->answer, token);
-    if (p->ids) printf(p->printed ? " %d" : "%d", token);
-    else if (p->reasoning && token == p->t->end_think) {
-        utf8_finish(&p->utf8, &text);
-        str_puts(&text, "\n");
-        p->reasoning = false;
-    // the model may know more
-    } else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);
+    if (p->ids) fprintf(to, p->printed ? " %d" : "%d", token);
+    else if (ends) utf8_finish(&p->utf8, &text);
+    else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);   // else: no text
     if (text.n) fwrite(text.p, 1, text.n, to);
     free(text.p);
-    p->printed++;
+    p->printed = !ends;
+    if (ends) fputs("\n", stderr);
+    if (ends) p->reasoning = false;
     if (to == stderr) fflush(stderr);
     else flush_out();
     return true;
@@ -8128,8 +8233,7 @@ static void print_end(Printer *p) {
     utf8_finish(&p->utf8, &text);
     if (text.n) fwrite(text.p, 1, text.n, p->reasoning ? stderr : stdout);
     free(text.p);
-    if (p->reasoning) fputs("\n", stderr);
-    if (p->printed) puts("");
+    if (p->printed) fputs("\n", p->reasoning ? stderr : stdout);
     flush_out();
 }
 
@@ -8177,8 +8281,9 @@ static void open_sampler(const Model *m, Sampler *s, Ids *eos) {
 
 // Answers one prompt.
 static int run_prompt(void) {
-    Ids ids = { 0 };
+    Ids ids = { 0 }, eos = { 0 };
     Str text = { 0 };
+    Sampler sampler;
     Tokenizer *t = open_tokenizer(!opt.ids);
     if (opt.prompt) str_puts(&text, opt.prompt);
     else if (opt.file) text = read_text(opt.file);
@@ -8187,15 +8292,17 @@ static int run_prompt(void) {
         ids_add(&ids, t->bos);
         tok_encode(t, str_span(&text), true, &ids);
     }
-    Model *m = open_from_options(false);
+    Opening o = opening();
+    Model *m = model_read(&o);
     if (opt.ids) parse_ids(opt.ids, m->c.vocab, &ids);
     else if (!opt.raw) encode_turn(t, chat_options(m), true, str_span(&text), &ids);
-    check_tokens(m, t, &ids);
+    check_prompt(m, &ids);
     if (opt.mtp_logits && !m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
-    Session *s = session_new(m);
-    Sampler sampler;
-    Ids eos = { 0 };
     open_sampler(m, &sampler, &eos);
+    close_out(open_out(opt.logits), opt.logits);        // what cannot be written is known at once
+    close_out(open_out(opt.mtp_logits), opt.mtp_logits);
+    model_start(m, &o);
+    Session *s = session_new(m);
     Printer p = { .t = t,
                   .ids = opt.ids || opt.show_ids,
                   .reasoning = opt.think && !opt.ids && !opt.raw };
@@ -8205,6 +8312,7 @@ static int run_prompt(void) {
     print_end(&p);
     print_timing(&timing);
     session_free(s);
+    close_tokenizer(t);
     sampler_free(&sampler);
     free(ids.p), free(text.p), free(p.answer.p), free(eos.p);
     return interrupted ? 130 : 0;
@@ -8224,7 +8332,7 @@ static bool read_turn(Str *line) {
         if (n > 0) str_add(line, buf, (size_t)n);
     } while (n > 0 && line->p[line->n - 1] == '\\');
     free(buf);
-    return n >= 0 || line->n;
+    return n >= 0 || (line->n && !interrupted);
 }
 
 // A conversation in the terminal. Ctrl-C stops the answer. What was read stays read: only a turn's
@@ -8232,7 +8340,7 @@ static bool read_turn(Str *line) {
 // going back to the snapshot before it.
 static int run_chat(void) {
     Tokenizer *t = open_tokenizer(true);
-    Model *m = open_from_options(false);
+    Model *m = open_model();
     Session *s = session_new(m);
     Sampler sampler;
     Snapshot *snap = NULL;
@@ -8261,6 +8369,7 @@ static int run_chat(void) {
         ids.n = 0;
         for (size_t i = 0; i < past.n; i++) ids_add(&ids, past.p[i]);
         encode_turn(t, chat_options(m), !past.n, str_span(&line), &ids);
+        if (!check_vocab(m, &ids)) continue;
         if (ids.n >= (size_t)m->ctx) {
             note("the conversation has %zu tokens, the context holds %d: /new starts again", ids.n,
                  m->ctx);
@@ -8335,7 +8444,8 @@ static void print_layers(const Model *m) {
 }
 
 static int run_info(void) {
-    Model *m = open_from_options(true);
+    Opening o = opening();
+    Model *m = model_read(&o);
     const Config *c = &m->c;
     printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, "
            "context %d\n",
@@ -8383,27 +8493,30 @@ static void nll_sink(void *arg, int pos, int n, const float *logits, const float
 // Perplexity of a text, in contexts of -c positions (default 2048), each begun with the
 // begin-of-sentence token.
 static int run_ppl(const char *path) {
-    if (!opt.ctx) opt.ctx = 2048;
-    Model *m = open_from_options(false);
+    Model *m = open_model();
     Tokenizer *t = open_tokenizer(true);
+    int ctx = opt.ctx || m->ctx < 2048 ? m->ctx : 2048;
     Str text = read_text(path);
     Ids ids = { 0 };
     tok_encode(t, str_span(&text), false, &ids);
     if (!ids.n) die(1, "%s: no text", path);
-    int *window = xalloc((size_t)m->ctx + 1, sizeof *window);
+    if (!check_vocab(m, &ids)) die(1, "%s: the text does not fit the model's vocabulary", path);
+    int *window = xalloc((size_t)ctx + 1, sizeof *window);
     NllSum sum = { .tokens = window, .vocab = m->c.vocab };
     Session *s = session_new(m);
     window[0] = t->bos;
-    for (size_t at = 0; at < ids.n && !interrupted; at += (size_t)m->ctx) {
-        size_t n = ids.n - at < (size_t)m->ctx ? ids.n - at : (size_t)m->ctx;
+    for (size_t at = 0; at < ids.n; at += (size_t)ctx) {
+        size_t n = ids.n - at < (size_t)ctx ? ids.n - at : (size_t)ctx;
         memcpy(window + 1, ids.p + at, n * sizeof *window);
         session_clear(s);
         session_feed(s, window, (int)n, &(Feed){ .all = true, .sink = nll_sink, .arg = &sum });
         progress("reading", (int64_t)(at + n), (int64_t)ids.n);
     }
-    if (interrupted) die(130, "interrupted");
     printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %d\n",
-           exp(sum.nll / sum.n), sum.nll / sum.n, (long long)sum.n, m->ctx);
+           exp(sum.nll / sum.n), sum.nll / sum.n, (long long)sum.n, ctx);
+    session_free(s);
+    close_tokenizer(t);
+    free(window), free(text.p), free(ids.p);
     return 0;
 }
 
@@ -8420,9 +8533,8 @@ static double feed_time(Session *s, int n) {
 }
 
 // GB/s of one kind of matrix at one row, over all layers, so that caches do not help.
-static void bench_product(Model *m, const char *name, const Mat **mats, int n, int together,
-                          double bandwidth) {
-    Run *r = m->stage[0].impl;
+static void bench_product(Model *m, Pool *pool, const char *name, const Mat **mats, int n,
+                          int together, double bandwidth) {
     double bytes = 0, best = 1e30;
     if (!n) return;
     for (int i = 0; i < n; i++) bytes += mat_bytes(mats[i]);
@@ -8436,7 +8548,7 @@ static void bench_product(Model *m, const char *name, const Mat **mats, int n, i
             for (int j = 0; j < together; j++)
                 p[j] = (Product){ mats[i + j],       &a, NULL, 1, y + (size_t)j * mats[0]->n,
                                   (size_t)mats[0]->n };
-            matmul(r->pool, p, together, m->stage[0].exact);
+            matmul(pool, p, together, m->stage[0].exact);
         }
         double t = now() - start;
         if (pass && t < best) best = t;
@@ -8446,7 +8558,7 @@ static void bench_product(Model *m, const char *name, const Mat **mats, int n, i
     free(a.x), free(a.q), free(a.s), free(y), free(p);
 }
 
-static void bench_products(Model *m, double bandwidth) {
+static void bench_products(Model *m, Pool *pool, double bandwidth) {
     const Config *c = &m->c;
     int most = c->n_layers * c->n_experts;
     const Mat **list = xalloc((size_t)most, sizeof *list);
@@ -8466,42 +8578,44 @@ static void bench_products(Model *m, double bandwidth) {
             const Mat *w = (const Mat *)((const char *)&m->w.layers[i] + dense[k].at);
             if (w->w && (!n || (w->n == list[0]->n && w->fmt == list[0]->fmt))) list[n++] = w;
         }
-        bench_product(m, dense[k].name, list, n, 1, bandwidth);
+        bench_product(m, pool, dense[k].name, list, n, 1, bandwidth);
     }
     for (int k = 1; k <= 2; k++) {
         for (int i = 0; i < most; i++) {
             const Layer *l = &m->w.layers[i / c->n_experts];
             list[i] = k == 1 ? &l->w1[i % c->n_experts] : &l->w2[i % c->n_experts];
         }
-        bench_product(m, k == 1 ? "experts.w1" : "experts.w2", list, most, c->n_active, bandwidth);
+        bench_product(m, pool, k == 1 ? "experts.w1" : "experts.w2", list, most, c->n_active,
+                      bandwidth);
     }
     list[0] = &m->w.head;
-    bench_product(m, "head", list, 1, 1, bandwidth);
+    bench_product(m, pool, "head", list, 1, 1, bandwidth);
     free(list);
 }
 
 // Prefill and decode at growing depths; the machine's read bandwidth is measured between the runs.
 static int run_bench(void) {
-    Model *m = open_from_options(false);
+    Model *m = open_model();
     Session *s = session_new(m);
-    Run *r = m->stage[0].impl;
+    Pool *pool = pool_new((int)opt.threads);
     int steps = opt.tokens > 0 ? (int)opt.tokens : 32;
-    double bandwidth = read_bandwidth(r->pool), touched = bytes_touched(m);
+    double bandwidth = read_bandwidth(pool), touched = bytes_touched(m);
     printf("cpu %s, %d threads, read bandwidth %.1f GB/s; %.3f GB of weights read per token\n",
-           cpu_names[cpu_level], r->pool->n_threads, bandwidth / 1e9, touched / 1e9);
-    bench_products(m, bandwidth);
+           cpu_names[cpu_level], pool->n_threads, bandwidth / 1e9, touched / 1e9);
+    if (m->stage[0].op == &cpu_ops) bench_products(m, pool, bandwidth);
     printf("   depth   prefill tok/s   decode tok/s   decode GB/s   of the bandwidth\n");
     feed_time(s, 1);
-    for (int depth = 128; depth + steps <= m->ctx && !interrupted; depth *= 4) {
+    for (int depth = 128; depth + steps <= m->ctx; depth *= 4) {
+        if (depth <= s->n) continue;
         int n = depth - s->n;
-        double t_read = feed_time(s, n), t = 0, again = read_bandwidth(r->pool);
+        double t_read = feed_time(s, n), t = 0, again = read_bandwidth(pool);
         if (again > bandwidth) bandwidth = again;
         for (int i = 0; i < steps; i++) t += feed_time(s, 1);
         printf("%8d %15.1f %14.2f %13.2f %17.0f %%\n", depth, n / t_read, steps / t,
                touched * steps / t / 1e9, 100 * touched * steps / t / bandwidth);
         fflush(stdout);
     }
-    return interrupted ? 130 : 0;
+    return 0;
 }
 
 // --- dsv4 verify
@@ -8574,6 +8688,19 @@ static int run_convert(const char *src, const char *dst) {
     return 0;
 }
 
+static int run(Command command, char **args) {
+    switch (command) {
+    case TOKENIZE: return run_tokenize();
+    case INFO: return run_info();
+    case BENCH: return run_bench();
+    case PPL: return run_ppl(args[0]);
+    case DEVICES: return cuda_report();
+    case VERIFY: return run_verify(args[0]);
+    case CONVERT: return run_convert(args[0], args[1]);
+    default: return opt.prompt || opt.file || opt.ids ? run_prompt() : run_chat();
+    }
+}
+
 int main(int argc, char **argv) {
     char *args[2] = { NULL };
     Command command = parse_options(argc, argv, args);
@@ -8586,15 +8713,8 @@ int main(int argc, char **argv) {
     catch_signals();
     choose_isa();
     cuda_kernels_file = opt.kernels;
-    switch (command) {
-    case TOKENIZE: return run_tokenize();
-    case INFO: return run_info();
-    case BENCH: return run_bench();
-    case PPL: return run_ppl(args[0]);
-    case DEVICES: return cuda_report();
-    case VERIFY: return run_verify(args[0]);
-    case CONVERT: return run_convert(args[0], args[1]);
-    default: return opt.prompt || opt.file || opt.ids ? run_prompt() : run_chat();
-    }
+    int code = run(command, args);
+    flush_out();
+    return code;
 }
 #endif

@@ -167,8 +167,10 @@ int main(void) {
     test_sinkhorn();
     for (int i = 0; i < 2; i++)
         for (int stages = 1; stages <= 3; stages += 2) {
-            Model *m = model_open(&(Opening){ .dir = dirs[i], .threads = 2, .chunk = 64, .ctx = 2048,
-                                              .devices = stages == 1 ? "cpu" : "cpu,cpu,cpu" });
+            Opening o = { .dir = dirs[i], .threads = 2, .chunk = 64, .ctx = 2048,
+                          .devices = stages == 1 ? "cpu" : "cpu,cpu,cpu" };
+            Model *m = model_read(&o);
+            model_start(m, &o);
             test_company(m);
             test_rewind(m);
             test_snapshot(m);
