@@ -129,12 +129,19 @@ __device__ inline float block_sum(float v, float *tmp) {
     return v;
 }
 
-// quantize() of dsv4.c for a group of 32 held by 8 consecutive lanes, 4 values each: writes 4 bytes and the scale.
+__device__ inline float relu(float x) { return x < 0 ? 0 : x; }       // keeps NaN
+
+// The larger magnitude, as bits; NaN is the largest of all, so that it reaches the scale and from there the output.
+__device__ inline u32 max_bits(u32 m, float v) { return max(m, __float_as_uint(v) & 0x7fffffffu); }
+
+// quantise() of dsv4.c for a group of 32 held by 8 consecutive lanes, 4 values each: writes 4 bytes and the scale.
 // All lanes of the warp must call it.
 __device__ inline void quantize4(float4 v, s8 *q, float *scale, bool valid) {
-    float m = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    for (int i = 4; i; i >>= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
-    float r = m > 0 ? 127.f / m : 0;
+    u32 bits = max_bits(max_bits(max_bits(max_bits(0, v.x), v.y), v.z), v.w);
+    for (int i = 4; i; i >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, i));
+    const float m = __uint_as_float(bits);
+    float r = 127.f / m;
+    if (!(r <= 3.40282347e38f)) r = 0;                  // no factor that a float can hold: all zeros
     int a = max(-127, min(127, __float2int_rn(v.x * r))), b = max(-127, min(127, __float2int_rn(v.y * r)));
     int c = max(-127, min(127, __float2int_rn(v.z * r))), d = max(-127, min(127, __float2int_rn(v.w * r)));
     if (!valid) return;
@@ -144,9 +151,11 @@ __device__ inline void quantize4(float4 v, s8 *q, float *scale, bool valid) {
 
 // The same for a group of 32 held by the 32 lanes of a warp.
 __device__ inline void quantize1(float v, s8 *q, float *scale) {
-    float m = fabsf(v);
-    for (int i = 16; i; i >>= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
-    float r = m > 0 ? 127.f / m : 0;
+    u32 bits = max_bits(0, v);
+    for (int i = 16; i; i >>= 1) bits = max(bits, __shfl_xor_sync(~0u, bits, i));
+    const float m = __uint_as_float(bits);
+    float r = 127.f / m;
+    if (!(r <= 3.40282347e38f)) r = 0;                  // no factor that a float can hold: all zeros
     *q = (s8)max(-127, min(127, __float2int_rn(v * r)));
     if ((threadIdx.x & 31) == 0) *scale = m / 127.f;
 }
@@ -1051,7 +1060,7 @@ index_scores(const u16 *iqh, const float *wt, const Row *rows, const u64 *slots,
         const float w0 = ws[j * 8 + 2 * q4], w1 = ws[j * 8 + 2 * q4 + 1];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            sum[i] = fmaf(w0, fmaxf(acc[i >> 1][(i & 1) * 2], 0), fmaf(w1, fmaxf(acc[i >> 1][(i & 1) * 2 + 1], 0), sum[i]));
+            sum[i] = fmaf(w0, relu(acc[i >> 1][(i & 1) * 2]), fmaf(w1, relu(acc[i >> 1][(i & 1) * 2 + 1]), sum[i]));
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -1084,15 +1093,13 @@ __device__ inline int block_scan(int v, int *tmp) {
     return v + before;
 }
 
-// index_topk() of dsv4.c: the INDEX_TOPK largest of scores[t, 0..n), ties to the lowest index, in ascending order of index.
-// One block per row of the slab: three histogram passes find the threshold, two more write the chosen. Reads 5 n floats.
-extern "C" __global__ void __launch_bounds__(1024)
-index_topk(const float *scores, size_t ld, const Row *rows, int t0, int *chosen) {
+// top_k() of dsv4.c by one block: calls take(place, i) for the INDEX_TOPK largest of s[0..n), n > INDEX_TOPK, in ascending order
+// of i; ties go to the lowest. Three histogram passes find the threshold, two more collect. Reads s five times.
+template <class Take>
+__device__ inline void top_k(const float *s, int n, Take take) {
     __shared__ int hist[2048], tmp[32], above[32], equal[32];
     __shared__ int bin, left;
-    const int t = t0 + blockIdx.x, n = (rows[t].pos + 1) / 4, tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    const float *s = scores + (size_t)blockIdx.x * ld;
-    if (n <= INDEX_TOPK) return;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     u32 prefix = 0, mask = 0;
     int need = INDEX_TOPK;
     for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
@@ -1131,10 +1138,42 @@ index_topk(const float *scores, size_t ld, const Row *rows, int t0, int *chosen)
         const u32 k = i < hi ? ordered(s[i]) : 0, less = (1u << lane) - 1;
         const u32 g = __ballot_sync(~0u, i < hi && k > prefix), e = __ballot_sync(~0u, i < hi && k == prefix);
         const int rank = eq + __popc(e & less);
-        if (g >> lane & 1 || (e >> lane & 1 && rank < need))
-            chosen[(size_t)t * INDEX_TOPK + gt + __popc(g & less) + min(rank, need)] = i;
+        if (g >> lane & 1 || (e >> lane & 1 && rank < need)) take(gt + __popc(g & less) + min(rank, need), i);
         gt += __popc(g), eq += __popc(e);
     }
+}
+
+// index_topk() of dsv4.c, first level of a long context: block (slab of keys, row) keeps the best INDEX_TOPK of its slab with
+// their scores, so that the second level has little to read. What a slab drops, the whole would drop as well.
+extern "C" __global__ void __launch_bounds__(1024)
+index_slab(const float *scores, size_t ld, const Row *rows, int t0, int slab, float *best, int *best_key, size_t best_ld) {
+    const int n = (rows[t0 + blockIdx.y].pos + 1) / 4, first = blockIdx.x * slab, count = min(slab, n - first);
+    const float *s = scores + (size_t)blockIdx.y * ld + first;
+    const size_t to = (size_t)blockIdx.y * best_ld + (size_t)blockIdx.x * INDEX_TOPK;
+    if (count <= 0) return;
+    if (count <= INDEX_TOPK) {
+        for (int i = threadIdx.x; i < count; i += 1024) best[to + i] = s[i], best_key[to + i] = first + i;
+        return;
+    }
+    top_k(s, count, [&](int place, int i) { best[to + place] = s[i], best_key[to + place] = first + i; });
+}
+
+// index_topk() of dsv4.c: the rows that row t of the slab of rows attends to. One block per row; with `slab` among the best of
+// each slab of keys, else among all scores.
+extern "C" __global__ void __launch_bounds__(1024)
+index_topk(const float *scores, size_t ld, const int *key, const Row *rows, int t0, int slab, int *chosen) {
+    const int t = t0 + blockIdx.x, n = (rows[t].pos + 1) / 4;
+    const float *s = scores + (size_t)blockIdx.x * ld;
+    const int full = slab ? n / slab : 0, rest = slab ? n - full * slab : n;
+    const int count = slab ? full * INDEX_TOPK + min(rest, INDEX_TOPK) : n;
+    if (n <= INDEX_TOPK) return;
+    int *to = chosen + (size_t)t * INDEX_TOPK;
+    const int *name = key + (size_t)blockIdx.x * ld;
+    if (count == INDEX_TOPK) {          // one slab holds all that is left
+        for (int i = threadIdx.x; i < count; i += 1024) to[i] = name[i];
+        return;
+    }
+    top_k(s, count, [&](int place, int i) { to[place] = slab ? name[i] : i; });
 }
 
 // ---------------------------------------------------------------------------
@@ -1448,10 +1487,10 @@ struct Hidden {
     float *s, *x;       // x NULL if only INT8 is wanted
 };
 
-// swiglu() of dsv4.c
+// One element of swiglu_rows() of dsv4.c; the clamps let NaN pass.
 __device__ inline float swiglu(float g, float u, float weight) {
-    g = fminf(g, SWIGLU_LIMIT);
-    u = fmaxf(-SWIGLU_LIMIT, fminf(SWIGLU_LIMIT, u));
+    g = g > SWIGLU_LIMIT ? SWIGLU_LIMIT : g;
+    u = u > SWIGLU_LIMIT ? SWIGLU_LIMIT : u < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : u;
     return g * sigmoid(g) * u * weight;
 }
 
