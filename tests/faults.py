@@ -741,7 +741,7 @@ def surroundings(s):
         os.chmod(ro, 0o500)
         r = run([s.binary, "-m", s.base, *IDS, "-s", "3"], env={"HOME": ro, "XDG_CACHE_HOME": ro, "TMPDIR": ro}, cwd=ro)
         s.tally.check(r.code == 0 and r.out == plain and not os.listdir(ro), "34 read-only HOME: runs, writes nothing", r.tail())
-        r = run(["env", "-i", s.binary, "-m", s.base, *IDS, "-s", "3"])
+        r = run(["env", "-i", *[f"{k}={v}" for k, v in SANITIZERS.items()], s.binary, "-m", s.base, *IDS, "-s", "3"])
         s.tally.check(r.code == 0 and r.out == plain, "34 empty environment: runs", r.tail())
     if s.wanted("34 few descriptors"):
         def limited():
