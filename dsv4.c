@@ -7,13 +7,15 @@
 //     small tools      errors, checked sizes, strings, files
 //     types            Config, Mat, Layer, Cache: every field with its shape
 //     files            JSON, safetensors, config.json
-//     text             tokenizer, chat encoding, sampler
+//     text             tokenizer, sampler (the chat encoding is in apps/chat.c)
 //     products         thread pool, number formats, matrix products for INT4, INT8, FP4, FP8, BF16, FP32
 //     weights          the table of tensors
 //     devices          the list of operations that a device must offer
 //     forward          these operations on the CPU: the model's specification in code
-//     model            the forward pass over stages of layers, sessions, snapshots
-//     programs         generate, chat, tokenize, info, bench, ppl; the option table; main
+//     CUDA             the same operations as launches of kernels.cu; the self-test against the CPU
+//     command line     the option table
+//     model            the forward pass over stages of layers, sessions, snapshots, placement
+//     programs         generate, chat, tokenize, info, bench, ppl, verify; main
 // Sections in brackets, like (4.3), point into the model's description: 2 hyper-connections, 3 rope, 4 attention,
 // 5 compressor, 6 indexer, 7 mixture of experts, 8 weight formats, 10 MTP.
 
@@ -122,6 +124,15 @@ double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+// "DIR/FILE"; release with free().
+static char *path_join(const char *dir, const char *file) {
+    Str s = { 0 };
+    str_puts(&s, dir);
+    str_puts(&s, "/");
+    str_puts(&s, file);
+    return s.p;
 }
 
 // A file mapped read-only and private. An empty file gives n = 0.
@@ -1426,22 +1437,25 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
     if (!ok) config_free(c);
     return ok;
 }
+
+// Reads DIR/config.json.
+static bool config_open(Config *c, const char *dir, Err *e) {
+    Span text = { 0 };
+    char *path = path_join(dir, "config.json");
+    bool ok = map_file(path, &text, e) && config_read(c, text, path, e);
+    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    free(path);
+    return ok;
+}
+
 // What apps/convert.c needs of a config.json.
 bool config_brief(ConfigBrief *b, const char *dir, Err *e) {
-    Str path = { 0 };
-    Span text = { 0 };
     Config c;
-    str_puts(&path, dir);
-    str_puts(&path, "/config.json");
-    bool ok = map_file(path.p, &text, e) && config_read(&c, text, path.p, e);
-    if (ok) {
-        *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, "" };
-        memcpy(b->quant, c.quant, sizeof b->quant);
-        config_free(&c);
-    }
-    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
-    free(path.p);
-    return ok;
+    if (!config_open(&c, dir, e)) return false;
+    *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, "" };
+    memcpy(b->quant, c.quant, sizeof b->quant);
+    config_free(&c);
+    return true;
 }
 
 // ---------------------------------------------------------------------------
@@ -3622,7 +3636,7 @@ static bool bind_table(Binder *b, const char *name, int rows, int cols, const in
     return true;
 }
 
-// Every token's experts must exist and differ. Reads the whole table (1 to 6 MB), so only before
+// Every token's experts must exist. Reads the whole table (1 to 6 MB), so only before
 // running.
 static bool check_table(const Config *c, const Layer *l, Err *e) {
     for (size_t i = 0; l->tid2eid && i < (size_t)c->vocab * c->n_active; i++) {
@@ -3846,7 +3860,7 @@ typedef struct {
 // A stage: the layers [first, last) on one device, with everything they need there. i in the calls
 // above counts a stage's layers from 0; the MTP layers come after them on the last stage.
 struct Device {
-    char name[16];              // "cpu", "cuda:0"
+    char name[24];              // "cpu", "cuda:0"
     int ordinal;                // of the GPU, -1: the CPU
     const Ops *op;
     const Config *c;
@@ -3922,6 +3936,7 @@ typedef struct {
     const float *norm;
     const Mtp *mtp;
     const int *want;
+    Act *act;                   // to be quantised
     int from, keys, chunk;      // index scores: first row of the slab, keys at most, keys per item
 } Task;
 
@@ -3933,8 +3948,8 @@ enum {
     MAX_HEAD_DIM = 4096,        // head_dim and index_head_dim
     MAX_STREAMS = 16,           // hc_mult
     COLUMNS = 512,              // of the streams that one item mixes
-    HEAD_BLOCK = 16,            // heads that share
-    ROW_BLOCK = 8,              // the expansion of so many cached rows
+    HEAD_BLOCK = 16,            // heads of one item: they share the FP32 copy of a cached row
+    ROW_BLOCK = 8,              // cached rows that are expanded at once
 };
 static const size_t INDEX_SCORES = 4 << 20;     // index scores held at once
 
@@ -4022,25 +4037,22 @@ static Act act_rows(const Act *a, int row) {
 
 // Bytes of a matrix and its scales as stored; an absent one has none.
 static size_t mat_bytes(const Mat *m) {
-    static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
-    size_t n = (size_t)m->n, k = (size_t)m->k, blocks = (n + 127) / 128 * ((k + 127) / 128),
-           groups = n * (k / 32);
+    size_t n = (size_t)m->n, k = (size_t)m->k, groups = n * (k / 32);
+    size_t blocks = (n + 127) / 128 * ((k + 127) / 128);
     size_t scales[N_FORMATS] = { 0, 0, 2 * blocks, 2 * groups, blocks, groups };
-    return m->w ? n * k * bits[m->fmt] / 8 + scales[m->fmt] : 0;
+    return m->w ? n * row_bytes(m) + scales[m->fmt] : 0;
 }
 
 // Rows [row, row + n) of a matrix. Of a block-scaled one they must begin a scale block or lie
 // within one.
 static Mat mat_rows(const Mat *w, int row, int n) {
-    static const int bits[N_FORMATS] = { 32, 16, 8, 4, 8, 4 };
+    size_t groups = (size_t)w->k / 32, blocks = ((size_t)w->k + 127) / 128, first = (size_t)row;
+    size_t scales[N_FORMATS] = { 0, 0, first / 128 * blocks * 2, first * groups * 2,
+                                 first / 128 * blocks, first * groups };
     Mat m = *w;
-    size_t blocks = ((size_t)w->k + 127) / 128;
     m.n = n;
-    m.w = (const uint8_t *)w->w + (size_t)row * w->k * bits[w->fmt] / 8;
-    if (w->fmt == W_INT4) m.s = (const uint8_t *)w->s + (size_t)row * (w->k / 32) * 2;
-    if (w->fmt == W_FP4) m.s = (const uint8_t *)w->s + (size_t)row * (w->k / 32);
-    if (w->fmt == W_INT8) m.s = (const uint8_t *)w->s + (size_t)(row / 128) * blocks * 2;
-    if (w->fmt == W_FP8) m.s = (const uint8_t *)w->s + (size_t)(row / 128) * blocks;
+    m.w = (const uint8_t *)w->w + first * row_bytes(w);
+    if (w->s) m.s = (const uint8_t *)w->s + scales[w->fmt];
     return m;
 }
 
@@ -4343,15 +4355,14 @@ static void index_scores(void *arg, int begin, int end) {
     free(s);
 }
 
-// The k largest of score[n] as ascending indices; ties go to the lowest index. NaN counts as
-// smallest. Radix select on order-preserving integers: 11 + 11 + 10 bits.
+// Integers in the order of the floats.
 static uint32_t order_key(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if (x != x) return 0;
+    uint32_t u = bits_of_f32(x);
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
+// The k largest of score[n] as ascending indices; ties go to the lowest index. Radix select on
+// 11 + 11 + 10 bits.
 static void top_k(const float *score, int n, int k, int *top) {
     uint32_t prefix = 0, mask = 0;
     // entries still wanted among those equal to prefix
@@ -4443,16 +4454,16 @@ static float softmax_sink(const Device *d, float *s, int n, float sink) {
     return sum;
 }
 
-// Items: T rows times blocks of `chunk` heads, which share the cached rows (one KV head).
+// Items: T rows times blocks of HEAD_BLOCK heads, which share the cached rows (one KV head).
 static void attend_heads(void *arg, int begin, int end) {
     Task *k = arg;
     Run *r = k->r;
     int H = k->c->n_heads, K = k->c->head_dim, R = k->c->rope_dim,
-        blocks = (H + k->chunk - 1) / k->chunk;
+        blocks = (H + HEAD_BLOCK - 1) / HEAD_BLOCK;
     float scale = 1.0f / sqrtf((float)K), *rows = xalloc((size_t)ROW_BLOCK * K, sizeof *rows);
     for (int item = begin; item < end; item++) {
-        int t = item / blocks, h0 = item % blocks * k->chunk,
-            hn = H - h0 < k->chunk ? H - h0 : k->chunk;
+        int t = item / blocks, h0 = item % blocks * HEAD_BLOCK,
+            hn = H - h0 < HEAD_BLOCK ? H - h0 : HEAD_BLOCK;
         Seen v = rows_seen(k, t);
         const float *q = r->q + ((size_t)t * H + h0) * K;
         float *o = r->o.x + t * r->o.ld + (size_t)h0 * K, sum[HEAD_BLOCK];
@@ -4479,21 +4490,17 @@ static void attend_heads(void *arg, int begin, int end) {
     free(rows);
 }
 
-static void quantise_o(void *arg, int begin, int end) {
+static void quantise_rows(void *arg, int begin, int end) {
     Task *k = arg;
-    for (int t = begin; t < end; t++) act_quantise(k->d, &k->r->o, t);
+    for (int t = begin; t < end; t++) act_quantise(k->d, k->act, t);
 }
 
 static void cpu_attend(Device *d, const Layer *l, int i) {
     Task k = task(d, l, i);
-    k.chunk = HEAD_BLOCK;
-    parallel(k.r->pool, k.r->T * ((d->c->n_heads + k.chunk - 1) / k.chunk), 1, attend_heads, &k);
-    parallel(k.r->pool, k.r->T, 1, quantise_o, &k);
-}
-
-static void quantise_u(void *arg, int begin, int end) {
-    Task *k = arg;
-    for (int t = begin; t < end; t++) act_quantise(k->d, &k->r->u, t);
+    int blocks = (d->c->n_heads + HEAD_BLOCK - 1) / HEAD_BLOCK;
+    parallel(k.r->pool, k.r->T * blocks, 1, attend_heads, &k);
+    k.act = &k.r->o;
+    parallel(k.r->pool, k.r->T, 1, quantise_rows, &k);
 }
 
 // Grouped output: u_g = wo_a[g] o_g for each group of H/G heads, then y = wo_b u. A group's rows
@@ -4512,7 +4519,8 @@ static void cpu_attn_out(Device *d, const Layer *l) {
                 (Product){ &r->part[n].w, &r->part[n].a, NULL, r->T, r->u.x + row, r->u.ld };
         }
     matmul(r->pool, r->job, n, d->exact);
-    parallel(r->pool, r->T, 1, quantise_u, &k);
+    k.act = &r->u;
+    parallel(r->pool, r->T, 1, quantise_rows, &k);
     matmul(r->pool, &(Product){ &l->wo_b, &r->u, NULL, r->T, r->y, (size_t)d->c->dim }, 1,
            d->exact);
 }
@@ -4917,7 +4925,7 @@ static void cpu_device(Device *d, Pool *pool) {
     r->iq = xalloc(T * J, sizeof(float));
     r->iw = xalloc(T * c->index_heads, sizeof(float));
     r->iscore = reserve(sizeof(float) * (INDEX_SCORES + (size_t)d->ctx / 4));
-    r->top = xalloc(T * c->index_topk, sizeof(int));
+    r->top = reserve(T * c->index_topk * sizeof(int));
     r->n_top = xalloc(T, sizeof(int));
     r->o = act_new(d, d->max_rows, c->n_heads / c->o_groups * c->head_dim, c->o_groups);
     r->u = act_new(d, d->max_rows, c->o_groups * c->o_lora_rank, 1);
@@ -4943,7 +4951,6 @@ static void cpu_device(Device *d, Pool *pool) {
 // ---------------------------------------------------------------------------
 // CUDA: the driver and its run-time compiler, both opened when a GPU is asked for. No header, no library at build time.
 
-#include <dlfcn.h>
 
 // The source of the kernels travels in the program.
 __asm__(".pushsection .rodata\n"
@@ -5317,7 +5324,7 @@ enum {
     TILE_SHARED = 3 * 16384,    // its shared memory
     HEAD_TILE = 64,             // rows of logits at a time
     MAX_SPLITS = 32,            // parts of attention
-    KEY_SLAB = 16384,           // index keys that one block chooses from
+    KEY_SLAB = 32768,           // index keys that one block chooses from
 };
 
 __attribute__((noreturn, cold))
@@ -6631,7 +6638,7 @@ static void twin_device(Device *d, Toy *m, const char *name, int T, int ctx) {
 static void cuda_parity(Toy *m, int ordinal, Pool *pool, int T, int pos, Parity *list) {
     Twin w = { .T = T, .list = list };
     const Config *c = &m->c;
-    char name[16];
+    char name[24];
     int ctx = pos + T > 256 ? pos + T : 256;
     snprintf(name, sizeof name, "cuda:%d", ordinal);
     twin_device(&w.cpu, m, "cpu", T, ctx);
@@ -6717,7 +6724,7 @@ static void report_rates(int ordinal) {
     enum { COPY = 64 << 20, TIMES = 10 };
     Toy *m = toy_new(&toy_shape, W_INT8, W_INT4);
     Device dev = { 0 }, *d = &dev;
-    char name[16];
+    char name[24];
     CuEvent e[2];
     snprintf(name, sizeof name, "cuda:%d", ordinal);
     twin_device(d, m, name, TILE, 256);
@@ -6761,7 +6768,7 @@ static void report_hop(int a, int b) {
     float *X = xalloc(n, sizeof *X), *Y = xalloc(n, sizeof *Y);
     Row row = { 0 };
     for (int i = 0; i < 2; i++) {
-        char name[16];
+        char name[24];
         snprintf(name, sizeof name, "cuda:%d", i ? b : a);
         twin_device(&d[i], m, name, 1, 256);
         cuda_device(&d[i], i ? b : a);
@@ -6838,7 +6845,7 @@ static struct {
 typedef enum { FLAG, WORD, INT, REAL } OptType;
 
 typedef struct {
-    const char *name;           // long name; the test build's own options have no help
+    const char *name;           // long name; options for tests have no help
     char letter;
     OptType type;
     int commands;               // where it is allowed
@@ -7324,25 +7331,13 @@ static int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
 
 static void model_fail(const Err *e) { die(1, "%s", e->text); }
 
-static char *path_join(const char *dir, const char *file) {
-    Str s = { 0 };
-    str_puts(&s, dir);
-    str_puts(&s, "/");
-    str_puts(&s, file);
-    return s.p;
-}
-
 static const Store *open_store;     // for the SIGBUS handler: whose page could not be read
 
 // Reads config.json, opens the shards and binds every tensor. Nothing is read from the weights but
 // small vectors.
 static void model_bind(Model *m, const char *dir) {
     Err e = { 0 };
-    Span text;
-    char *path = path_join(dir, "config.json");
-    if (!map_file(path, &text, &e) || !config_read(&m->c, text, path, &e)) model_fail(&e);
-    munmap((void *)(uintptr_t)text.p, text.n);
-    free(path);
+    if (!config_open(&m->c, dir, &e)) model_fail(&e);
     open_store = &m->store;
     if (!store_open(&m->store, dir, &e)) model_fail(&e);
     Binder b = { .store = &m->store, .c = &m->c, .e = &e };
@@ -7353,16 +7348,21 @@ static void model_bind(Model *m, const char *dir) {
         note("%zu tensors of the checkpoint are not used", m->store.n - (size_t)b.bound);
 }
 
+static size_t expert_bytes(const Layer *l, const Config *c) {
+    size_t n = 0;
+    for (int e = 0; e < c->n_experts; e++)
+        n += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
+    return n;
+}
+
 // Bytes of a block's weights as stored.
 static size_t layer_bytes(const Layer *l, const Config *c) {
     const Mat *m[] = { &l->hc_attn.fn,  &l->hc_ffn.fn, &l->wq_a,     &l->wq_b,       &l->wkv,
                        &l->wo_a,        &l->wo_b,      &l->comp.wkv, &l->comp.wgate, &l->icomp.wkv,
                        &l->icomp.wgate, &l->iwq_b,     &l->iproj,    &l->gate,       &l->sw1,
                        &l->sw2,         &l->sw3 };
-    size_t n = 0;
+    size_t n = expert_bytes(l, c);
     for (size_t i = 0; i < COUNT(m); i++) n += mat_bytes(m[i]);
-    for (int e = 0; e < c->n_experts; e++)
-        n += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
     return n + (l->tid2eid ? 8 * (size_t)c->vocab * c->n_active : 0);
 }
 
@@ -7413,7 +7413,7 @@ typedef struct {
 } Opening;
 
 typedef struct {
-    char name[16];
+    char name[24];
     int layers;                 // -1: to be chosen
     bool head;
     size_t memory;              // free bytes of a GPU
@@ -7465,11 +7465,10 @@ static bool on_gpu(const Placement *p) { return !strncmp(p->name, "cuda:", 5); }
 
 // Bytes of weights that a layer reads for one token: its share of a token's time.
 static double layer_cost(const Model *m, const Layer *l) {
-    const Config *c = &m->c;
-    size_t experts = 0;
-    for (int e = 0; e < c->n_experts; e++)
-        experts += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
-    return (double)(layer_bytes(l, c) - experts) + (double)experts * c->n_active / c->n_experts;
+    size_t experts = expert_bytes(l, &m->c);
+    size_t table = l->tid2eid ? 8 * (size_t)m->c.vocab * m->c.n_active : 0;
+    return (double)(layer_bytes(l, &m->c) - experts - table) +
+           (double)experts * m->c.n_active / m->c.n_experts;
 }
 
 // Bytes of the weights that a stage computes with.
@@ -7661,7 +7660,7 @@ static Model *model_read(const Opening *o) {
     Model *m = xalloc(1, sizeof *m);
     model_bind(m, o->dir);
     const Config *c = &m->c;
-    Placement place[MAX_STAGES];
+    Placement place[MAX_STAGES + 1];
     m->ctx = choose_ctx(m, o->ctx);
     m->chunk = o->chunk ? o->chunk : 512;
     if (m->chunk > m->ctx) m->chunk = m->ctx;
@@ -7711,7 +7710,6 @@ static void model_start(Model *m, const Opening *o) {
 // ---------------------------------------------------------------------------
 // dsv4 verify: reads every byte of a checkpoint and says what is damaged
 
-#include <dirent.h>
 
 enum { VERIFY_PIECE = 4 << 20, VERIFY_LINES = 20 };
 
@@ -7887,20 +7885,14 @@ static bool verify_bind(const Store *s, const Config *c, Err *e) {
 static bool verify(const char *path, int threads, Err *e) {
     static Store s;                 // static: the SIGBUS handler may look into it
     Config c;
-    Span text = { 0 };
-    Str config = { 0 };
     double start = now();
-    str_puts(&config, path);
-    str_puts(&config, "/config.json");
-    bool ok = map_file(config.p, &text, e) && config_read(&c, text, config.p, e);
-    free(config.p);
-    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
-    if (!ok) return false;
+    if (!config_open(&c, path, e)) return false;
     open_store = &s;
     if (!store_open(&s, path, e)) {
         config_free(&c);
         return false;
     }
+    bool ok = true;
     verify_strays(&s, path);
     Verify v = { .n_experts = c.n_experts, .lock = PTHREAD_MUTEX_INITIALIZER };
     v.tensors = s.tensors;
@@ -8416,17 +8408,9 @@ static double bytes_per_token(const Model *m) {
 // and one row of the embedding. Hash layers need the gate's rows of the chosen experts only; all of
 // it is counted.
 static double bytes_touched(const Model *m) {
-    const Config *c = &m->c;
-    double n = mat_bytes(&m->w.head) + (double)mat_bytes(&m->w.embed) / c->vocab +
+    double n = mat_bytes(&m->w.head) + (double)mat_bytes(&m->w.embed) / m->c.vocab +
                mat_bytes(&m->w.hc_head.fn);
-    for (int i = 0; i < c->n_layers; i++) {
-        const Layer *l = &m->w.layers[i];
-        double experts = 0;
-        for (int e = 0; e < c->n_experts; e++)
-            experts += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
-        n += layer_bytes(l, c) - experts * (c->n_experts - c->n_active) / c->n_experts;
-        if (l->tid2eid) n -= 8.0 * c->vocab * c->n_active;
-    }
+    for (int i = 0; i < m->c.n_layers; i++) n += layer_cost(m, &m->w.layers[i]);
     return n;
 }
 
