@@ -512,6 +512,7 @@ __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int
 
 // Blocks per multiprocessor that the registers must allow.
 #define ROW_BLOCKS(B) ((B) > 1 ? 2 : DENSE >> W_FP8 ? 3 : 4)
+#define EXPERT_BLOCKS(B) ((B) > 1 || ROUTED >> W_FP8 ? 2 : 4)
 #define GEMV(B) \
 extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
 gemv_##B(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) { \
@@ -1689,7 +1690,7 @@ __device__ inline void up_rows(float (*part)[8][36], const Matrix &w1, const Mat
 
 // The first half of experts() for one row: block (32 hidden rows, slot). Every block routes the
 // row for itself: that takes less time than a kernel in between.
-extern "C" __global__ void __launch_bounds__(256, 4)
+extern "C" __global__ void __launch_bounds__(256, EXPERT_BLOCKS(1))
 expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs, const float *z,
     const float *bias,
             const long long *tid2eid, const Row *rows, Routing r, Hidden out) {
@@ -1817,7 +1818,7 @@ __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const 
 }
 
 #define EXPERT_DOWN(B) \
-extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
+extern "C" __global__ void __launch_bounds__(256, EXPERT_BLOCKS(B)) \
 expert_down_##B(const Matrix *experts, Hidden h, Routing r, int T, float *y) { \
     expert_down_block<B>(experts, h, r, T, y); \
 }
