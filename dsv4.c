@@ -108,7 +108,7 @@ void *xalloc(size_t n, size_t size) {
 void str_add(Str *s, const void *p, size_t n) {
     if (cadd(s->n, cadd(n, 1)) > s->cap) {
         s->cap = cadd(cmul(s->cap, 2), cadd(n, 64));
-        s->p = realloc(s->p, s->cap);
+        s->p = s->cap > PTRDIFF_MAX ? NULL : realloc(s->p, s->cap);
         if (!s->p) die(1, "out of memory: string of %zu bytes", s->cap);
     }
     if (n) memcpy(s->p + s->n, p, n);
