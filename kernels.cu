@@ -1573,10 +1573,13 @@ __device__ inline bool route_row(const float *z, const float *bias, const long l
         s[j] = sqrtf(z[e] > 20.f ? z[e] : log1pf(expf(z[e])));
         rank[j] = bias ? s[j] + bias[e] : s[j];
     }
+    finite = __all_sync(~0u, finite);
     id = 0, weight = 0;
     for (int slot = 0; slot < ACTIVE; slot++) {
         int e = EXPERTS;
-        if (given) {
+        if (!finite) {
+            e = slot;               // any experts, but different ones: the run ends with an error
+        } else if (given) {
             e = (int)given[slot];
         } else {
             float best = MINUS_INF;
@@ -1599,7 +1602,7 @@ __device__ inline bool route_row(const float *z, const float *bias, const long l
         if (lane == slot) weight = w, id = e;
     }
     weight = weight / sum * ROUTE_SCALE;
-    return __all_sync(~0u, finite);
+    return finite;
 }
 
 // route() for more than one row: a warp per row; up to 8 rows are also sorted by expert here.

@@ -96,6 +96,22 @@ def one_line(t, name, r, *words):
     t.check(ok and r.out == b"", name, r.tail())
 
 
+def poison(folder, name):
+    """Makes the first BF16 scale of a tensor NaN."""
+    for file in os.listdir(folder):
+        if not file.endswith(".safetensors"):
+            continue
+        path = os.path.join(folder, file)
+        os.chmod(path, 0o644)
+        data = bytearray(open(path, "rb").read())
+        n = int.from_bytes(data[:8], "little")
+        entry = json.loads(data[8:8 + n]).get(name)
+        if entry:
+            at = 8 + n + entry["data_offsets"][0]
+            data[at:at + 2] = b"\xc0\x7f"
+            open(path, "wb").write(data)
+
+
 def faults(gpu, t, work):
     model = os.path.join(GOLDEN, "edge/int")
     args = ["-m", model, "--devices", "cuda:0", "--ids", "5,6,7", "-n", 3, "-c", 256, "--temp", 0]
@@ -109,6 +125,14 @@ def faults(gpu, t, work):
     one_line(t, "no driver", gpu.run(args, libs="/nonexistent"), "libcuda.so.1")
     one_line(t, "the driver is too old", gpu.run(args, SIM_DRIVER=11020), "CUDA 11.2")
     one_line(t, "the GPU is too old", gpu.run(args, SIM_CC="7.5"), "8.0")
+    for cc in ("8.0", "9.0", "12.0"):
+        r = gpu.run(args, SIM_CC=cc)
+        t.check(r.code == 0 and r.out == good.out, f"compute capability {cc}", r.tail())
+    nan = os.path.join(work, "nan")
+    shutil.copytree(model, nan)
+    poison(nan, "layers.1.attn.wo_a.scale")
+    for chunk in (1, 64):
+        one_line(t, f"NaN in a scale, chunk {chunk}", gpu.run(["-m", nan, *args[2:], "--chunk", chunk]), "not finite")
     one_line(t, "no such GPU", gpu.run(["-m", model, "--devices", "cuda:3", "--ids", "5", "-n", 1]), "cuda:3")
     r = gpu.run([a for a in args if a not in ("--devices", "cuda:0")], SIM_DEVICES=0)
     t.check(r.code == 0, "no GPU at all: the CPU runs", r.tail())
