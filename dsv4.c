@@ -1615,8 +1615,11 @@ static void load_vocab(Json *j, Map *vocab) {
     int64_t id = 0;
     for (json_object(j); json_member(j, &key);) {
         Span text = str_span(&key);
-        if (json_token_text(j, text) && json_int(j, 0, INT_MAX, &id) && !map_add(vocab, text, id))
-            json_fail(j, "token %s twice", quoted(text).text);
+        if (!json_token_text(j, text)) break;
+        if (!json_int(j, 0, INT_MAX, &id)) {            // says what it found; of which token:
+            size_t n = strlen(j->e->text);
+            snprintf(j->e->text + n, sizeof j->e->text - n, " (token %s)", quoted(text).text);
+        } else if (!map_add(vocab, text, id)) json_fail(j, "token %s twice", quoted(text).text);
     }
     free(key.p);
 }
@@ -1726,7 +1729,7 @@ static bool read_merge(Json *j, Str *left, Str *right) {
                json_expected(j, "two strings");
     if (!json_string(j, left)) return false;
     char *space = memchr(left->p, ' ', left->n);
-    if (!space) return json_fail(j, "merge without a space");
+    if (!space) return json_fail(j, "merge %s without a space", quoted(str_span(left)).text);
     str_add(right, space + 1, left->n - (size_t)(space + 1 - left->p));
     left->n = (size_t)(space - left->p);
     return true;
@@ -8029,6 +8032,10 @@ static bool check_vocab(const Model *m, const Ids *ids) {
     return true;
 }
 
+static void compare_vocab(const Model *m, const Tokenizer *t) {
+    if (t && t->n > m->c.vocab) note("the tokenizer has %d tokens, the model %d", t->n, m->c.vocab);
+}
+
 static void check_prompt(const Model *m, const Ids *ids) {
     if (ids->n > (size_t)m->ctx)
         die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
@@ -8288,6 +8295,7 @@ static int run_prompt(void) {
     Model *m = model_read(&o);
     if (opt.ids) parse_ids(opt.ids, m->c.vocab, &ids);
     else if (!opt.raw) encode_turn(t, chat_options(m), true, str_span(&text), &ids);
+    compare_vocab(m, t);
     check_prompt(m, &ids);
     if (opt.mtp_logits && !m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
     open_sampler(m, &sampler, &eos);
@@ -8333,6 +8341,7 @@ static bool read_turn(Str *line) {
 static int run_chat(void) {
     Tokenizer *t = open_tokenizer(true);
     Model *m = open_model();
+    compare_vocab(m, t);
     Session *s = session_new(m);
     Sampler sampler;
     Snapshot *snap = NULL;

@@ -126,9 +126,10 @@ for c in tests/unit_*.c; do
     suite "$n/san" 600 bash -c "$(declare -f unit); STD='$STD'; unit $c '-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' $n-san"
 done
 
-suite text 600 sh tests/text/run.sh
+suite text 900 sh tests/text/run.sh
 suite golden 900 $PY tests/run_golden.py
 suite large 900 $PY tests/run_large.py
+suite tiny 400 $PY tests/test_tiny.py
 suite programs 300 $PY tests/run_programs.py
 suite faults 400 $PY tests/faults.py
 
@@ -149,6 +150,7 @@ for f in tests/fuzz_*.c; do
 done
 
 suite convert 600 $PY tests/test_convert.py
+suite convert/san 900 $PY tests/test_convert.py --dsv4 build/san/dsv4
 suite sim 900 sh tests/sim/run_tests.sh
 suite gpu 1500 bash tests/gpu/run.sh --quick
 
