@@ -6822,6 +6822,7 @@ static int cuda_report(void) {
                bytes / 1e9, cuda_memory(i) / 1e9);
         if (!version[0]) continue;
         bad += report_parity(i, pool);
+        if (strstr(name, "SIMULATED")) puts("  rates are computed by the simulator's model, not measured:");
         report_rates(i);
         if (i) report_hop(i - 1, i);
     }
@@ -6842,7 +6843,7 @@ static struct {
     const char *devices, *layers, *effort, *encoding, *isa, *kernels, *scale_dtype, *layer_remap;
     int64_t tokens, ctx, threads, seed, top_k, chunk;
     double temp, top_p, min_p;
-    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, verify, help, version;
+    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, graphs, verify, help, version;
 } opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
 
 typedef enum { FLAG, WORD, INT, REAL } OptType;
@@ -6898,6 +6899,7 @@ static const Option options[] = {
     { "layer-remap", 0, WORD, CONVERT, &opt.layer_remap, 0, 0, "LIST",
       "layers to keep, in their new order" },
     { "verify", 0, FLAG, CONVERT, &opt.verify, 0, 0, NULL, "compare the result with the source" },
+    { "graphs", 0, FLAG, COMPUTES, &opt.graphs, 0, 0, NULL, "decode steps as CUDA graphs" },
     { "kernels", 0, WORD, COMPUTES | DEVICES, &opt.kernels, 0, 0, "FILE", "another kernels.cu" },
     { "help", 'h', FLAG, -1, &opt.help, 0, 0, NULL, "this text" },
     { "version", 0, FLAG, -1, &opt.version, 0, 0, NULL, "the version" },
@@ -8706,6 +8708,7 @@ int main(int argc, char **argv) {
     catch_signals();
     choose_isa();
     cuda_kernels_file = opt.kernels;
+    cuda_graphs = opt.graphs;
     int code = run(command, args);
     flush_out();
     return code;
