@@ -78,11 +78,11 @@ static void test_company(Model *m) {
 
 // Rewinds from every 7th position back by several distances, after reading other tokens there.
 static void test_rewind(Model *m) {
-    int V = m->c.vocab, T = 150, *tokens = prompt(&m->c, T, 9), *other = prompt(&m->c, T, 10);
+    int V = m->c.vocab, T = 120, *tokens = prompt(&m->c, T, 9), *other = prompt(&m->c, T, 10);
     float *ref = xalloc((size_t)T * V, sizeof *ref), *got = xalloc((size_t)T * V, sizeof *got);
     Session *s = session_new(m);
     read_into(s, tokens, 0, T, ref);
-    for (int at = 1; at < T; at += 7)
+    for (int at = 1; at < T; at += 13)
         for (int back = 1; back <= 40; back = back * 3 + 1) {
             int to = at > back ? at - back : 0;
             session_clear(s);
@@ -98,15 +98,15 @@ static void test_rewind(Model *m) {
 
 // A snapshot, a long way on another path, and back.
 static void test_snapshot(Model *m) {
-    int V = m->c.vocab, T = 400, *tokens = prompt(&m->c, T, 3), *other = prompt(&m->c, 2000, 4);
-    float *ref = xalloc((size_t)T * V, sizeof *ref), *got = xalloc((size_t)2000 * V, sizeof *got);
+    int V = m->c.vocab, T = 300, *tokens = prompt(&m->c, T, 3), *other = prompt(&m->c, 700, 4);
+    float *ref = xalloc((size_t)T * V, sizeof *ref), *got = xalloc((size_t)700 * V, sizeof *got);
     Session *s = session_new(m), *scratch = session_new(m);
     read_into(s, tokens, 0, T, ref);
     for (int at = 1; at < T; at += 57) {
         session_clear(s);
         read_into(s, tokens, 0, at, got);
         Snapshot *snap = session_snapshot(s);
-        int far = at + 1500 < m->ctx ? 1500 : m->ctx - at - 1;
+        int far = 300;
         read_into(s, other, at, at + far, got);
         check(!session_rewind(s, at), "what the rings no longer hold cannot be rewound to");
         session_restore(s, snap);
