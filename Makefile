@@ -1,6 +1,6 @@
 # dsv4: `make` needs a C compiler and nothing else. CUDA is looked for when the program runs.
 #   make            the program ./dsv4            make run      build it and let the tiny model answer
-#   make test       everything (./test.sh)        make bench    measurements (bench/)
+#   make test       everything (./test.sh)        make bench    rates; MODEL=DIR: of another model
 #   make sim        the simulated CUDA device     make fuzz     fuzz targets (clang)
 #   make SAN=1      ASan + UBSan in build/san     make TSAN=1   TSan in build/tsan
 CC      ?= gcc
@@ -28,6 +28,9 @@ run: dsv4
 
 test:
 	./test.sh
+
+bench: dsv4
+	./dsv4 bench -m $(or $(MODEL),models/tiny)
 
 FUZZ = $(patsubst tests/fuzz_%.c,build/fuzz/fuzz_%,$(wildcard tests/fuzz_*.c))
 fuzz: $(FUZZ)
