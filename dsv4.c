@@ -8629,6 +8629,8 @@ static void on_interrupt(int sig) {
 }
 
 static void on_bus(int sig, siginfo_t *info, void *context) {
+    static atomic_flag said = ATOMIC_FLAG_INIT;
+    while (atomic_flag_test_and_set(&said)) pause();
     const char *path = open_store ? store_find_address(open_store, info->si_addr) : NULL;
     const char *parts[] = { "dsv4: ", path ? path : "a mapped file",
                             ": cannot be read (did it shrink, or does its disk fail?)\n" };

@@ -312,7 +312,7 @@ static const Fault faults[] = {
     { "\"ab\": 256", "\"qq\": 256", "\"ab\" is not in the vocabulary" },
     { "\"a\": ", "\"zz\": ", "no token for the single byte 0x61" },
     { "\"a b\"", "\"a q q\"", "\"q q\" is not in the vocabulary" },
-    { "\"a b\"", "\"ab\"", "merge without a space" },
+    { "\"a b\"", "\"ab\"", "without a space" },
     { "\"a b\"", "\"a \"", "\"\" is not in the vocabulary" },
     { "\"a b\"", "\"ab ab\"", "\"abab\" is not in the vocabulary" },
     { "\"a b\"", "\"a b\", \"a b\"", "merge 1 repeats merge 0" },
