@@ -7034,7 +7034,7 @@ static Command parse_options(int argc, char **argv, char **args) {
 // the model: one forward pass over stages of layers, and sessions that remember what they have read
 
 typedef struct Batch Batch;
-struct Batch {                    // one batch on its way through the stages
+struct Batch {                  // one batch on its way through the stages
     const Row *rows;            // [T]
     int T;
     const int *want;            // [n_want] rows whose logits are wanted
@@ -7059,7 +7059,7 @@ typedef struct {
     bool slot_used[MAX_SLOTS];
     pthread_mutex_t lock;       // guards the queues
     pthread_cond_t moved;       // a job changed its stage
-    Batch *queue[MAX_STAGES];     // first in, first out
+    Batch *queue[MAX_STAGES];   // first in, first out
 } Model;
 
 static int argmax(const float *x, int n) {
@@ -7270,7 +7270,6 @@ typedef struct {
     Batch job;
     Row *rows;
     int *want;
-    bool busy;
 } Chunk;
 
 static void chunk_fill(Chunk *k, const Session *s, const int *tokens, int from, int n, int total,
@@ -7487,15 +7486,11 @@ static size_t stage_weights(const Model *m, const Device *d) {
 
 // Bytes that layers [first, last) take on a GPU: weights, one session at full context, buffers.
 static size_t stage_bytes(Model *m, int first, int last, bool head) {
-    const Config *c = &m->c;
     Device d = { .name = "cuda" };
     stage_init(m, &d, first, last, false);
     d.has_head = head;
-    size_t n = session_bytes(&d) + cuda_buffer_bytes(&d);
-    for (int i = first; i < last; i++) n += layer_bytes(&m->w.layers[i], c);
+    size_t n = stage_weights(m, &d) + session_bytes(&d) + cuda_buffer_bytes(&d);
     if (!first || (head && m->w.mtp)) n += mat_bytes(&m->w.embed);
-    if (head) n += mat_bytes(&m->w.head);
-    for (int i = 0; head && m->w.mtp && i < c->n_mtp; i++) n += layer_bytes(&m->w.mtp[i].block, c);
     free(d.inv_freq[0]), free(d.inv_freq[1]);
     return n + ((size_t)256 << 20);         // the driver's own and what alignment loses
 }
@@ -7714,7 +7709,6 @@ static void model_start(Model *m, const Opening *o) {
 }
 // ---------------------------------------------------------------------------
 // dsv4 verify: reads every byte of a checkpoint and says what is damaged
-
 
 enum { VERIFY_PIECE = 4 << 20, VERIFY_LINES = 20 };
 

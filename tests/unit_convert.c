@@ -10,20 +10,7 @@
 #define dsv4_convert convert_under_test
 #include "../apps/convert.c"
 
-static int passed, failed;
-
-__attribute__((format(printf, 2, 3)))
-static void check(bool ok, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    if (ok) passed++;
-    else if (failed++ < 20) {
-        printf("FAIL ");
-        vprintf(fmt, ap);
-        printf("\n");
-    }
-    va_end(ap);
-}
+#include "check.h"
 
 static uint64_t seed = 1;
 static uint32_t rnd(void) {

@@ -3,12 +3,7 @@
 #define DSV4_NO_MAIN
 #include "../dsv4.c"
 
-static int passed, failed;
-
-static void check(bool ok, const char *what) {
-    ok ? passed++ : failed++;
-    if (!ok) printf("FAIL %s\n", what);
-}
+#include "check.h"
 
 static int *prompt(const Config *c, int n, int seed) {
     int *t = xalloc((size_t)n, sizeof *t);

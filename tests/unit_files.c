@@ -4,22 +4,9 @@
 #include "../dsv4.c"
 #include <sys/resource.h>
 
-static int passed, failed;
-static char dir[] = "/tmp/dsv4-files-XXXXXX";
+#include "check.h"
 
-__attribute__((format(printf, 2, 3)))
-static void check(bool ok, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    if (ok) passed++;
-    else {
-        failed++;
-        printf("FAIL ");
-        vprintf(fmt, ap);
-        printf("\n");
-    }
-    va_end(ap);
-}
+static char dir[] = "/tmp/dsv4-files-XXXXXX";
 
 static void in_dir(char path[static 128], const char *name) {
     snprintf(path, 128, "%s/%s", dir, name);

@@ -4,20 +4,7 @@
 #define DSV4_NO_MAIN
 #include "../dsv4.c"
 
-static int passed, failed;
-
-__attribute__((format(printf, 2, 3)))
-static void check(bool ok, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    if (ok) passed++;
-    else if (failed++ < 20) {
-        printf("FAIL ");
-        vprintf(fmt, ap);
-        printf("\n");
-    }
-    va_end(ap);
-}
+#include "check.h"
 
 static uint64_t seed = 1;
 static uint32_t rnd(void) {

@@ -5,20 +5,7 @@
 #include "../../dsv4.c"
 #include "../../apps/chat.c"
 
-static int passed, failed;
-
-__attribute__((format(printf, 2, 3)))
-static void check(bool ok, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    if (ok) passed++;
-    else if (failed++ < 30) {
-        printf("FAIL ");
-        vprintf(fmt, ap);
-        printf("\n");
-    }
-    va_end(ap);
-}
+#include "../check.h"
 
 static bool same(const Str *s, const char *z) { return span_is(str_span(s), z); }
 static bool equal(const Str *a, const Str *b) { return a->n == b->n && (!a->n || !memcmp(a->p, b->p, a->n)); }
