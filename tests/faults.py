@@ -38,6 +38,9 @@ class Suite:
         self.base = os.path.join(work, "base")
         M.make(self.base, "int", {}, seed=3)
         M.write_tokenizer(self.base)
+        self.long = os.path.join(work, "long")      # for tests that need seconds of work, however fast the machine
+        M.make(self.long, "int", {"max_position_embeddings": 65536}, seed=3)
+        M.write_tokenizer(self.long)
         self.base_state = self.state()
 
     def state(self):
@@ -590,9 +593,9 @@ def first_output(r):
 
 
 def signals(s):
-    many = ",".join(["5", "9"] * 1500)
-    slow = ["-m", s.base, "--ids", many, "-n", "0", "--exact", "-t", "1"]
-    endless = ["-m", s.base, "--raw", "-p", "hello", "-n", "1000000", "-c", "4096", "--temp", "1", "-s", "1", "-t", "1"]
+    many = ",".join(["5", "9"] * 30000)
+    slow = ["-m", s.long, "--ids", many, "-c", "65536", "-n", "0", "--exact", "-t", "1"]
+    endless = ["-m", s.long, "--raw", "-p", "hello", "-n", "1000000", "-c", "65536", "--temp", "1", "-s", "1", "-t", "1"]
     sigs = ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129))
     for sig, code in sigs:
         ok = (code, -sig, 130)
@@ -652,7 +655,7 @@ def terminal(s):
     pid, fd = pty.fork()
     if pid == 0:
         os.environ.update(SANITIZERS)
-        os.execv(s.binary, [s.binary, "-m", s.base, "-c", "4096", "--temp", "1", "-s", "1", "-t", "1"])
+        os.execv(s.binary, [s.binary, "-m", s.long, "-c", "65536", "--temp", "1", "-s", "1", "-t", "1"])
     seen = b""
 
     def read_for(seconds, stop=None):
@@ -712,9 +715,10 @@ def terminal(s):
 def surroundings(s):
     if s.wanted("32 shrinking file"):
         d = os.path.join(s.work, "shrink")
-        M.make(d, "int", {"vocab_size": 8192}, shards=1)
+        M.make(d, "int", {"vocab_size": 8192, "max_position_embeddings": 65536}, shards=1)
         f = "model-00001-of-00001.safetensors"
-        r = Running(s, "-m", d, "--ids", ",".join(["5", "8000"] * 1500), "-n", "500", "--temp", "0", "-t", "2")
+        many = ",".join(["5", "800"] * 15000)
+        r = Running(s, "-m", d, "--ids", many, "-c", "65536", "-n", "35000", "--temp", "0", "-t", "2")
         time.sleep(0.25 * s.slow)
         os.truncate(os.path.join(d, f), 4096)
         code, _, err = r.finish(10 * s.slow)
