@@ -19,7 +19,7 @@ OUT      = build/tsan/dsv4
 CFLAGS   = -O1 -g -fsanitize=thread
 endif
 
-$(OUT): $(SOURCES) $(wildcard apps/*.h) kernels.cu Makefile
+$(OUT): $(SOURCES) $(wildcard apps/*.h models/tiny/*) kernels.cu Makefile
 	@mkdir -p $(dir $@)
 	$(CC) $(STD) $(WARN) $(CFLAGS) -o $@ $(SOURCES) -ldl -lm
 

@@ -54,6 +54,7 @@
 // small tools: errors, checked sizes, memory, strings, files, clock
 
 typedef uint16_t bf16;      // the upper half of a float32
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // Names from files and the command line may hold line ends and terminal controls.
 static char *one_line(char *text) {
@@ -135,8 +136,45 @@ static char *path_join(const char *dir, const char *file) {
     return s.p;
 }
 
+// A small trained model travels in the program: the model when none is named. Its files have paths
+// that no other file can have.
+#define BUILT_IN "//built-in"
+__asm__(".pushsection .rodata\n"
+        "tiny_config: .incbin \"models/tiny/config.json\"\n"
+        "tiny_sampling: .incbin \"models/tiny/generation_config.json\"\n"
+        "tiny_tokenizer: .incbin \"models/tiny/tokenizer.json\"\n"
+        "tiny_weights: .incbin \"models/tiny/model-00001-of-00001.safetensors\"\n"
+        "tiny_end: .byte 0\n"
+        ".popsection\n");
+extern const char tiny_config[], tiny_sampling[], tiny_tokenizer[], tiny_weights[], tiny_end[];
+static const struct { const char *path, *from, *to; } built_in[] = {
+    { BUILT_IN "/config.json", tiny_config, tiny_sampling },
+    { BUILT_IN "/generation_config.json", tiny_sampling, tiny_tokenizer },
+    { BUILT_IN "/tokenizer.json", tiny_tokenizer, tiny_weights },
+    { BUILT_IN "/model.safetensors", tiny_weights, tiny_end },
+};
+
+// A built-in file's bytes; p is NULL if the path is another's.
+static Span built_in_file(const char *path) {
+    for (size_t i = 0; i < COUNT(built_in); i++)
+        if (!strcmp(path, built_in[i].path))
+            return (Span){ built_in[i].from, (size_t)(built_in[i].to - built_in[i].from) };
+    return (Span){ 0 };
+}
+
+static bool file_exists(const char *path) {
+    return built_in_file(path).p || !access(path, F_OK);
+}
+
 // A file mapped read-only and private. An empty file gives n = 0.
 bool map_file(const char *path, Span *out, Err *e) {
+    Span own = built_in_file(path);
+    if (own.p) {
+        char *copy = mmap(NULL, own.n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (copy == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(errno));
+        *out = (Span){ memcpy(copy, own.p, own.n), own.n };
+        return true;
+    }
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) {
@@ -156,8 +194,6 @@ bool map_file(const char *path, Span *out, Err *e) {
     *out = (Span){ p, (size_t)st.st_size };
     return true;
 }
-
-#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // A progress line that overwrites itself; only where a person is watching.
 static void progress(const char *what, int64_t done, int64_t total) {
@@ -1108,12 +1144,12 @@ bool store_open(Store *s, const char *dir, Err *e) {
     str_puts(&path, dir);
     str_puts(&path, "/model.safetensors.index.json");
     bool ok;
-    if (access(path.p, F_OK) == 0) {
+    if (file_exists(path.p)) {
         ok = map_file(path.p, &text, e) && store_open_index(s, text, path.p, dir, e);
     } else {
         path.n = strlen(dir);
         str_puts(&path, "/model.safetensors");
-        ok = access(path.p, F_OK) == 0 ? store_add_shard(s, dir, span_of("model.safetensors"), e)
+        ok = file_exists(path.p) ? store_add_shard(s, dir, span_of("model.safetensors"), e)
             : fail(e, "%s: no model.safetensors.index.json and no model.safetensors here", dir);
     }
     if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
@@ -6860,7 +6896,7 @@ typedef struct {
 
 enum { LOADS = RUN | BENCH | PPL | INFO, COMPUTES = RUN | BENCH | PPL };
 static const Option options[] = {
-    { "model", 'm', WORD, LOADS | TOKENIZE, &opt.model, 0, 0, "DIR", "the checkpoint's directory" },
+    { "model", 'm', WORD, LOADS | TOKENIZE, &opt.model, 0, 0, "DIR", "the checkpoint's directory (default: a small built-in model)" },
     { "prompt", 'p', WORD, RUN, &opt.prompt, 0, 0, "TEXT",
       "answer one prompt (without a prompt: chat)" },
     { "file", 'f', WORD, RUN, &opt.file, 0, 0, "FILE", "the prompt is a file's text ('-': stdin)" },
@@ -7027,7 +7063,10 @@ static Command parse_options(int argc, char **argv, char **args) {
     }
     if (opt.help || opt.version) return command;
     if (n < most) die(2, "usage: dsv4 %s %s", program, commands[which].args);
-    if (!opt.model && command & (LOADS | TOKENIZE)) die(2, "no model: -m DIR (dsv4 --help)");
+    if (!opt.model && command & (LOADS | TOKENIZE)) {
+        note("no -m DIR: this is the small built-in model, which tells children's stories");
+        opt.model = BUILT_IN;
+    }
     return command;
 }
 // ---------------------------------------------------------------------------
@@ -7938,8 +7977,8 @@ static Tokenizer *open_tokenizer(bool needed) {
     Span text;
     char *path = path_join(opt.model, "tokenizer.json");
     Tokenizer *t = NULL;
-    if (!needed && access(path, F_OK)) return free(path), NULL;
-    if (access(path, F_OK))
+    if (!needed && !file_exists(path)) return free(path), NULL;
+    if (!file_exists(path))
         die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
     t = xalloc(1, sizeof *t);
     if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
@@ -8255,7 +8294,7 @@ static void open_sampler(const Model *m, Sampler *s, Ids *eos) {
     Span text;
     Sampling how = sampling_default;
     char *path = path_join(opt.model, "generation_config.json");
-    if (!access(path, F_OK)) {
+    if (file_exists(path)) {
         if (!map_file(path, &text, &e) ||
             !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
             die(1, "%s", e.text);

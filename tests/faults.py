@@ -523,7 +523,8 @@ def options(s):
     u("opt unknown option", "--frobnicate", words=["--frobnicate"])
     u("opt unknown short option", "-Z", words=["-Z"])
     u("opt unknown subcommand", "frobnicate", words=["frobnicate"], model=False)
-    u("opt no model", "-p", "x", model=False)
+    r = run([s.binary, "-p", "x", "-n", "1", "-s", "1"], timeout=20 * s.slow, cwd="/")
+    s.tally.check(r.code == 0 and not r.lines() and r.out and "built-in model" in r.err, "opt no model: the built-in one", r.tail())
     u("opt argument missing", "-n", words=["-n"])
     u("opt argument missing at the end", "--ids", "5", "--temp", words=["--temp"])
     ids = ["--ids", "5,6"]
