@@ -3,6 +3,7 @@
 #   make test       everything (./test.sh)        make bench    rates; MODEL=DIR: of another model
 #   make sim        the simulated CUDA device     make fuzz     fuzz targets (clang)
 #   make SAN=1      ASan + UBSan in build/san     make TSAN=1   TSan in build/tsan
+#   make PTX="FILE..."  embeds ready GPU kernels (`dsv4 devices -m DIR` makes them): no NVRTC needed
 CC      ?= gcc
 CFLAGS  ?= -O3 -g
 WARN     = -Wall -Wextra -Wshadow -Wvla
@@ -17,6 +18,14 @@ endif
 ifdef TSAN
 OUT      = build/tsan/dsv4
 CFLAGS   = -O1 -g -fsanitize=thread
+endif
+
+ifdef PTX
+STD     += -DDSV4_PTX='"build/ready.ptx"'
+$(OUT): ready
+ready:
+	@mkdir -p build
+	cat $(PTX) >build/ready.ptx
 endif
 
 $(OUT): $(SOURCES) $(wildcard apps/*.h models/tiny/*) kernels.cu Makefile
@@ -44,5 +53,5 @@ build/fuzz/fuzz_%: tests/fuzz_%.c dsv4.c
 clean:
 	rm -rf build dsv4
 
-.PHONY: run test fuzz sim bench clean
+.PHONY: run test ready fuzz sim bench clean
 .DEFAULT_GOAL := $(OUT)

@@ -4988,16 +4988,23 @@ static void cpu_device(Device *d, Pool *pool) {
     r->e = xalloc(T * D, sizeof(float));
 }
 // ---------------------------------------------------------------------------
-// CUDA: the driver and its run-time compiler, both opened when a GPU is asked for. No header, no library at build time.
+// CUDA: the driver and its run-time compiler, both opened when a GPU is asked for. No header, no
+// library at build time.
 
-
-// The source of the kernels travels in the program.
+// The source of the kernels travels in the program, and PTX that was made before if there is some.
+#ifdef DSV4_PTX
+#define READY_PTX ".incbin \"" DSV4_PTX "\"\n"
+#else
+#define READY_PTX ""
+#endif
 __asm__(".pushsection .rodata\n"
         ".balign 16\n"
         "kernels_cu: .incbin \"kernels.cu\"\n"
         "kernels_cu_end: .byte 0\n"
+        "ready_ptx: " READY_PTX
+        "ready_ptx_end: .byte 0\n"
         ".popsection\n");
-extern const char kernels_cu[], kernels_cu_end[];
+extern const char kernels_cu[], kernels_cu_end[], ready_ptx[], ready_ptx_end[];
 
 typedef int CuResult;               // CUresult: 0 is success
 typedef int CuDevice;
@@ -5037,7 +5044,8 @@ typedef struct NvrtcObject *Nvrtc;
     X(StreamSynchronize, "cuStreamSynchronize", CuStream s) \
     X(StreamBeginCapture, "cuStreamBeginCapture_v2", CuStream s, int mode) \
     X(StreamEndCapture, "cuStreamEndCapture", CuStream s, CuGraph *g) \
-    X(GraphInstantiate, "cuGraphInstantiateWithFlags", CuGraphExec *e, CuGraph g, unsigned long long flags) \
+    X(GraphInstantiate, "cuGraphInstantiateWithFlags", CuGraphExec *e, CuGraph g, \
+      unsigned long long flags) \
     X(GraphLaunch, "cuGraphLaunch", CuGraphExec e, CuStream s) \
     X(GraphDestroy, "cuGraphDestroy", CuGraph g) \
     X(GraphExecDestroy, "cuGraphExecDestroy", CuGraphExec e) \
@@ -5046,12 +5054,13 @@ typedef struct NvrtcObject *Nvrtc;
     X(EventRecord, "cuEventRecord", CuEvent e, CuStream s) \
     X(EventSynchronize, "cuEventSynchronize", CuEvent e) \
     X(EventElapsedTime, "cuEventElapsedTime", float *ms, CuEvent a, CuEvent b) \
-    X(ModuleLoadDataEx, "cuModuleLoadDataEx", CuModule *m, const void *image, unsigned n, int *option, void **value) \
+    X(ModuleLoadDataEx, "cuModuleLoadDataEx", CuModule *m, const void *image, unsigned n, \
+      int *option, void **value) \
     X(ModuleUnload, "cuModuleUnload", CuModule m) \
     X(ModuleGetFunction, "cuModuleGetFunction", CuFunction *f, CuModule m, const char *name) \
     X(FuncSetAttribute, "cuFuncSetAttribute", CuFunction f, int attribute, int value) \
-    X(LaunchKernel, "cuLaunchKernel", CuFunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, \
-      unsigned bz, unsigned shared, CuStream s, void **args, void **extra)
+    X(LaunchKernel, "cuLaunchKernel", CuFunction f, unsigned gx, unsigned gy, unsigned gz, \
+      unsigned bx, unsigned by, unsigned bz, unsigned shared, CuStream s, void **args, void **extra)
 
 #define NVRTC_CALLS(X) \
     X(Version, "nvrtcVersion", int *major, int *minor) \
@@ -5072,7 +5081,8 @@ static const char *const cuda_symbols[] = { CUDA_CALLS(ENTRY) };
 static const char *const nvrtc_symbols[] = { NVRTC_CALLS(ENTRY) };
 
 // Fills a table of function pointers; false and the missing name in e.
-static bool load_symbols(void *lib, const char *const *names, size_t n, void *table, const char *what, Err *e) {
+static bool load_symbols(void *lib, const char *const *names, size_t n, void *table,
+                         const char *what, Err *e) {
     for (size_t i = 0; i < n; i++) {
         void *f = dlsym(lib, names[i]);
         if (!f) return fail(e, "%s has no %s: too old, a newer one is needed", what, names[i]);
@@ -5093,13 +5103,19 @@ static bool cuda_open(Err *e) {
     int version = 0;
     if (open) return true;
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (!lib) return fail(e, "no NVIDIA driver: libcuda.so.1 was not found (install the driver, or use --devices cpu)");
-    if (!load_symbols(lib, cuda_symbols, COUNT(cuda_symbols), &cu, "the NVIDIA driver (libcuda.so.1)", e)) return false;
+    if (!lib)
+        return fail(e, "no NVIDIA driver: libcuda.so.1 was not found (install the driver, or use "
+                    "--devices cpu)");
+    const char *what = "the NVIDIA driver (libcuda.so.1)";
+    if (!load_symbols(lib, cuda_symbols, COUNT(cuda_symbols), &cu, what, e)) return false;
     CuResult r = cu.Init(0);
-    if (r) return fail(e, "the NVIDIA driver does not start: cuInit: %s (use --devices cpu)", cuda_error(r));
+    if (r)
+        return fail(e, "the NVIDIA driver does not start: cuInit: %s (use --devices cpu)",
+                    cuda_error(r));
     if (cu.DriverGetVersion(&version) || version < need)
-        return fail(e, "the NVIDIA driver is too old: it supports CUDA %d.%d, %d.%d is needed (driver 470 or newer)",
-                    version / 1000, version % 1000 / 10, need / 1000, need % 1000 / 10);
+        return fail(e, "the NVIDIA driver is too old: it supports CUDA %d.%d, %d.%d is needed "
+                    "(driver 470 or newer)", version / 1000, version % 1000 / 10, need / 1000,
+                    need % 1000 / 10);
     return open = true;
 }
 
@@ -5110,21 +5126,24 @@ static int cuda_count(void) {
     return cuda_open(&e) && !cu.DeviceGetCount(&n) ? n : 0;
 }
 
+// Opens the compiler once. False with one line that says what was looked for.
 static bool nvrtc_open(Err *e) {
     static bool open;
     const char *chosen = getenv("DSV4_NVRTC");
-    const char *names[] = { chosen && *chosen ? chosen : "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2" };
+    const char *first = chosen && *chosen ? chosen : "libnvrtc.so.13";
+    const char *names[] = { first, "libnvrtc.so.12", "libnvrtc.so.11.2" };
     void *lib = NULL;
     if (open) return true;
     for (size_t i = 0; i < COUNT(names) && !lib; i++) lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
     if (!lib)
-        return fail(e, "no NVRTC: tried %s, %s, %s (install the CUDA toolkit or the Python package nvidia-cuda-nvrtc "
-                    "and set DSV4_NVRTC to the full path of its libnvrtc.so)", names[0], names[1], names[2]);
+        return fail(e, "no NVRTC, and no ready kernels for this model: tried %s, %s, %s (install "
+                    "the CUDA toolkit, or the Python package nvidia-cuda-nvrtc and set DSV4_NVRTC "
+                    "to the full path of its libnvrtc.so)", names[0], names[1], names[2]);
     return open = load_symbols(lib, nvrtc_symbols, COUNT(nvrtc_symbols), &rtc, "NVRTC", e);
 }
 
 // ---------------------------------------------------------------------------
-// CUDA: kernels from source to module, kept on disk in between
+// CUDA: the kernels, from source to PTX. Ready PTX is embedded by `make PTX=...` or kept on disk.
 
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
@@ -5155,34 +5174,46 @@ static uint64_t fnv1a(uint64_t h, const void *p, size_t n) {
 // Bit masks of matrix formats, by role.
 typedef struct { int dense, gate, shared, routed; } Formats;
 
-// The compiler's options for a model, one per line: the dimensions as -D constants.
+// The compiler's options for a model, one per line: the dimensions as -D constants. cc: compute
+// capability, 86 for 8.6.
 static void kernel_options(const Config *c, const Formats *f, int cc, Str *s) {
-    char text[1024];
-    snprintf(text, sizeof text,
-             "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DDIM=%d\n-DSTREAMS=%d\n-DHEADS=%d\n-DHEAD_DIM=%d\n"
-             "-DROPE_DIM=%d\n-DQ_RANK=%d\n-DO_GROUPS=%d\n-DO_RANK=%d\n-DWINDOW=%d\n-DEXPERTS=%d\n-DACTIVE=%d\n"
-             "-DEXPERT_DIM=%d\n-DINDEX_HEADS=%d\n-DINDEX_DIM=%d\n-DINDEX_TOPK=%d\n-DHC_ITERS=%d\n-DHC_EPS=%.9ef\n"
-             "-DNORM_EPS=%.9ef\n-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n-DDENSE=%d\n-DGATE=%d\n-DSHARED=%d\n"
-             "-DROUTED=%d\n",
-             cc >= 86 ? 86 : 80, c->dim, c->hc_mult, c->n_heads, c->head_dim, c->rope_dim, c->q_lora_rank, c->o_groups,
-             c->o_lora_rank, c->window, c->n_experts, c->n_active, c->expert_dim, c->index_heads, c->index_dim,
-             c->index_topk, c->hc_iters, (double)c->hc_eps, (double)c->norm_eps, (double)c->route_scale,
-             (double)c->swiglu_limit, f->dense, f->gate, f->shared, f->routed);
-    str_puts(s, text);
+    const struct { const char *name; int value; } whole[] = {
+        { "DIM", c->dim }, { "STREAMS", c->hc_mult }, { "HEADS", c->n_heads },
+        { "HEAD_DIM", c->head_dim }, { "ROPE_DIM", c->rope_dim }, { "Q_RANK", c->q_lora_rank },
+        { "O_GROUPS", c->o_groups }, { "O_RANK", c->o_lora_rank }, { "WINDOW", c->window },
+        { "EXPERTS", c->n_experts }, { "ACTIVE", c->n_active }, { "EXPERT_DIM", c->expert_dim },
+        { "INDEX_HEADS", c->index_heads }, { "INDEX_DIM", c->index_dim },
+        { "INDEX_TOPK", c->index_topk }, { "HC_ITERS", c->hc_iters }, { "DENSE", f->dense },
+        { "GATE", f->gate }, { "SHARED", f->shared }, { "ROUTED", f->routed },
+    };
+    const struct { const char *name; float value; } real[] = {
+        { "HC_EPS", c->hc_eps }, { "NORM_EPS", c->norm_eps }, { "ROUTE_SCALE", c->route_scale },
+        { "SWIGLU_LIMIT", c->swiglu_limit },
+    };
+    char line[80];
+    snprintf(line, sizeof line, "-arch=compute_%d\n-fmad=false\n--std=c++17\n", cc >= 86 ? 86 : 80);
+    str_puts(s, line);
+    for (size_t i = 0; i < COUNT(whole); i++) {
+        snprintf(line, sizeof line, "-D%s=%d\n", whole[i].name, whole[i].value);
+        str_puts(s, line);
+    }
+    for (size_t i = 0; i < COUNT(real); i++) {
+        snprintf(line, sizeof line, "-D%s=%.9ef\n", real[i].name, (double)real[i].value);
+        str_puts(s, line);
+    }
 }
 
-// NVRTC stamps its own PTX version, which only drivers of its generation load. The kernels need 7.4; the only newer thing in
-// NVRTC's output is a hint that may be dropped.
+// NVRTC stamps its own PTX version, which only drivers of its generation load. The kernels need
+// 7.4; the only newer thing in NVRTC's output is a hint that may be dropped.
 static void ptx_lower(char *ptx) {
     char *to = ptx;
     for (char *line = ptx, *end; *line; line = end) {
         end = strchr(line, '\n');
         end = end ? end + 1 : line + strlen(line);
         size_t n = (size_t)(end - line);
-        char *hint = memmem(line, n, "used_bytes_mask", 15);
-        if (hint) continue;
+        if (memmem(line, n, "used_bytes_mask", 15)) continue;
         memmove(to, line, n);
-        if (!strncmp(to, ".version ", 9)) {
+        if (n > 12 && !strncmp(to, ".version ", 9)) {
             memset(to + 9, ' ', n - 10);
             memcpy(to + 9, "7.4", 3);
         }
@@ -5200,7 +5231,9 @@ static char *ptx_compile(Span source, const char *flags) {
     int n = 0;
     size_t bytes = 0;
     if (!nvrtc_open(&e)) die(1, "%s", e.text);
-    for (char *o = strtok_r(copy, "\n", &save); o && n < (int)COUNT(list); o = strtok_r(NULL, "\n", &save)) list[n++] = o;
+    for (char *o = strtok_r(copy, "\n", &save); o && n < (int)COUNT(list);
+         o = strtok_r(NULL, "\n", &save))
+        list[n++] = o;
     memcpy(text, source.p, source.n);
     CuResult r = rtc.CreateProgram(&p, text, "kernels.cu", 0, NULL, NULL);
     if (r) die(1, "NVRTC: cannot create a program (error %d)", r);
@@ -5210,8 +5243,8 @@ static char *ptx_compile(Span source, const char *flags) {
         char *log = xalloc(bytes + 1, 1);
         rtc.GetProgramLog(p, log);
         fputs(log, stderr);
-        die(1, "NVRTC: kernels.cu does not compile (error %d; its log is above). Does libnvrtc-builtins of the same "
-               "version lie beside libnvrtc?", r);
+        die(1, "NVRTC: kernels.cu does not compile (error %d; its log is above). Does "
+               "libnvrtc-builtins of the same version lie beside libnvrtc?", r);
     }
     if (rtc.GetPTXSize(p, &bytes)) die(1, "NVRTC: no PTX");
     char *ptx = xalloc(bytes + 1, 1);
@@ -5223,70 +5256,101 @@ static char *ptx_compile(Span source, const char *flags) {
     return ptx;
 }
 
-// The cache's file for a key: DSV4_CACHE, else XDG_CACHE_HOME/dsv4, else ~/.cache/dsv4. NULL: none of them is set.
-static char *cache_path(uint64_t key) {
-    const char *dir = getenv("DSV4_CACHE"), *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+// A list of ready PTX is entries one after the other: a head of PTX_HEAD bytes, a comment in PTX,
+// and the text. A file of the cache is a list of one, so files can be joined to embed them. The
+// key covers source and options, the sum the text; what does not match is ignored.
+enum { PTX_HEAD = 59 };
+
+static void ptx_head(char head[PTX_HEAD + 1], uint64_t key, const char *text, size_t n) {
+    snprintf(head, PTX_HEAD + 1, "// dsv4 kernels %016llx %016llx %08x\n", (unsigned long long)key,
+             (unsigned long long)fnv1a(0, text, n), (unsigned)n);
+}
+
+// The text of the entry with this key, to be freed; NULL if there is none.
+static char *ptx_find(Span list, uint64_t key) {
+    char head[PTX_HEAD + 1] = "";
+    while (list.n > PTX_HEAD) {
+        unsigned long long k, sum;
+        unsigned n;
+        memcpy(head, list.p, PTX_HEAD);
+        list = span_from(list, PTX_HEAD);
+        if (sscanf(head, "// dsv4 kernels %llx %llx %x", &k, &sum, &n) != 3 || n > list.n) break;
+        if (k == key && sum == fnv1a(0, list.p, n)) return memcpy(xalloc(n + 1, 1), list.p, n);
+        list = span_from(list, n);
+    }
+    return NULL;
+}
+
+// The cache's file for a key, in DSV4_CACHE, else XDG_CACHE_HOME/dsv4, else ~/.cache/dsv4, to be
+// freed. NULL: none of them is set.
+static char *cache_path(const char *kind, uint64_t key) {
+    const char *dir = getenv("DSV4_CACHE"), *base = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
     char name[64];
     Str s = { 0 };
-    if (dir && *dir) str_puts(&s, dir);
-    else if (xdg && *xdg) str_puts(&s, xdg), str_puts(&s, "/dsv4");
-    else if (home && *home) str_puts(&s, home), str_puts(&s, "/.cache"), mkdir(s.p, 0777), str_puts(&s, "/dsv4");
-    else return NULL;
+    bool given = dir && *dir, xdg = base && *base;
+    if (!given && !xdg && !(home && *home)) return NULL;
+    str_puts(&s, given ? dir : xdg ? base : home);
+    if (!given && !xdg) {
+        str_puts(&s, "/.cache");
+        mkdir(s.p, 0777);
+    }
+    if (!given) str_puts(&s, "/dsv4");
     mkdir(s.p, 0777);
-    snprintf(name, sizeof name, "/kernels-%016llx.ptx", (unsigned long long)key);
+    snprintf(name, sizeof name, "/%s-%016llx.ptx", kind, (unsigned long long)key);
     str_puts(&s, name);
     return s.p;
 }
 
-// A cache file is its text's hash in 16 hex digits, a newline, the text. Anything else is ignored.
-static char *cache_read(const char *path) {
+static char *cache_read(const char *path, uint64_t key) {
     Span s;
     Err e;
-    char *text = NULL;
     if (!path || !map_file(path, &s, &e)) return NULL;
-    char head[18] = "";
-    if (s.n > 17) {
-        snprintf(head, sizeof head, "%016llx\n", (unsigned long long)fnv1a(0, s.p + 17, s.n - 17));
-        if (!memcmp(head, s.p, 17)) text = memcpy(xalloc(s.n, 1), s.p + 17, s.n - 17);
-    }
+    char *text = ptx_find(s, key);
+    if (!text) note("%s is damaged and not used", path);
     if (s.n) munmap((void *)(uintptr_t)s.p, s.n);
     return text;
 }
 
-// Written beside and renamed, so that another process never sees half a file. Failure costs only time.
-static void cache_write(const char *path, const char *text) {
+// Written beside and renamed, so that another process never sees half a file. Failure costs only
+// time.
+static void cache_write(const char *path, uint64_t key, const char *text) {
     Str tmp = { 0 };
-    char tail[32];
+    char tail[32], head[PTX_HEAD + 1];
+    size_t n = strlen(text);
     if (!path) return;
     snprintf(tail, sizeof tail, ".%ld.tmp", (long)getpid());
     str_puts(&tmp, path);
     str_puts(&tmp, tail);
+    ptx_head(head, key, text, n);
     FILE *f = fopen(tmp.p, "w");
     if (f) {
-        size_t n = strlen(text);
-        fprintf(f, "%016llx\n", (unsigned long long)fnv1a(0, text, n));
-        bool ok = fwrite(text, 1, n, f) == n;
+        bool ok = fwrite(head, 1, PTX_HEAD, f) == PTX_HEAD && fwrite(text, 1, n, f) == n;
         ok = !fclose(f) && ok;
         if (!ok || rename(tmp.p, path)) unlink(tmp.p);
     }
     free(tmp.p);
 }
 
-// PTX for these options: from the cache, else compiled. The key covers source, options and the compiler's version.
-static char *kernel_ptx(const char *flags, bool *cached) {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    Span source = kernel_source();
-    Err e;
-    int version[2] = { 0 };
-    pthread_mutex_lock(&lock);
-    if (nvrtc_open(&e)) rtc.Version(version, version + 1);
+// PTX for a model on a GPU of compute capability cc: what is embedded, else kept, else compiled;
+// *from says which. NVRTC is needed for the last only. *path (or NULL): the cache's file.
+static char *kernel_ptx(const Config *c, const Formats *f, int cc, const char **from, char **path) {
+    static const char *const origin[] = { "built in", "from the cache", "compiled" };
+    Span source = kernel_source(), ready = { ready_ptx, (size_t)(ready_ptx_end - ready_ptx) };
+    Str flags = { 0 };
+    kernel_options(c, f, cc, &flags);
     uint64_t key = fnv1a(0xcbf29ce484222325u, source.p, source.n);
-    key = fnv1a(fnv1a(key, flags, strlen(flags)), version, sizeof version);
-    char *path = cache_path(key), *ptx = cache_read(path);
-    if (cached) *cached = ptx != NULL;
-    if (!ptx) cache_write(path, ptx = ptx_compile(source, flags));
-    free(path);
-    pthread_mutex_unlock(&lock);
+    key = fnv1a(key, flags.p, flags.n);
+    char *file = cache_path("kernels", key), *ptx = ptx_find(ready, key);
+    *from = origin[ptx ? 0 : 1];
+    if (!ptx) ptx = cache_read(file, key);
+    if (!ptx) {
+        *from = origin[2];
+        ptx = ptx_compile(source, flags.p);
+        cache_write(file, key, ptx);
+    }
+    free(flags.p);
+    if (path) *path = file;
+    else free(file);
     return ptx;
 }
 
@@ -5749,15 +5813,15 @@ static unsigned attend_shared(const Config *c) {
 static void cuda_compile(Device *d) {
     Cuda *g = d->impl;
     Formats formats = model_formats(&d->w, d->c);
-    Str flags = { 0 };
     char log[4096] = "";
     int cc = compute_capability(d), key[2] = { 5, 6 };      // CU_JIT_ERROR_LOG_BUFFER and its size
     void *value[2] = { log, (void *)(uintptr_t)sizeof log };
-    bool cached;
+    const char *from;
     double start = now();
-    if (cc < 80) die(1, "%s: compute capability %d.%d, 8.0 is needed (Ampere or newer)", d->name, cc / 10, cc % 10);
-    kernel_options(d->c, &formats, cc, &flags);
-    char *ptx = kernel_ptx(flags.p, &cached);
+    if (cc < 80)
+        die(1, "%s: compute capability %d.%d, 8.0 is needed (Ampere or newer)", d->name, cc / 10,
+            cc % 10);
+    char *ptx = kernel_ptx(d->c, &formats, cc, &from, NULL);
     CuResult r = cu.ModuleLoadDataEx(&g->module, ptx, 2, key, value);
     if (r) {
         if (*log) fprintf(stderr, "%s\n", log);
@@ -5770,9 +5834,8 @@ static void cuda_compile(Device *d) {
     const int tiled[] = { K_gemm, K_expert_up, K_expert_down };
     for (size_t i = 0; i < COUNT(tiled); i++) CU(d, FuncSetAttribute, g->fn[tiled[i]], 8, TILE_SHARED);
     CU(d, FuncSetAttribute, g->fn[K_attend], 8, (int)attend_shared(d->c));      // 8: dynamic shared memory
-    note("%s: kernels %s in %.2f s", d->name, cached ? "from the cache" : "compiled", now() - start);
+    note("%s: kernels %s in %.2f s", d->name, from, now() - start);
     free(ptx);
-    free(flags.p);
 }
 
 // Offsets of a session's memory in this stage's layers.

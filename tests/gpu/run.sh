@@ -35,6 +35,8 @@ build test_kernels && LD_LIBRARY_PATH=$libs nice ./$OUT/test_kernels 2>$OUT/test
 count $OUT/test_kernels.log
 nice "$PY" tests/gpu/suite.py ${quick:+--quick} 2>&1 | tee $OUT/suite.log
 count $OUT/suite.log
+nice "$PY" tests/gpu/test_start.py 2>&1 | tee $OUT/start.log
+count $OUT/start.log
 rm -rf $OUT/real && mkdir -p $OUT/real
 if build real_shapes; then
     LD_LIBRARY_PATH=$libs SIM_PTXAS=$(command -v ptxas || echo /usr/local/cuda/bin/ptxas) \

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""How a GPU starts, on the simulated device: ready kernels with and without NVRTC.
+
+  test_start.py [--dsv4 ./dsv4] [--sim build/sim]
+"""
+import argparse
+import glob
+import os
+import shutil
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from suite import Gpu, one_line
+from common import GOLDEN, ROOT, Tally, run
+
+MODEL = os.path.join(GOLDEN, "edge/int")
+ARGS = ["-m", MODEL, "--devices", "cuda:0", "--ids", "5,6,7", "-n", 3, "-c", 256, "--temp", 0]
+NO_NVRTC = {"DSV4_NVRTC": "/nonexistent.so"}
+
+
+def kept(folder):
+    return sorted(glob.glob(os.path.join(folder, "kernels-*.ptx")))
+
+
+def ready_kernels(gpu, t, work):
+    good = gpu.run(ARGS)
+    t.check(good.code == 0 and "compiled" in good.err and len(kept(gpu.cache)) == 1, "compiled and kept", good.tail())
+    r = gpu.run(ARGS, libs=gpu.sim, **NO_NVRTC)
+    t.check(r.code == 0 and r.out == good.out and "from the cache" in r.err, "kept kernels need no NVRTC", r.tail())
+    other = gpu.run([*ARGS[:1], os.path.join(GOLDEN, "edge/native"), *ARGS[2:]])
+    t.check(other.code == 0 and len(kept(gpu.cache)) == 2, "another model has its own kernels", other.tail())
+
+    empty = os.path.join(work, "empty")
+    one_line(t, "neither kept nor NVRTC", gpu.run(ARGS, libs=gpu.sim, DSV4_CACHE=empty, **NO_NVRTC), "NVRTC",
+             "ready kernels", "/nonexistent.so")
+    binary = os.path.join(ROOT, "build", "gpu", "embed", "dsv4")
+    files = " ".join(kept(gpu.cache))
+    made = run(["make", "-s", "CFLAGS=-O2", "PTX=" + files, "OUT=" + os.path.relpath(binary, ROOT)], timeout=300)
+    if t.check(made.code == 0, "a program with embedded kernels", made.tail()):
+        plain, gpu.binary = gpu.binary, binary
+        for model, out in ((MODEL, good.out), (os.path.join(GOLDEN, "edge/native"), other.out)):
+            r = gpu.run([*ARGS[:1], model, *ARGS[2:]], libs=gpu.sim, DSV4_CACHE=empty, **NO_NVRTC)
+            t.check(r.code == 0 and r.out == out and "built in" in r.err, "embedded kernels need no NVRTC", r.tail())
+        one_line(t, "embedded kernels are of one source", gpu.run([*ARGS, "--kernels", changed_source(work)], libs=gpu.sim,
+                                                                  DSV4_CACHE=empty, **NO_NVRTC), "ready kernels")
+        gpu.binary = plain
+
+
+def changed_source(work):
+    path = os.path.join(work, "changed.cu")
+    with open(path, "w") as f:
+        f.write(open(os.path.join(ROOT, "kernels.cu")).read() + "\n")
+    return path
+
+
+def damaged_files(gpu, t, work):
+    good = gpu.run(ARGS)
+    folder = os.path.join(work, "damaged")
+    whole = {os.path.basename(p): open(p, "rb").read() for p in kept(gpu.cache)}
+    for what, damage in (("a flipped bit", lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]),
+                         ("cut in half", lambda b: b[:len(b) // 2]), ("cut in the head", lambda b: b[:30]),
+                         ("empty", lambda b: b""), ("a wrong size", lambda b: b[:50] + b"ffffffff" + b[58:]),
+                         ("another model's", lambda b: next(x for x in whole.values() if x != b))):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        for name, data in whole.items():
+            open(os.path.join(folder, name), "wb").write(damage(data))
+        r = gpu.run(ARGS, libs=gpu.sim, DSV4_CACHE=folder, **NO_NVRTC)
+        errors = [line for line in r.lines() if line.startswith("dsv4: ")]
+        t.check(r.code == 1 and len(errors) == 1 and "NVRTC" in errors[0] and "damaged" in r.err and folder in r.err,
+                f"{what}, no NVRTC: named", r.tail())
+        if what in ("a flipped bit", "cut in half"):
+            r = gpu.run(ARGS, DSV4_CACHE=folder)
+            t.check(r.code == 0 and r.out == good.out and "compiled" in r.err, f"{what}: compiled again", r.tail())
+            r = gpu.run(ARGS, DSV4_CACHE=folder)
+            t.check(r.code == 0 and "from the cache" in r.err, f"{what}: and kept", r.tail())
+
+
+def main():
+    a = argparse.ArgumentParser()
+    a.add_argument("--dsv4", default=os.path.join(ROOT, "dsv4"))
+    a.add_argument("--sim", default=os.path.join(ROOT, "build", "sim"))
+    a.add_argument("-v", action="store_true")
+    a = a.parse_args()
+    t = Tally(a.v)
+    with tempfile.TemporaryDirectory() as work:
+        gpu = Gpu(a, work)
+        ready_kernels(gpu, t, work)
+        damaged_files(gpu, t, work)
+    t.end("start")
+
+
+if __name__ == "__main__":
+    main()
