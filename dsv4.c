@@ -21,7 +21,6 @@
 
 #define _GNU_SOURCE
 #include <assert.h>
-#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -196,7 +195,7 @@ bool map_file(const char *path, Span *out, Err *e) {
 }
 
 // A progress line that overwrites itself; only where a person is watching.
-static void progress(const char *what, int64_t done, int64_t total) {
+void progress(const char *what, int64_t done, int64_t total) {
     if (!isatty(2)) return;
     int width = 30, full = total ? (int)(width * done / total) : width;
     fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################", width - full, "",
@@ -283,6 +282,7 @@ typedef struct {
     const int64_t *tid2eid;             // [V, A], NULL on scored layers
     Mat *w1, *w2, *w3;                  // [E] of [F, D], [D, F], [F, D]
     Mat sw1, sw2, sw3;                  // the shared expert
+    size_t bytes, expert_bytes;         // as stored: all of it, its routed experts
 } Layer;
 
 // The draft layer (spec 10): predicts token t+2 from the streams at t and token t+1.
@@ -823,6 +823,8 @@ static const Tensor *store_find(const Store *s, const char *name) {
     return store_find_span(s, span_of(name));
 }
 
+static const Store *open_store;     // the last one opened: for the handler of SIGBUS
+
 // The path of the shard that is mapped at addr, or NULL. Safe in a signal handler.
 static const char *store_find_address(const Store *s, const void *addr) {
     for (int i = 0; i < s->n_shards; i++) {
@@ -844,6 +846,7 @@ void store_close(Store *s) {
     free(s->tensors);
     free(s->slots);
     *s = (Store){ 0 };
+    if (open_store == s) open_store = NULL;
 }
 
 // One array and one table for all tensors; both double. A table is at most half full.
@@ -1139,6 +1142,7 @@ static bool store_open_index(Store *s, Span text, const char *path, const char *
 // model.safetensors. On an error *s is empty.
 bool store_open(Store *s, const char *dir, Err *e) {
     *s = (Store){ 0 };
+    open_store = s;
     Str path = { 0 };
     Span text = { 0 };
     str_puts(&path, dir);
@@ -1488,7 +1492,7 @@ static bool config_open(Config *c, const char *dir, Err *e) {
 bool config_brief(ConfigBrief *b, const char *dir, Err *e) {
     Config c;
     if (!config_open(&c, dir, e)) return false;
-    *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, "" };
+    *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, c.n_experts, "" };
     memcpy(b->quant, c.quant, sizeof b->quant);
     config_free(&c);
     return true;
@@ -2316,9 +2320,7 @@ static void cpu_pause(void) { _mm_pause(); }
 static void cpu_pause(void) { }
 #endif
 
-typedef void RangeFn(void *arg, int begin, int end);
-
-typedef struct {
+struct Pool {
     int n_threads;              // the caller included
     double spin;                // seconds a thread looks for work before it sleeps
     pthread_t *threads;         // [n_threads - 1]
@@ -2334,7 +2336,7 @@ typedef struct {
     pthread_cond_t wake;
     void *scratch;              // matmul's packed activations, grown on demand
     size_t scratch_bytes;
-} Pool;
+};
 
 static _Thread_local bool in_region;
 
@@ -2394,7 +2396,7 @@ static void pool_wake(Pool *p) {
 // Runs f(arg, begin, end) over ranges that cover [0, n), each at least `grain` items (the last may
 // be shorter). Returns when all are done; the caller takes part. A call from inside a region runs
 // serially.
-static void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
+void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
     if (n <= 0) return;
     if (p->n_threads == 1 || in_region || n <= grain) {
         f(arg, 0, n);
@@ -2420,7 +2422,7 @@ static void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
     pthread_mutex_unlock(&p->caller);
 }
 
-static void pool_free(Pool *p) {
+void pool_free(Pool *p) {
     if (!p) return;
     atomic_store(&p->stop, true);
     pthread_mutex_lock(&p->lock);
@@ -2436,7 +2438,7 @@ static void pool_free(Pool *p) {
 }
 
 // n_threads < 1: one per core this process may use. Threads beyond the cores do not spin.
-static Pool *pool_new(int n_threads) {
+Pool *pool_new(int n_threads) {
     cpu_set_t set;
     bool known = !sched_getaffinity(0, sizeof set, &set);
     int cores = known ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
@@ -3482,7 +3484,7 @@ static void read_range(void *arg, int begin, int end) {
 
 // Bytes per second, best of 5 sequential reads of 2 GiB by all threads. 0 if there is no memory for
 // it.
-static double read_bandwidth(Pool *p) {
+double read_bandwidth(Pool *p) {
     size_t bytes = (size_t)2 << 30;
     void *m = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (m == MAP_FAILED) return 0;
@@ -3610,6 +3612,7 @@ typedef struct {
     const Config *c;
     Err *e;
     int bound;                      // tensors taken so far
+    size_t bytes;                   // of them
     int format[N_FORMATS];          // matrices of each format
 } Binder;
 
@@ -3624,7 +3627,7 @@ static const char *tensor_file(const Binder *b, const Tensor *t) {
 
 static const Tensor *need(Binder *b, const char *name) {
     const Tensor *t = store_find(b->store, name);
-    if (t) b->bound++;
+    if (t) b->bound++, b->bytes += t->bytes;
     else
         fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name,
              b->store->n);
@@ -3742,6 +3745,7 @@ static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, 
 
 static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool hashed) {
     char prefix[64];
+    size_t before = b->bytes;
     snprintf(l->name, sizeof l->name, "%s", name);
     snprintf(prefix, sizeof prefix, "%s.", name);
     l->ratio = ratio;
@@ -3757,6 +3761,7 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
                        [SCORED] = !hashed };
         if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
     }
+    size_t dense = b->bytes;
     for (size_t i = 0; i < COUNT(expert_table); i++) {
         Mat *m = xalloc((size_t)b->c->n_experts, sizeof *m);
         memcpy((char *)l + expert_table[i].at, &m, sizeof m);
@@ -3765,6 +3770,8 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
             if (!bind_one(b, expert_table + i, prefix, ratio, m + e)) return false;
         }
     }
+    l->bytes = b->bytes - before;
+    l->expert_bytes = b->bytes - dense;
     return true;
 }
 
@@ -3815,10 +3822,12 @@ static bool weights_bind(Weights *w, Binder *b) {
     if (!c->n_mtp || c->dspark || !store_has(b->store, "mtp.")) return true;
     w->mtp = xalloc((size_t)c->n_mtp, sizeof *w->mtp);
     for (int i = 0; i < c->n_mtp; i++) {
+        size_t before = b->bytes;
         snprintf(name, sizeof name, "mtp.%d", i);
         if (!bind_block(b, &w->mtp[i].block, name, c->ratio[c->n_layers + i], false)) return false;
         snprintf(name, sizeof name, "mtp.%d.", i);
         if (!bind_list(b, mtp_table, COUNT(mtp_table), name, w->mtp + i)) return false;
+        w->mtp[i].block.bytes = b->bytes - before;
     }
     return true;
 }
@@ -6934,84 +6943,91 @@ static int cuda_report(void) {
 #define VERSION "0.1"
 
 typedef enum {
-    RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128
+    RUN = 1, TOKENIZE = 2, INFO = 4, BENCH = 8, PPL = 16, VERIFY = 32, DEVICES = 64, CONVERT = 128,
+    COMPUTES = RUN | BENCH | PPL, LOADS = COMPUTES | INFO, ANY = 255
 } Command;
 
 static struct {
-    const char *model, *prompt, *file, *system, *ids, *logits, *mtp_logits, *chat;
-    const char *devices, *layers, *effort, *encoding, *isa, *kernels, *scale_dtype, *layer_remap;
-    int64_t tokens, ctx, threads, seed, top_k, chunk;
+    Opening open;
+    Dsv4Convert convert;
+    const char *prompt, *file, *ids, *system, *effort, *encoding, *chat, *logits, *mtp_logits;
+    const char *isa, *kernels;
+    int tokens, top_k;
+    int64_t seed;
     double temp, top_p, min_p;
-    bool raw, think, nothink, exact, plain, decode, show_ids, mlock, graphs, verify, help, version;
+    bool raw, think, nothink, plain, decode, show_ids, graphs, help, version;
 } opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
 
-typedef enum { FLAG, WORD, INT, REAL } OptType;
+typedef enum { FLAG, WORD, INT, LONG, REAL } OptType;   // bool, const char *, int, int64_t, double
 
 typedef struct {
-    const char *name;           // long name; options for tests have no help
+    const char *name;           // long name
     char letter;
     OptType type;
     int commands;               // where it is allowed
     void *to;
-    double lo, hi;              // INT and REAL: allowed range
-    const char *arg, *help;     // arg of a WORD: its choices, if it holds a '|'
+    double lo, hi;              // INT, LONG and REAL: allowed range
+    const char *arg, *help;     // arg of a WORD: its choices, if it holds a '|'; help NULL: for tests
 } Option;
 
-enum { LOADS = RUN | BENCH | PPL | INFO, COMPUTES = RUN | BENCH | PPL };
 static const Option options[] = {
-    { "model", 'm', WORD, LOADS | TOKENIZE, &opt.model, 0, 0, "DIR", "the checkpoint's directory (default: a small built-in model)" },
+    { "model", 'm', WORD, LOADS | TOKENIZE, &opt.open.dir, 0, 0, "DIR",
+      "the checkpoint's directory (default: a small built-in model)" },
     { "prompt", 'p', WORD, RUN, &opt.prompt, 0, 0, "TEXT",
       "answer one prompt (without a prompt: chat)" },
     { "file", 'f', WORD, RUN, &opt.file, 0, 0, "FILE", "the prompt is a file's text ('-': stdin)" },
-    { "raw", 0, FLAG, RUN, &opt.raw, 0, 0, NULL,
-      "begin-of-sentence and the text, no chat encoding" },
+    { "raw", 0, FLAG, RUN, &opt.raw, 0, 0, "", "begin-of-sentence and the text, no chat encoding" },
     { "ids", 0, WORD, RUN, &opt.ids, 0, 0, "0,5,6", "the prompt as token ids; answers in ids" },
-    { "show-ids", 0, FLAG, RUN, &opt.show_ids, 0, 0, NULL, "print the answer as token ids" },
+    { "show-ids", 0, FLAG, RUN, &opt.show_ids, 0, 0, "", "print the answer as token ids" },
     { "tokens", 'n', INT, RUN | BENCH, &opt.tokens, 0, INT_MAX, "N", "tokens to generate at most" },
-    { "ctx", 'c', INT, LOADS, &opt.ctx, 1, INT_MAX, "N", "context: positions a session can hold" },
-    { "seed", 's', INT, RUN, &opt.seed, 0, 9e15, "N", "seed of the sampler (default: the clock)" },
+    { "ctx", 'c', INT, LOADS, &opt.open.ctx, 1, INT_MAX, "N",
+      "context: positions a session can hold" },
+    { "seed", 's', LONG, RUN, &opt.seed, 0, 9e15, "N", "seed of the sampler (default: the clock)" },
     { "temp", 0, REAL, RUN, &opt.temp, 0, 1000, "X", "temperature, 0 = greedy" },
     { "top-k", 0, INT, RUN, &opt.top_k, 0, INT_MAX, "N", "only the N likeliest tokens, 0 = all" },
     { "top-p", 0, REAL, RUN, &opt.top_p, 1e-9, 1, "X", "only the likeliest tokens that sum to X" },
     { "min-p", 0, REAL, RUN, &opt.min_p, 0, 1, "X", "only tokens X times as likely as the best" },
     { "system", 0, WORD, RUN, &opt.system, 0, 0, "TEXT", "system message" },
-    { "think", 0, FLAG, RUN | TOKENIZE, &opt.think, 0, 0, NULL, "reason first, on standard error" },
-    { "nothink", 0, FLAG, RUN | TOKENIZE, &opt.nothink, 0, 0, NULL, "answer at once (default)" },
+    { "think", 0, FLAG, RUN | TOKENIZE, &opt.think, 0, 0, "", "reason first, on standard error" },
+    { "nothink", 0, FLAG, RUN | TOKENIZE, &opt.nothink, 0, 0, "", "answer at once (default)" },
     { "effort", 0, WORD, RUN | TOKENIZE, &opt.effort, 0, 0, "low|high|max",
       "how hard to reason, with --think" },
     { "encoding", 0, WORD, RUN | TOKENIZE, &opt.encoding, 0, 0, "v4|0731",
       "prompt generation (default: by config)" },
-    { "devices", 0, WORD, LOADS, &opt.devices, 0, 0, "LIST",
+    { "devices", 0, WORD, LOADS, &opt.open.devices, 0, 0, "LIST",
       "cuda:0,cuda:1,cpu (default: all GPUs)" },
-    { "layers", 0, WORD, LOADS, &opt.layers, 0, 0, "LIST", "layers per device, e.g. 22,21" },
-    { "threads", 't', INT, COMPUTES | VERIFY | CONVERT, &opt.threads, 1, 1024, "N",
+    { "layers", 0, WORD, LOADS, &opt.open.layers, 0, 0, "LIST", "layers per device, e.g. 22,21" },
+    { "threads", 't', INT, COMPUTES | VERIFY | CONVERT, &opt.open.threads, 1, 1024, "N",
       "CPU threads (default: all cores)" },
-    { "exact", 0, FLAG, COMPUTES, &opt.exact, 0, 0, NULL, "FP32 everywhere: the slow reference" },
-    { "mlock", 0, FLAG, COMPUTES, &opt.mlock, 0, 0, NULL, "keep the weights in memory" },
+    { "exact", 0, FLAG, COMPUTES, &opt.open.exact, 0, 0, "", "FP32 everywhere: the slow reference" },
+    { "mlock", 0, FLAG, COMPUTES, &opt.open.mlock, 0, 0, "", "keep the weights in memory" },
     { "logits", 0, WORD, RUN, &opt.logits, 0, 0, "FILE", "write the prompt's logits, float32" },
     { "mtp-logits", 0, WORD, RUN, &opt.mtp_logits, 0, 0, "FILE", "the same for the MTP layer" },
-    { "plain", 0, FLAG, TOKENIZE, &opt.plain, 0, 0, NULL, "special tokens in the text are text" },
-    { "decode", 0, FLAG, TOKENIZE, &opt.decode, 0, 0, NULL, "ids -> bytes" },
+    { "plain", 0, FLAG, TOKENIZE, &opt.plain, 0, 0, "", "special tokens in the text are text" },
+    { "decode", 0, FLAG, TOKENIZE, &opt.decode, 0, 0, "", "ids -> bytes" },
     { "chat", 0, WORD, TOKENIZE, &opt.chat, 0, 0, "FILE", "a messages file -> its ids" },
-    { "scale-dtype", 0, WORD, CONVERT, &opt.scale_dtype, 0, 0, "bf16|f16",
+    { "scale-dtype", 0, WORD, CONVERT, &opt.convert.scale_dtype, 0, 0, "bf16|f16",
       "dtype of the scales written" },
-    { "layer-remap", 0, WORD, CONVERT, &opt.layer_remap, 0, 0, "LIST",
+    { "layer-remap", 0, WORD, CONVERT, &opt.convert.layer_remap, 0, 0, "LIST",
       "layers to keep, in their new order" },
-    { "verify", 0, FLAG, CONVERT, &opt.verify, 0, 0, NULL, "compare the result with the source" },
-    { "graphs", 0, FLAG, COMPUTES, &opt.graphs, 0, 0, NULL, "decode steps as CUDA graphs" },
+    { "verify", 0, FLAG, CONVERT, &opt.convert.verify, 0, 0, "",
+      "compare the result with the source" },
+    { "graphs", 0, FLAG, COMPUTES, &opt.graphs, 0, 0, "", "decode steps as CUDA graphs" },
     { "kernels", 0, WORD, COMPUTES | DEVICES, &opt.kernels, 0, 0, "FILE", "another kernels.cu" },
-    { "help", 'h', FLAG, -1, &opt.help, 0, 0, NULL, "this text" },
-    { "version", 0, FLAG, -1, &opt.version, 0, 0, NULL, "the version" },
-    { "chunk", 0, INT, COMPUTES, &opt.chunk, 1, 1 << 16, "N", NULL },
+    { "help", 'h', FLAG, ANY, &opt.help, 0, 0, "", "this text; of one subcommand: its options" },
+    { "version", 0, FLAG, ANY, &opt.version, 0, 0, "", "the version" },
+    { "chunk", 0, INT, COMPUTES, &opt.open.chunk, 1, 1 << 16, "N", NULL },
     { "isa", 0, WORD, COMPUTES, &opt.isa, 0, 0, "portable|avx2|avx512|avx512-vnni", NULL },
 };
 
-static const struct {
+typedef struct {
     const char *name;
     Command command;
     const char *args, *help;
     int n_args;
-} commands[] = {
+} Subcommand;
+
+static const Subcommand subcommands[] = {
     { "", RUN, "-m DIR [-p TEXT]", "answer one prompt, or chat in the terminal", 0 },
     { "tokenize", TOKENIZE, "-m DIR", "standard input -> token ids", 0 },
     { "info", INFO, "-m DIR", "config, tensors, formats, memory, placement", 0 },
@@ -7022,23 +7038,25 @@ static const struct {
     { "convert", CONVERT, "SRC DST", "original release -> dsv4_int", 2 },
 };
 
-static void print_help(void) {
-    puts("dsv4: DeepSeek-V4-Flash from its published checkpoints\n");
-    for (size_t i = 0; i < COUNT(commands); i++) {
+// Everything, or what concerns one subcommand.
+static void print_help(const Subcommand *only) {
+    bool all = only->command == RUN;
+    if (all) puts("dsv4: DeepSeek-V4-Flash from its published checkpoints\n");
+    for (const Subcommand *s = subcommands; s < subcommands + COUNT(subcommands); s++) {
         char line[80];
-        snprintf(line, sizeof line, "dsv4 %s%s%s", commands[i].name, i ? " " : "",
-                 commands[i].args);
-        printf("  %-30s %s\n", line, commands[i].help);
+        if (!all && s != only) continue;
+        snprintf(line, sizeof line, "dsv4 %s%s%s", s->name, *s->name ? " " : "", s->args);
+        printf("  %-30s %s\n", line, s->help);
     }
     puts("");
-    for (size_t i = 0; i < COUNT(options); i++) {
-        const Option *o = options + i;
+    for (const Option *o = options; o < options + COUNT(options); o++) {
         char name[64], letter[8] = "   ";
-        if (!o->help) continue;
+        if (!o->help || !(all || o->commands & only->command)) continue;
         if (o->letter) snprintf(letter, sizeof letter, "-%c,", o->letter);
-        snprintf(name, sizeof name, "%s --%s %s", letter, o->name, o->arg ? o->arg : "");
+        snprintf(name, sizeof name, "%s --%s %s", letter, o->name, o->arg);
         printf("  %-30s %s\n", name, o->help);
     }
+    if (!all) return;
     puts("\nDefaults of the sampler: generation_config.json, else temperature 1.\n"
          "Environment: DSV4_NVRTC (path of libnvrtc), DSV4_CACHE (directory of compiled kernels)");
 }
@@ -7051,118 +7069,132 @@ static bool choice_ok(const char *list, const char *value) {
     return false;
 }
 
+// name: the option as the user wrote it.
 static void set_option(const Option *o, const char *name, const char *value) {
-    char *end;
-    errno = 0;
-    switch (o->type) {
-    case FLAG:
+    if (o->type == FLAG) {
         *(bool *)o->to = true;
         return;
-    case WORD:
+    }
+    if (o->type == WORD) {
         if (strchr(o->arg, '|') && !choice_ok(o->arg, value))
             die(2, "%s: expected %s, found '%s'", name, o->arg, value);
         *(const char **)o->to = value;
         return;
-    case INT: {
-        long long x = strtoll(value, &end, 10);
-        bool number = strchr("-0123456789", *value) && end != value && !*end && !errno;
-        if (!number || x < o->lo || (double)x > o->hi)
-            die(2, "%s: expected a whole number from %.0f to %.0f, found '%s'", name, o->lo, o->hi,
-                value);
-        *(int64_t *)o->to = x;
-        return;
     }
-    case REAL: {
-        double x = strtod(value, &end);
-        bool number = end != value && !*end && !value[strspn(value, "-+.0123456789e")];
-        if (!number || !(x >= o->lo && x <= o->hi))
-            die(2, "%s: expected a number from %g to %g, found '%s'", name, o->lo, o->hi, value);
-        *(double *)o->to = x;
-    }
-    }
+    bool whole = o->type != REAL;
+    char *end;
+    double x = strtod(value, &end);
+    bool number = end != value && !*end && !value[strspn(value, whole ? "-0123456789"
+                                                                     : "-+.0123456789e")];
+    if (!number || !(x >= o->lo && x <= o->hi))
+        die(2, "%s: expected a %snumber from %.10g to %.10g, found '%s'", name,
+            whole ? "whole " : "", o->lo, o->hi, value);
+    if (o->type == INT) *(int *)o->to = (int)x;
+    if (o->type == LONG) *(int64_t *)o->to = (int64_t)x;
+    if (o->type == REAL) *(double *)o->to = x;
 }
 
+// The option that a word of the command line names; *value: what follows its '=', or NULL.
 static const Option *find_option(const char *word, const char **value) {
     const char *eq = strchr(word, '=');
-    for (size_t i = 0; i < COUNT(options); i++) {
-        const Option *o = options + i;
+    for (const Option *o = options; o < options + COUNT(options); o++) {
         size_t n = strlen(o->name);
         bool dashes = word[0] == '-' && word[1] == '-';
-        if (dashes && !strncmp(word + 2, o->name, n) && (!word[2 + n] || word + 2 + n == eq)) {
-            *value = eq ? eq + 1 : NULL;
-            return o;
-        }
-        if (word[0] == '-' && word[1] == o->letter && o->letter && !word[2]) {
-            *value = NULL;
-            return o;
-        }
+        bool is_long = dashes && !strncmp(word + 2, o->name, n) &&
+                       (!word[2 + n] || word + 2 + n == eq);
+        bool is_short = o->letter && word[0] == '-' && word[1] == o->letter && !word[2];
+        *value = is_long && eq ? eq + 1 : NULL;
+        if (is_long || is_short) return o;
     }
     return NULL;
 }
 
-// Fills opt and args (n_args of them); returns the command.
-static Command parse_options(int argc, char **argv, char **args) {
-    size_t which = 0;
-    for (size_t i = 1; i < COUNT(commands) && argc > 1; i++)
-        if (!strcmp(argv[1], commands[i].name)) which = i;
-    Command command = commands[which].command;
-    const char *program = which ? commands[which].name : "-m";
-    int n = 0, most = commands[which].n_args;
-    for (int i = 1 + (which > 0); i < argc; i++) {
+// Fills opt and args (n_args of them); returns what to do.
+static const Subcommand *parse_options(int argc, char **argv, char **args) {
+    const Subcommand *s = subcommands;
+    for (size_t i = 1; i < COUNT(subcommands) && argc > 1; i++)
+        if (!strcmp(argv[1], subcommands[i].name)) s = subcommands + i;
+    const char *program = *s->name ? s->name : "-m";
+    int n = 0;
+    for (int i = *s->name ? 2 : 1; i < argc; i++) {
         const char *value = NULL, *name = argv[i];
         bool dash = name[0] == '-' && name[1];
         const Option *o = dash ? find_option(name, &value) : NULL;
         if (dash && !o) die(2, "unknown option %s (dsv4 --help lists them)", name);
-        if (!dash && n == most) die(2, "unexpected argument '%s' (dsv4 --help)", name);
+        if (!dash && n == s->n_args) die(2, "unexpected argument '%s' (dsv4 --help)", name);
         if (!dash) {
             args[n++] = argv[i];
             continue;
         }
-        if (!(o->commands & command)) die(2, "%s does not go with dsv4 %s", name, program);
+        if (!(o->commands & s->command)) die(2, "%s does not go with dsv4 %s", name, program);
         if (o->type == FLAG && value) die(2, "%s takes no value", name);
         if (o->type != FLAG && !value && ++i < argc) value = argv[i];
         if (o->type != FLAG && !value) die(2, "%s needs a value: %s", name, o->arg);
         set_option(o, name, value);
     }
-    if (opt.help || opt.version) return command;
-    if (n < most) die(2, "usage: dsv4 %s %s", program, commands[which].args);
-    if (!opt.model && command & (LOADS | TOKENIZE)) {
-        note("no -m DIR: this is the small built-in model, which tells children's stories");
-        opt.model = BUILT_IN;
-    }
-    return command;
+    if (n < s->n_args && !opt.help && !opt.version)
+        die(2, "usage: dsv4 %s %s", program, s->args);
+    return s;
+}
+
+// Options that exclude or need each other.
+static void check_options(void) {
+    int prompts = (opt.prompt != NULL) + (opt.file != NULL) + (opt.ids != NULL);
+    const struct { bool wrong; const char *text; } rules[] = {
+        { prompts > 1, "-p, -f and --ids: only one of them" },
+        { opt.think && opt.nothink, "--think and --nothink: only one of them" },
+        { opt.raw && !opt.prompt && !opt.file, "--raw needs -p or -f" },
+        { (opt.logits || opt.mtp_logits) && !prompts, "--logits and --mtp-logits need a prompt" },
+        { opt.effort && !opt.think, "--effort needs --think" },
+        { opt.raw && (opt.think || opt.system), "--raw takes no --system and no --think" },
+        { opt.decode + opt.plain + (opt.chat != NULL) > 1,
+          "--decode, --plain and --chat: only one of them" },
+    };
+    for (size_t i = 0; i < COUNT(rules); i++) if (rules[i].wrong) die(2, "%s", rules[i].text);
 }
 // ---------------------------------------------------------------------------
 // the model: one forward pass over stages of layers, and sessions that remember what they have read
 
 typedef struct Batch Batch;
 struct Batch {                  // one batch on its way through the stages
-    const Row *rows;            // [T]
+    Row *rows;                  // [T]
     int T;
-    const int *want;            // [n_want] rows whose logits are wanted
+    int *want;                  // [n_want] rows whose logits are wanted
     int n_want;
     float *logits;              // [n_want, V]
-    float *mtp_logits;          // [n_want, V] or NULL: then the MTP layer does not run
+    float *mtp_logits;          // [n_want, V]
+    bool mtp;                   // run the MTP layer too
     float *X;                   // [T, S, D] hand-off between stages
     int stage;                  // done when it is n_stages
     Batch *next;
 };
 
+// What a layer asks of a device. The entry after the last layer stands for the head and MTP layers.
+typedef struct {
+    size_t weights, context;    // bytes; context: the caches of one session
+    double touched;             // bytes of weights that one token reads, so its share of the time
+} Share;
+
 enum { MAX_SLOTS = COUNT(((Device *)0)->cache), MAX_STAGES = 64 };
 
-typedef struct {
+struct Model {
     Config c;
     Store store;
     Weights w;
     int format[N_FORMATS];      // matrices of each format
+    Share *share;               // [n_layers + 1]
+    size_t buffers[2];          // bytes of a GPU's buffers without and with the head
     Device *stage;              // [n_stages]
     int n_stages;
+    bool exact;
     int ctx, chunk, reach;      // reach: how far back a session can be rewound
     bool slot_used[MAX_SLOTS];
+    Batch flight[MAX_STAGES + 1];       // [n_flight] chunks of a prompt on their way
+    int n_flight;
     pthread_mutex_t lock;       // guards the queues
-    pthread_cond_t moved;       // a job changed its stage
+    pthread_cond_t moved;       // a batch changed its stage
     Batch *queue[MAX_STAGES];   // first in, first out
-} Model;
+};
 
 static int argmax(const float *x, int n) {
     int best = 0;
@@ -7191,9 +7223,8 @@ static void forward_layer(Device *d, const Layer *l, int i) {
 static void check_logits(const float *logits, int n, int vocab) {
     for (size_t i = 0; i < (size_t)n * vocab; i++)
         if (!isfinite(logits[i]))
-            die(1,
-                "head: the logit of token %d is not finite (run `dsv4 verify` on the checkpoint)",
-                (int)(i % vocab));
+            die(1, "head: the logit of token %d is not finite (run `dsv4 verify` on the "
+                "checkpoint)", (int)(i % vocab));
 }
 
 // The draft layer after the last main layer: row t sees the token at t + 1 and predicts the one at
@@ -7226,11 +7257,10 @@ static void forward_stage(Device *d, Batch *j) {
     }
     if (j->n_want) d->op->head(d, &d->w.hc_head, d->w.norm, j->want, j->n_want, j->logits);
     if (j->n_want) check_logits(j->logits, j->n_want, d->c->vocab);
-    if (j->mtp_logits) forward_mtp(d, j);
+    if (j->mtp) forward_mtp(d, j);
 }
 
-// --- stages as threads: batches follow each other through the pipeline, so all devices work at
-// once
+// --- stages as threads: batches follow each other, so all devices work at once
 
 typedef struct { Model *m; int stage; } StageArg;
 
@@ -7258,7 +7288,19 @@ __attribute__((noreturn)) static void *stage_main(void *arg) {
     }
 }
 
-// Hands a batch to the first stage. One stage: it is computed here and now. Jobs are finished in
+static void start_stages(Model *m) {
+    pthread_mutex_init(&m->lock, NULL);
+    pthread_cond_init(&m->moved, NULL);
+    for (int i = 0; m->n_stages > 1 && i < m->n_stages; i++) {
+        StageArg *a = xalloc(1, sizeof *a);
+        *a = (StageArg){ m, i };
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, stage_main, a)) die(1, "cannot start a thread");
+        pthread_detach(thread);
+    }
+}
+
+// Hands a batch to the first stage; one stage computes it here and now. Batches are finished in
 // order.
 static void forward_begin(Model *m, Batch *j) {
     j->stage = 0;
@@ -7274,7 +7316,6 @@ static void forward_begin(Model *m, Batch *j) {
 }
 
 static void forward_end(Model *m, Batch *j) {
-    if (m->n_stages == 1) return;
     pthread_mutex_lock(&m->lock);
     while (j->stage < m->n_stages) pthread_cond_wait(&m->moved, &m->lock);
     pthread_mutex_unlock(&m->lock);
@@ -7282,14 +7323,14 @@ static void forward_end(Model *m, Batch *j) {
 
 // --- sessions: a token list and the caches that stand for it
 
-typedef struct {
+struct Session {
     Model *m;
     int slot;
     int *tokens;                // [ctx] what was read
     int n;
-    // positions from here on are still whole in the rings: it can be rewound to them
-    int kept;
-} Session;
+    int kept;                   // positions from here on are whole in the rings: it can go back there
+    const float *logits;        // [V] of the last token read, until any session reads again
+};
 
 // The rings at one position of a session. The compressed rows stay in the caches: they are only
 // ever appended.
@@ -7298,23 +7339,11 @@ typedef struct {
     void *rings[MAX_STAGES];    // per stage
 } Snapshot;
 
-// Called for each chunk read: n rows from position pos on. mtp is NULL unless asked for.
-typedef void (*RowSink)(void *arg, int pos, int n, const float *logits, const float *mtp);
-
-typedef struct {
-    bool all;                   // logits of every row, else of the last one only
-    bool mtp;                   // run the MTP layer too
-    bool progress;
-    RowSink sink;
-    void *arg;
-} Feed;
-
 static volatile sig_atomic_t interrupted;      // Ctrl-C: long work stops at the next chunk or token
 static volatile sig_atomic_t terminated;       // by SIGTERM or SIGHUP: a chat ends too
 static volatile sig_atomic_t computing;        // there is such work; else Ctrl-C ends the program
 
-// NULL if all slots are taken.
-static Session *session_new(Model *m) {
+Session *session_new(Model *m) {
     int slot = 0;
     while (slot < MAX_SLOTS && m->slot_used[slot]) slot++;
     if (slot == MAX_SLOTS) return NULL;
@@ -7325,7 +7354,7 @@ static Session *session_new(Model *m) {
     return s;
 }
 
-static void session_free(Session *s) {
+void session_free(Session *s) {
     if (!s) return;
     for (int i = 0; i < s->m->n_stages; i++)
         s->m->stage[i].op->cache_free(&s->m->stage[i], s->slot);
@@ -7341,7 +7370,7 @@ static bool session_rewind(Session *s, int n) {
     return true;
 }
 
-static void session_clear(Session *s) { s->n = s->kept = 0; }
+void session_clear(Session *s) { s->n = s->kept = 0; }
 
 static Snapshot *session_snapshot(const Session *s) {
     Snapshot *p = xalloc(1, sizeof *p);
@@ -7362,422 +7391,356 @@ static void session_restore(Session *s, const Snapshot *p) {
 }
 
 static void snapshot_free(Snapshot *p) {
-    if (!p) return;
-    for (int i = 0; i < MAX_STAGES; i++) free(p->rings[i]);
+    for (int i = 0; p && i < MAX_STAGES; i++) free(p->rings[i]);
     free(p);
 }
 
-// One chunk in flight with the memory it needs.
-typedef struct {
-    Batch job;
-    Row *rows;
-    int *want;
-} Chunk;
-
-static void chunk_fill(Chunk *k, const Session *s, const int *tokens, int from, int n, int total,
-                       const Feed *f) {
-    for (int i = 0; i < n; i++) {
-        int at = from + i;
-        k->rows[i] = (Row){ tokens[at], s->slot, s->n + at, at + 1 < total ? tokens[at + 1] : -1 };
-        k->want[i] = i;
-    }
-    bool last = from + n == total;
-    k->job.rows = k->rows;
-    k->job.T = n;
-    k->job.n_want = f->all || f->mtp ? n : last;
-    k->job.want = f->all || f->mtp ? k->want : k->want + n - 1;
+// Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
+// snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
+static int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {
+    int same = 0;
+    while (same < n - 1 && same < s->n && tokens[same] == s->tokens[same]) same++;
+    if (session_rewind(s, same)) return same;
+    if (snap && snap->pos <= same) session_restore(s, snap);
+    else session_clear(s);
+    return s->n;
 }
 
-// Reads n tokens in chunks, several of them on their way if there are several stages. Every
-// finished chunk goes to f->sink. Stops early, after a whole chunk, when interrupted: then fewer
-// than n tokens were read.
-static int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
+// The next n of the `left` tokens, from position pos on; `all`: every row's logits are wanted.
+static void batch_fill(Batch *b, int slot, int pos, const int *tokens, int n, int left, bool all) {
+    b->T = n;
+    b->n_want = all ? n : n == left;
+    for (int i = 0; i < n; i++)
+        b->rows[i] = (Row){ tokens[i], slot, pos + i, i + 1 < left ? tokens[i + 1] : -1 };
+    for (int i = 0; i < b->n_want; i++) b->want[i] = n - b->n_want + i;
+}
+
+int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
     Model *m = s->m;
-    int flight = m->n_stages > 1 ? m->n_stages + 1 : 1, begun = 0, done = 0, head = 0, tail = 0;
-    size_t T = (size_t)(n < m->chunk ? n : m->chunk), V = (size_t)m->c.vocab;
-    size_t outs = f->all || f->mtp ? T : 1, X = m->n_stages > 1 ? T * m->c.hc_mult * m->c.dim : 0;
-    Chunk *ring = xalloc((size_t)flight, sizeof *ring);
-    for (int i = 0; i < flight; i++) {
-        ring[i].rows = xalloc(T, sizeof(Row));
-        ring[i].want = xalloc(T, sizeof(int));
-        ring[i].job.X = xalloc(X, sizeof(float));
-        ring[i].job.logits = xalloc(outs * V, sizeof(float));
-        if (f->mtp) ring[i].job.mtp_logits = xalloc(outs * V, sizeof(float));
-    }
+    int begun = 0, done = 0, head = 0, tail = 0;
+    if (n > m->ctx - s->n) n = m->ctx - s->n;
     while (done < n && !(interrupted && begun == done)) {
-        while (begun < n && head - tail < flight && !interrupted) {
-            int size = n - begun < (int)T ? n - begun : (int)T;
-            Chunk *k = &ring[head++ % flight];
-            chunk_fill(k, s, tokens, begun, size, n, f);
-            forward_begin(m, &k->job);
-            begun += size;
+        while (begun < n && head - tail < m->n_flight && !interrupted) {
+            Batch *b = &m->flight[head++ % m->n_flight];
+            int left = n - begun, T = left < m->chunk ? left : m->chunk;
+            batch_fill(b, s->slot, s->n + begun, tokens + begun, T, left, f->sink);
+            b->mtp = f->mtp;
+            forward_begin(m, b);
+            begun += T;
         }
         if (head == tail) break;
-        Batch *j = &ring[tail++ % flight].job;
-        forward_end(m, j);
-        if (f->sink) f->sink(f->arg, s->n + done, j->T, j->logits, j->mtp_logits);
-        done += j->T;
+        Batch *b = &m->flight[tail++ % m->n_flight];
+        forward_end(m, b);
+        if (f->sink) f->sink(f->arg, s->n + done, b->T, b->logits, f->mtp ? b->mtp_logits : NULL);
+        if (b->n_want) s->logits = b->logits + (size_t)(b->n_want - 1) * m->c.vocab;
+        done += b->T;
         if (f->progress) progress("reading the prompt", done, n);
     }
     memcpy(s->tokens + s->n, tokens, (size_t)done * sizeof *tokens);
     s->n += done;
     s->kept = s->n - m->reach > s->kept ? s->n - m->reach : s->kept;
-    for (int i = 0; i < flight; i++) {
-        free(ring[i].rows);
-        free(ring[i].want);
-        free(ring[i].job.X);
-        free(ring[i].job.logits);
-        free(ring[i].job.mtp_logits);
-    }
-    free(ring);
     return done;
 }
 
-// --- opening a model and placing its layers
+// Memory for the chunks of a prompt; pages are taken as they are touched.
+static void model_buffers(Model *m) {
+    size_t T = (size_t)m->chunk, logits = T * (size_t)m->c.vocab * sizeof(float);
+    m->n_flight = m->n_stages > 1 ? m->n_stages + 1 : 1;
+    for (Batch *b = m->flight; b < m->flight + m->n_flight; b++) {
+        b->rows = xalloc(T, sizeof *b->rows);
+        b->want = xalloc(T, sizeof *b->want);
+        b->logits = reserve(logits);
+        if (m->w.mtp) b->mtp_logits = reserve(logits);
+        if (m->n_stages > 1) b->X = reserve(T * m->c.hc_mult * m->c.dim * sizeof(float));
+    }
+}
 
-static void model_fail(const Err *e) { die(1, "%s", e->text); }
-
-static const Store *open_store;     // for the SIGBUS handler: whose page could not be read
+// --- opening a model
 
 // Reads config.json, opens the shards and binds every tensor. Nothing is read from the weights but
 // small vectors.
-static void model_bind(Model *m, const char *dir) {
-    Err e = { 0 };
-    if (!config_open(&m->c, dir, &e)) model_fail(&e);
-    open_store = &m->store;
-    if (!store_open(&m->store, dir, &e)) model_fail(&e);
-    Binder b = { .store = &m->store, .c = &m->c, .e = &e };
-    if (!weights_bind(&m->w, &b)) model_fail(&e);
+static bool model_bind(Model *m, const char *dir, Err *e) {
+    Binder b = { .store = &m->store, .c = &m->c, .e = e };
+    if (!config_open(&m->c, dir, e) || !store_open(&m->store, dir, e) || !weights_bind(&m->w, &b))
+        return false;
     memcpy(m->format, b.format, sizeof m->format);
     if (m->c.dspark) note("this release's mtp.* tensors (DSpark) are skipped");
     else if ((size_t)b.bound < m->store.n)
         note("%zu tensors of the checkpoint are not used", m->store.n - (size_t)b.bound);
+    return true;
 }
 
-static size_t expert_bytes(const Layer *l, const Config *c) {
-    size_t n = 0;
-    for (int e = 0; e < c->n_experts; e++)
-        n += mat_bytes(&l->w1[e]) + mat_bytes(&l->w2[e]) + mat_bytes(&l->w3[e]);
-    return n;
+bool model_check(const char *dir, Err *e) {
+    static Model m;
+    return model_bind(&m, dir, e);
 }
 
-// Bytes of a block's weights as stored.
-static size_t layer_bytes(const Layer *l, const Config *c) {
-    const Mat *m[] = { &l->hc_attn.fn,  &l->hc_ffn.fn, &l->wq_a,     &l->wq_b,       &l->wkv,
-                       &l->wo_a,        &l->wo_b,      &l->comp.wkv, &l->comp.wgate, &l->icomp.wkv,
-                       &l->icomp.wgate, &l->iwq_b,     &l->iproj,    &l->gate,       &l->sw1,
-                       &l->sw2,         &l->sw3 };
-    size_t n = expert_bytes(l, c);
-    for (size_t i = 0; i < COUNT(m); i++) n += mat_bytes(m[i]);
-    return n + (l->tid2eid ? 8 * (size_t)c->vocab * c->n_active : 0);
+static size_t physical_memory(void) {
+    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
 }
 
-// Physical memory and what is free for use, in bytes (0 if unknown).
-static size_t memory_info(const char *key) {
-    char line[128];
-    size_t kb = 0, n = strlen(key);
-    FILE *f = fopen("/proc/meminfo", "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, key, n) && line[n] == ':') kb = (size_t)strtoull(line + n + 1, NULL, 10);
-    if (f) fclose(f);
-    return kb * 1024;
-}
-
-// Bytes of one session's caches in the layers of a stage at its full context.
-static size_t session_bytes(const Device *d) {
-    size_t n = 0, size[5];
-    for (int i = 0; i < stage_caches(d); i++) {
-        cache_sizes(d, stage_layer(d, i), size);
-        for (int j = 0; j < 5; j++) n += size[j];
-    }
-    return n;
-}
-
-static void stage_init(Model *m, Device *d, int first, int last, bool exact) {
+// All of a stage but its device and its layers.
+static void stage_init(const Model *m, Device *d) {
     const Config *c = &m->c;
     d->c = c;
     d->w = m->w;
-    d->first = first;
-    d->last = last;
-    d->has_head = last == c->n_layers;      // the head goes with the last stage
-    d->exact = exact;
+    d->exact = m->exact;
     d->max_rows = m->chunk;
     d->ctx = m->ctx;
     d->ring = c->window + m->reach;
     d->cring[4] = 2 * 4 + m->reach;
     d->cring[128] = 128 + m->reach;
-    for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(c, i);
+}
+
+// Bytes of one session's caches of a layer at its full context.
+static size_t context_bytes(const Device *d, const Layer *l) {
+    size_t n = 0, size[5];
+    cache_sizes(d, l, size);
+    for (int j = 0; j < 5; j++) n += size[j];
+    return n;
+}
+
+// Sets the context, and what every layer takes with it.
+static void set_context(Model *m, int ctx, int chunk) {
+    const Config *c = &m->c;
+    int L = c->n_layers;
+    Device d = { 0 };
+    m->ctx = ctx;
+    m->chunk = chunk && chunk < ctx ? chunk : ctx < 512 ? ctx : 512;
+    m->reach = m->chunk + 64;
+    stage_init(m, &d);
+    for (int i = 0; i < L; i++) {
+        const Layer *l = &m->w.layers[i];
+        size_t table = l->tid2eid ? 8 * (size_t)c->vocab * c->n_active : 0;
+        double experts = (double)l->expert_bytes * c->n_active / c->n_experts;
+        m->share[i] = (Share){ l->bytes, context_bytes(&d, l),
+                               (double)(l->bytes - l->expert_bytes - table) + experts };
+    }
+    size_t head = mat_bytes(&m->w.head);
+    m->share[L] = (Share){ head, 0, (double)head };
+    for (int i = 0; m->w.mtp && i < c->n_mtp; i++) {
+        m->share[L].weights += m->w.mtp[i].block.bytes;
+        m->share[L].context += context_bytes(&d, &m->w.mtp[i].block);
+    }
+    for (int i = 0; i < 2; i++) {
+        d.has_head = i;
+        m->buffers[i] = cuda_buffer_bytes(&d);
+    }
+}
+
+// What layers [first, end) take together.
+static Share share_of(const Model *m, int first, int end) {
+    Share sum = { 0 };
+    for (const Share *s = m->share + first; s < m->share + end; s++) {
+        sum.weights += s->weights;
+        sum.context += s->context;
+        sum.touched += s->touched;
+    }
+    return sum;
+}
+
+static Share stage_share(const Model *m, const Device *d) {
+    return share_of(m, d->first, d->last + d->has_head);
+}
+
+// The context a session gets: as asked, else the least of what the model can, 131072 and what half
+// the memory holds.
+static void choose_context(Model *m, const Opening *o) {
+    int most = m->c.max_ctx;
+    if (o->ctx > most) die(2, "-c %d: this model reads at most %d positions", o->ctx, most);
+    set_context(m, o->ctx ? o->ctx : most < 131072 ? most : 131072, o->chunk);
+    while (!o->ctx && m->ctx > 4096 &&
+           share_of(m, 0, m->c.n_layers + 1).context > physical_memory() / 2)
+        set_context(m, m->ctx / 2, o->chunk);
 }
 
 // --- placement: runs of layers on devices
 
-typedef struct {
-    const char *dir;
-    const char *devices, *layers;       // NULL: the default
-    int ctx, threads, chunk;            // 0: the default
-    bool exact, mlock;
-} Opening;
+// ordinal: of the GPU, -1: the CPU.
+static void add_stage(Model *m, int ordinal) {
+    if (m->n_stages == MAX_STAGES) die(2, "--devices: at most %d", MAX_STAGES);
+    Device *d = &m->stage[m->n_stages++];
+    d->ordinal = ordinal;
+    snprintf(d->name, sizeof d->name, ordinal < 0 ? "cpu" : "cuda:%d", ordinal);
+}
 
-typedef struct {
-    char name[24];
-    int layers;                 // -1: to be chosen
-    bool head;
-    size_t memory;              // free bytes of a GPU
-} Placement;
-
-// "cuda:0,cuda:1,cpu" -> places; returns their number.
-static int parse_devices(const char *list, Placement *place) {
-    int n = 0;
-    for (const char *p = list;; p++) {
+// "cuda:0,cuda:1,cpu", or NULL: every GPU there is, else the CPU.
+static void parse_devices(Model *m, const char *list) {
+    int gpus = list || m->exact ? 0 : cuda_count();
+    for (int i = 0; i < gpus && i < MAX_STAGES; i++) add_stage(m, i);
+    if (!list && !gpus) add_stage(m, -1);
+    for (const char *p = list; p; p = *p ? p + 1 : NULL) {
         int len = (int)strcspn(p, ","), ordinal = -1, used = 0;
         bool cuda = sscanf(p, "cuda:%3d%n", &ordinal, &used) == 1 && used == len && ordinal >= 0;
-        if (!cuda && !(len == 3 && !strncmp(p, "cpu", 3)))
-            die(2, "--devices: expected cpu or cuda:N, found '%.*s'", len, p);
-        if (n == MAX_STAGES) die(2, "--devices: at most %d", MAX_STAGES);
-        snprintf(place[n].name, sizeof place[n].name, "%.*s", len, p);
-        place[n++].layers = -1;
+        bool cpu = len == 3 && !strncmp(p, "cpu", 3);
+        if (!cuda && !cpu) die(2, "--devices: expected cpu or cuda:N, found '%.*s'", len, p);
+        if (cuda && m->exact) die(2, "--exact runs on the cpu only, not on cuda:%d", ordinal);
+        add_stage(m, cpu ? -1 : ordinal);
         p += len;
-        if (!*p) return n;
     }
 }
 
-// Every GPU there is, else the CPU.
-static int default_devices(Placement *place, bool exact) {
-    int n = exact ? 0 : cuda_count();
-    if (!n) return parse_devices("cpu", place);
-    n = n > MAX_STAGES ? MAX_STAGES : n;
-    for (int i = 0; i < n; i++) {
-        snprintf(place[i].name, sizeof place[i].name, "cuda:%d", i);
-        place[i].layers = -1;
-    }
-    return n;
-}
-
-// "22,21": one count per place, all layers together.
-static void parse_layers(const char *list, Placement *place, int n, int n_layers) {
-    int i = 0, sum = 0;
+// "22,21": one count per stage, all layers together.
+static void parse_layers(Model *m, const char *list) {
+    int i = 0, at = 0, L = m->c.n_layers;
     char *end = (char *)list;
-    for (const char *p = list; i < n; p = end + 1) {
+    for (const char *p = list; i < m->n_stages; p = end + 1) {
         long x = strtol(p, &end, 10);
-        if (end == p || x < 0 || x > n_layers) break;
-        sum += place[i++].layers = (int)x;
+        if (end == p || x < 0 || x > L - at) break;
+        m->stage[i].first = at;
+        m->stage[i++].last = at += (int)x;
         if (*end != ',') break;
     }
-    if (i != n || *end || sum != n_layers)
-        die(2, "--layers: expected %d counts with the sum %d, found '%s'", n, n_layers, list);
+    if (i != m->n_stages || *end || at != L)
+        die(2, "--layers: expected %d counts with the sum %d, found '%s'", m->n_stages, L, list);
+    m->stage[i - 1].has_head = true;
 }
 
-static bool on_gpu(const Placement *p) { return !strncmp(p->name, "cuda:", 5); }
-
-// Bytes of weights that a layer reads for one token: its share of a token's time.
-static double layer_cost(const Model *m, const Layer *l) {
-    size_t experts = expert_bytes(l, &m->c);
-    size_t table = l->tid2eid ? 8 * (size_t)m->c.vocab * m->c.n_active : 0;
-    return (double)(layer_bytes(l, &m->c) - experts - table) +
-           (double)experts * m->c.n_active / m->c.n_experts;
-}
-
-// Bytes of the weights that a stage computes with.
-static size_t stage_weights(const Model *m, const Device *d) {
-    size_t n = d->has_head ? mat_bytes(&m->w.head) : 0;
-    for (int i = d->first; i < d->last; i++) n += layer_bytes(&m->w.layers[i], &m->c);
-    for (int i = 0; d->has_head && m->w.mtp && i < m->c.n_mtp; i++)
-        n += layer_bytes(&m->w.mtp[i].block, &m->c);
-    return n;
-}
-
-// Bytes that layers [first, last) take on a GPU: weights, one session at full context, buffers.
-static size_t stage_bytes(Model *m, int first, int last, bool head) {
-    Device d = { .name = "cuda" };
-    stage_init(m, &d, first, last, false);
-    d.has_head = head;
-    size_t n = stage_weights(m, &d) + session_bytes(&d) + cuda_buffer_bytes(&d);
-    if (!first || (head && m->w.mtp)) n += mat_bytes(&m->w.embed);
-    free(d.inv_freq[0]), free(d.inv_freq[1]);
-    return n + ((size_t)256 << 20);         // the driver's own and what alignment loses
-}
-
-// Gives the GPUs, in their order, as many layers as memory allows while no stage costs more than
-// `limit`. The head counts as one more layer (it costs as much as 4.4 of the real model). Returns
-// how many of the L + 1 found a place.
-static int fill_gpus(Model *m, Placement *place, int n, double limit) {
+// Gives the GPUs, in their order, as many layers as memory [n_stages] allows (0: it is a CPU) while
+// no stage's tokens take longer than `limit` says. Returns how many layers found no place, the head
+// counted as one more.
+static int fill_gpus(Model *m, const size_t *memory, double limit) {
     int at = 0, L = m->c.n_layers;
-    for (int i = 0; i < n; i++) {
-        int first = at;
-        double cost = 0;
-        for (; on_gpu(&place[i]) && at <= L; at++) {
+    size_t embed = mat_bytes(&m->w.embed), driver = (size_t)256 << 20;   // and what alignment loses
+    for (int i = 0; i < m->n_stages; i++) {
+        Device *d = &m->stage[i];
+        d->first = d->last = at;
+        d->has_head = false;
+        for (; memory[i] && at <= L; at++) {
             bool head = at == L;
-            cost += head ? (double)mat_bytes(&m->w.head) : layer_cost(m, &m->w.layers[at]);
-            if (cost > limit || stage_bytes(m, first, head ? L : at + 1, head) > place[i].memory)
-                break;
+            Share s = share_of(m, d->first, at + 1);
+            size_t bytes = s.weights + s.context + m->buffers[head] + driver;
+            if (!d->first || (head && m->w.mtp)) bytes += embed;
+            if (s.touched > limit || bytes > memory[i]) break;
+            d->last += !head;
+            d->has_head = head;
         }
-        place[i].head = at > L && first <= L;
-        place[i].layers = at - first - place[i].head;
     }
-    return at;
+    return L + 1 - at;
 }
 
-// Chooses the layers of each place. GPUs alone: the slowest stage as fast as memory allows. With
-// CPUs in the list the GPUs are filled and the CPUs share the rest. Returns the number of places in
-// use.
-static int choose_layers(Model *m, Placement *place, int n, const Opening *o) {
-    int L = m->c.n_layers, cpus = 0, used = 0;
-    double lo = 0, hi = 1e15;
-    size_t memory = 0;
+// Free bytes of each stage's GPU, 0 for a CPU. Returns their sum.
+static size_t gpu_memory(const Model *m, size_t *memory) {
+    size_t sum = 0;
     Err e;
+    for (int i = 0; i < m->n_stages; i++) {
+        const Device *d = &m->stage[i];
+        memory[i] = 0;
+        if (d->ordinal < 0) continue;
+        if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
+        memory[i] = cuda_memory(d->ordinal);
+        if (!memory[i]) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
+        sum += memory[i];
+    }
+    return sum;
+}
+
+// The CPUs share the `rest` that the GPUs leave (the last of it is the head). Stages with nothing
+// to do go.
+static void share_rest(Model *m, int rest) {
+    int n = m->n_stages, cpus = 0, k = 0, at = 0;
+    for (int i = 0; i < n; i++) cpus += m->stage[i].ordinal < 0;
+    m->n_stages = 0;
     for (int i = 0; i < n; i++) {
-        cpus += !on_gpu(&place[i]);
-        if (!on_gpu(&place[i])) continue;
-        if (!cuda_open(&e)) die(1, "%s: %s", place[i].name, e.text);
-        place[i].memory = cuda_memory(atoi(place[i].name + 5));
-        if (!place[i].memory) die(1, "%s: there are %d GPUs here", place[i].name, cuda_count());
-        memory += place[i].memory;
+        Device d = m->stage[i];
+        int layers = d.last - d.first;
+        if (rest && d.ordinal < 0) {
+            layers = (rest - 1) * (k + 1) / cpus - (rest - 1) * k / cpus;
+            k++;
+        }
+        if (rest) d.has_head = i == n - 1;
+        d.first = at;
+        d.last = at += layers;
+        if (layers || d.has_head) m->stage[m->n_stages++] = d;
     }
-    int ctx = m->ctx, rest = L + 1 - fill_gpus(m, place, n, hi);    // 1: only the head
-    while (rest && !cpus && !o->ctx && m->ctx > 4096) {             // a shorter context may fit
-        m->ctx /= 2;
-        rest = L + 1 - fill_gpus(m, place, n, hi);
+}
+
+// GPUs alone: the slowest stage as fast as memory allows, with a shorter context if none was asked
+// for. Else the GPUs are filled and CPUs take the rest.
+static void choose_layers(Model *m, const Opening *o) {
+    int L = m->c.n_layers, cpus = 0, ctx = m->ctx;
+    size_t memory[MAX_STAGES], all = gpu_memory(m, memory);
+    double lo = 0, hi = 1e15;
+    for (int i = 0; i < m->n_stages; i++) cpus += m->stage[i].ordinal < 0;
+    int rest = fill_gpus(m, memory, hi);
+    while (rest && !cpus && !o->ctx && m->ctx > 4096) {
+        set_context(m, m->ctx / 2, o->chunk);
+        rest = fill_gpus(m, memory, hi);
     }
-    if (rest) m->ctx = ctx;
-    if (rest && !cpus && !o->devices) {
-        place[n] = (Placement){ .name = "cpu" };
-        cpus = 1;
-        n++;
+    if (rest && ctx != m->ctx) {            // that was no help
+        set_context(m, ctx, o->chunk);
+        rest = fill_gpus(m, memory, hi);
     }
-    if (rest && !cpus)
-        die(1,
-            "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or try "
-            "a smaller -c",
-            memory / 1e9, L + 1 - rest, L, m->ctx);
+    if (rest && !cpus && o->devices)
+        die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or "
+            "try a smaller -c", (double)all / 1e9, L + 1 - rest, L, m->ctx);
+    if (rest && !cpus) add_stage(m, -1);
     for (int step = 0; !rest && step < 50; step++) {
         double mid = (lo + hi) / 2;
-        *(fill_gpus(m, place, n, mid) > L ? &hi : &lo) = mid;
+        *(fill_gpus(m, memory, mid) ? &lo : &hi) = mid;
     }
-    if (!rest) fill_gpus(m, place, n, hi);
-    for (int i = 0, k = 0; i < n; i++) {
-        bool cpu = !on_gpu(&place[i]);
-        if (cpu && rest) place[i].layers = (rest - 1) * (k + 1) / cpus - (rest - 1) * k / cpus, k++;
-        if (place[i].layers > 0 || place[i].head || (cpu && rest && k == cpus))
-            place[used++] = place[i];
-    }
-    return used;
+    if (!rest) fill_gpus(m, memory, hi);
+    share_rest(m, rest);
 }
 
 static void print_plan(const Model *m, FILE *to) {
-    for (int i = 0; i < m->n_stages; i++) {
-        const Device *d = &m->stage[i];
+    for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
+        Share s = stage_share(m, d);
         char layers[64] = "no layers";
         if (d->first < d->last)
             snprintf(layers, sizeof layers, "layers %d to %d", d->first, d->last - 1);
         fprintf(to, "# %s: %s%s, %.2f GB of weights, %.2f GB of context at %d positions\n", d->name,
-                layers, d->has_head ? " and the head" : "", stage_weights(m, d) / 1e9,
-                session_bytes(d) / 1e9, m->ctx);
+                layers, d->has_head ? " and the head" : "", (double)s.weights / 1e9,
+                (double)s.context / 1e9, m->ctx);
     }
-}
-
-static void start_stages(Model *m) {
-    if (m->n_stages == 1) return;
-    pthread_mutex_init(&m->lock, NULL);
-    pthread_cond_init(&m->moved, NULL);
-    for (int i = 0; i < m->n_stages; i++) {
-        StageArg *a = xalloc(1, sizeof *a);
-        *a = (StageArg){ m, i };
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, stage_main, a)) die(1, "cannot start a thread");
-        pthread_detach(thread);
-    }
-}
-
-// The context a session gets: as asked, else min(what the model can, 131072, what half the memory
-// holds).
-static int choose_ctx(const Model *m, int asked) {
-    int most = m->c.max_ctx;
-    if (asked > most) die(2, "-c %d: this model reads at most %d positions", asked, most);
-    if (asked) return asked;
-    Device d = { 0 };
-    Model probe = *m;
-    size_t memory = memory_info("MemTotal");
-    probe.ctx = most < 131072 ? most : 131072;
-    probe.chunk = probe.reach = 1;
-    stage_init(&probe, &d, 0, m->c.n_layers, false);
-    while (memory && probe.ctx > 4096 && session_bytes(&d) > memory / 2) d.ctx = probe.ctx /= 2;
-    free(d.inv_freq[0]), free(d.inv_freq[1]);
-    return probe.ctx;
 }
 
 // --- bringing the weights into memory
 
-typedef struct {
-    const Store *store;
-    size_t *first;              // [n_shards + 1] pieces before each shard
-    atomic_size_t done;
-    bool lock;
-} Loading;
-
+typedef struct { Span map; bool lock; } Loading;
 enum { PIECE = 4 << 20 };
 
-// Items: pieces of the shards, in file order. Pages that are in memory already cost one look.
+// Items: pieces of a shard. A page that cannot be read is found when it is used.
 static void load_pieces(void *arg, int begin, int end) {
-    Loading *o = arg;
-    unsigned char in_memory[PIECE / 4096];
-    for (int i = begin; i < end; i++) {
-        int shard = 0;
-        while ((size_t)i >= o->first[shard + 1]) shard++;
-        Span map = o->store->shards[shard].map;
-        size_t at = ((size_t)i - o->first[shard]) * PIECE,
-               n = map.n - at < PIECE ? map.n - at : PIECE;
-        const volatile char *p = map.p + at;
-        size_t pages = (n + 4095) / 4096, present = 0;
-        if (!mincore((void *)(uintptr_t)p, n, in_memory))
-            while (present < pages && in_memory[present] & 1) present++;
-        if (present < pages) madvise((void *)(uintptr_t)p, n, MADV_WILLNEED);
-        for (size_t page = present; page < pages; page++) (void)p[page * 4096];
-        if (o->lock && mlock((void *)(uintptr_t)p, n))
-            die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
-        size_t done = atomic_fetch_add(&o->done, 1) + 1;
-        if (done % 64 == 0)
-            progress("loading", (int64_t)done, (int64_t)o->first[o->store->n_shards]);
-    }
+    const Loading *o = arg;
+    size_t at = (size_t)begin * PIECE, to = (size_t)end * PIECE;
+    size_t n = (to < o->map.n ? to : o->map.n) - at;
+    char *p = (char *)(uintptr_t)o->map.p + at;
+    madvise(p, n, MADV_WILLNEED);
+    madvise(p, n, MADV_POPULATE_READ);      // Linux 5.14; before it the first use waits for pages
+    if (o->lock && mlock(p, n))
+        die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
 }
 
 // Reads the files with all threads, in their order, so that the first token does not wait for the
 // disk page by page.
 static void load_weights(const Store *s, Pool *pool, bool lock) {
-    Loading o = { .store = s,
-                  .first = xalloc((size_t)s->n_shards + 1, sizeof(size_t)),
-                  .lock = lock };
-    for (int i = 0; i < s->n_shards; i++) {
-        madvise((void *)(uintptr_t)s->shards[i].map.p, s->shards[i].map.n, MADV_HUGEPAGE);
-        o.first[i + 1] = o.first[i] + (s->shards[i].map.n + PIECE - 1) / PIECE;
-    }
     double start = now();
-    parallel(pool, (int)o.first[s->n_shards], 1, load_pieces, &o);
-    progress("loading", 1, 1);
-    if (now() - start > 1) note("loaded %.1f GB in %.1f s", store_bytes(s) / 1e9, now() - start);
-    free(o.first);
+    size_t done = 0, all = store_bytes(s);
+    for (int i = 0; i < s->n_shards; i++) {
+        Loading o = { s->shards[i].map, lock };
+        madvise((void *)(uintptr_t)o.map.p, o.map.n, MADV_HUGEPAGE);
+        parallel(pool, (int)((o.map.n + PIECE - 1) / PIECE), 1, load_pieces, &o);
+        progress("loading", (int64_t)(done += s->shards[i].map.n), (int64_t)all);
+    }
+    if (now() - start > 1) note("loaded %.1f GB in %.1f s", (double)all / 1e9, now() - start);
 }
 
 // Opens a checkpoint: config, tensors, and where the layers go. Errors end the process.
 static Model *model_read(const Opening *o) {
     Model *m = xalloc(1, sizeof *m);
-    model_bind(m, o->dir);
-    const Config *c = &m->c;
-    Placement place[MAX_STAGES + 1];
-    m->ctx = choose_ctx(m, o->ctx);
-    m->chunk = o->chunk ? o->chunk : 512;
-    if (m->chunk > m->ctx) m->chunk = m->ctx;
-    m->reach = m->chunk + 64;
-    m->n_stages = o->devices ? parse_devices(o->devices, place) : default_devices(place, o->exact);
-    for (int i = 0; o->exact && i < m->n_stages; i++)
-        if (on_gpu(&place[i])) die(2, "--exact runs on the cpu only, not on %s", place[i].name);
-    if (o->layers) parse_layers(o->layers, place, m->n_stages, c->n_layers);
-    else m->n_stages = choose_layers(m, place, m->n_stages, o);
-    m->stage = xalloc((size_t)m->n_stages, sizeof *m->stage);
-    for (int i = 0, first = 0; i < m->n_stages; first += place[i++].layers) {
-        stage_init(m, &m->stage[i], first, first + place[i].layers, o->exact);
-        m->stage[i].has_head = i == m->n_stages - 1;
-        m->stage[i].ordinal = on_gpu(&place[i]) ? atoi(place[i].name + 5) : -1;
-        memcpy(m->stage[i].name, place[i].name, sizeof place[i].name);
+    Err e;
+    if (!model_bind(m, o->dir, &e)) die(1, "%s", e.text);
+    m->exact = o->exact;
+    m->share = xalloc((size_t)m->c.n_layers + 1, sizeof *m->share);
+    m->stage = xalloc(MAX_STAGES, sizeof *m->stage);
+    choose_context(m, o);
+    parse_devices(m, o->devices);
+    if (o->layers) parse_layers(m, o->layers);
+    else choose_layers(m, o);
+    for (Device *d = m->stage; d < m->stage + m->n_stages; d++) {
+        stage_init(m, d);
+        for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(&m->c, i);
     }
     return m;
 }
@@ -7786,266 +7749,46 @@ static Model *model_read(const Opening *o) {
 static void model_start(Model *m, const Opening *o) {
     Err e;
     int cpus = 0;
-    size_t weights = 0, memory = memory_info("MemTotal");
+    size_t weights = 0, memory = physical_memory();
     print_plan(m, stderr);
     for (int i = 0; i < m->c.n_layers; i++)
-        if (!check_table(&m->c, m->w.layers + i, &e)) model_fail(&e);
-    for (int i = 0; i < m->n_stages; i++) {
-        cpus += m->stage[i].ordinal < 0;
-        if (m->stage[i].ordinal < 0) weights += stage_weights(m, &m->stage[i]);
+        if (!check_table(&m->c, m->w.layers + i, &e)) die(1, "%s", e.text);
+    for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
+        if (d->ordinal >= 0) continue;
+        cpus++;
+        weights += stage_share(m, d).weights;
     }
-    bool fits = !memory || weights < memory - memory / 16;
+    bool fits = weights < memory - memory / 16;
     if (!fits)
         note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
-             "from the disk, slowly", weights / 1e9, memory / 1e9);
+             "from the disk, slowly", (double)weights / 1e9, (double)memory / 1e9);
     Pool *all = pool_new(o->threads);
     if (cpus == m->n_stages && (fits || o->mlock)) load_weights(&m->store, all, o->mlock);
     int threads = cpus > 1 ? (all->n_threads + cpus - 1) / cpus : all->n_threads;
     pool_free(all);
-    for (int i = 0; i < m->n_stages; i++) {
-        Device *d = &m->stage[i];
+    for (Device *d = m->stage; d < m->stage + m->n_stages; d++) {
         if (d->ordinal >= 0) cuda_device(d, d->ordinal);
         else cpu_device(d, pool_new(threads));
     }
+    model_buffers(m);
     start_stages(m);
 }
 // ---------------------------------------------------------------------------
-// dsv4 verify: reads every byte of a checkpoint and says what is damaged
-
-enum { VERIFY_PIECE = 4 << 20, VERIFY_LINES = 20 };
-
-typedef struct { const Tensor *t; size_t from, n; } VerifyPiece;    // elements
-
-typedef struct {
-    const VerifyPiece *pieces;
-    int n_experts;
-    pthread_mutex_t lock;
-    const Tensor *tensors;
-    int64_t *first, *count;     // per tensor: first bad element, how many; under lock
-} Verify;
-
-// How many of n elements of `size` bytes have all bits of mask set (the exponent: not finite), and
-// which is the first.
-static size_t bad_values(const uint8_t *p, size_t n, size_t size, uint64_t mask, size_t *first) {
-    size_t bad = 0;
-    uint32_t m4 = (uint32_t)mask, x4;
-    uint16_t m2 = (uint16_t)mask, x2;
-    uint8_t m1 = (uint8_t)mask;
-    for (size_t i = 0; size == 1 && i < n; i++) bad += (p[i] & m1) == m1;
-    for (size_t i = 0; size == 2 && i < n; i++) bad += (memcpy(&x2, p + 2 * i, 2), (x2 & m2) == m2);
-    for (size_t i = 0; size == 4 && i < n; i++) bad += (memcpy(&x4, p + 4 * i, 4), (x4 & m4) == m4);
-    for (size_t i = n; (bad || size == 8) && i-- > 0;) {
-        uint64_t x = 0;
-        memcpy(&x, p + i * size, size);
-        if ((x & mask) != mask) continue;
-        *first = i;
-        bad += size == 8;
-    }
-    return bad;
-}
-
-// Bytes without a rule are read all the same, one of every page: a disk error must show here.
-static size_t bad_none(const uint8_t *p, size_t n, size_t *first) {
-    volatile uint8_t sink = 0;
-    for (size_t i = 0; i < n; i += 4096) sink = p[i];
-    (void)sink;
-    *first = 0;
-    return 0;
-}
-
-// Expert numbers of a hash table that do not exist.
-static size_t bad_expert(const uint8_t *p, size_t n, size_t *first, int n_experts) {
-    size_t bad = 0;
-    for (size_t i = n; i-- > 0;) {
-        int64_t x;
-        memcpy(&x, p + 8 * i, 8);
-        if (x >= 0 && x < n_experts) continue;
-        *first = i;
-        bad++;
-    }
-    return bad;
-}
-
-static bool is_table(const Tensor *t) {
-    static const char end[] = ".gate.tid2eid";
-    size_t n = sizeof end - 1;
-    return t->dtype == DT_I64 && t->name.n > n && !memcmp(t->name.p + t->name.n - n, end, n);
-}
-
-static size_t element_bytes(const Tensor *t) {
-    if (t->dtype == DT_C64) return 4;
-    return dtypes[t->dtype].bits < 8 ? 1 : (size_t)dtypes[t->dtype].bits / 8;
-}
-
-static void verify_pieces(void *arg, int begin, int end) {
-    static const uint64_t infinite[N_DTYPES] = {        // the bits that only NaN and Inf have
-        [DT_F64] = 0x7ff0000000000000, [DT_F32] = 0x7f800000, [DT_C64] = 0x7f800000,
-        [DT_BF16] = 0x7f80, [DT_F16] = 0x7c00, [DT_F8_E5M2] = 0x7c, [DT_F8_E4M3] = 0x7f,
-        [DT_F8_E8M0] = 0xff,
-    };
-    Verify *v = arg;
-    for (int i = begin; i < end; i++) {
-        const VerifyPiece *p = &v->pieces[i];
-        size_t size = element_bytes(p->t), first = 0, bad;
-        const uint8_t *data = p->t->data + p->from * size;
-        uint64_t mask = infinite[p->t->dtype];
-        if (is_table(p->t)) bad = bad_expert(data, p->n, &first, v->n_experts);
-        else if (mask) bad = bad_values(data, p->n, size, mask, &first);
-        else bad = bad_none(data, p->n * size, &first);
-        if (!bad) continue;
-        size_t k = (size_t)(p->t - v->tensors);
-        int64_t at = (int64_t)(p->from + first);
-        pthread_mutex_lock(&v->lock);
-        if (!v->count[k] || at < v->first[k]) v->first[k] = at;
-        v->count[k] += (int64_t)bad;
-        pthread_mutex_unlock(&v->lock);
-    }
-}
-
-// Reads the tensors of one shard; *done counts bytes for the progress line.
-static void verify_shard(Verify *v, Pool *pool, const Store *s, int shard, size_t *done,
-                         size_t total) {
-    enum { BATCH = 64 };
-    VerifyPiece batch[BATCH];
-    int n = 0;
-    v->pieces = batch;
-    for (size_t i = 0; i < s->n; i++) {
-        const Tensor *t = &s->tensors[i];
-        size_t size = element_bytes(t), count = t->bytes / size, step = VERIFY_PIECE / size;
-        for (size_t from = 0; t->shard == shard && from < count; from += step) {
-            batch[n++] = (VerifyPiece){ t, from, count - from < step ? count - from : step };
-            *done += batch[n - 1].n * size;
-            if (n < BATCH) continue;
-            parallel(pool, n, 1, verify_pieces, v);
-            progress("checking", (int64_t)*done, (int64_t)total);
-            n = 0;
-        }
-    }
-    parallel(pool, n, 1, verify_pieces, v);
-    progress("checking", (int64_t)*done, (int64_t)total);
-    // the pages need not stay: a checkpoint is larger than memory
-    Span map = s->shards[shard].map;
-    madvise((void *)(uintptr_t)map.p, map.n, MADV_DONTNEED);
-}
-
-// "[3, 17]": where element i of a tensor is.
-static const char *element_place(const Tensor *t, int64_t i, char out[static 256]) {
-    int64_t at[TENSOR_RANK];
-    int n = snprintf(out, 256, "[");
-    for (int d = t->rank - 1; d >= 0; d--) {
-        at[d] = i % t->shape[d];
-        i /= t->shape[d];
-    }
-    for (int d = 0; d < t->rank; d++)
-        n += snprintf(out + n, 256 - (size_t)n, "%s%lld", d ? ", " : "", (long long)at[d]);
-    snprintf(out + n, 256 - (size_t)n, "]");
-    return out;
-}
-
-// One line for each damaged tensor; how many there are.
-static size_t verify_report(const Verify *v, const Store *s) {
-    size_t damaged = 0;
-    for (size_t i = 0; i < s->n; i++) {
-        const Tensor *t = &s->tensors[i];
-        char place[256];
-        if (!v->count[i] || ++damaged > VERIFY_LINES) continue;
-        note("%s: tensor %.*s %s: %s (%lld such values)", s->shards[t->shard].path, SHOWN(t->name),
-             element_place(t, v->first[i], place),
-             is_table(t) ? "no such expert" : "not finite", (long long)v->count[i]);
-    }
-    if (damaged > VERIFY_LINES) note("and %zu more tensors", damaged - VERIFY_LINES);
-    return damaged;
-}
-
-// Weight files that lie there and are not part of the checkpoint.
-static void verify_strays(const Store *s, const char *path) {
-    DIR *dir = opendir(path);
-    for (struct dirent *d; dir && (d = readdir(dir));) {
-        size_t n = strlen(d->d_name);
-        bool known = n < 12 || strcmp(d->d_name + n - 12, ".safetensors") != 0;
-        for (int i = 0; i < s->n_shards && !known; i++)
-            known = !strcmp(strrchr(s->shards[i].path, '/') + 1, d->d_name);
-        if (!known) note("%s/%s: is not in the index, ignored", path, d->d_name);
-    }
-    if (dir) closedir(dir);
-}
-
-// Are all tensors there that the model needs, in the right shapes? What it builds stays: the
-// program ends after this.
-static bool verify_bind(const Store *s, const Config *c, Err *e) {
-    static Weights w;
-    Binder b = { .store = s, .c = c, .e = e };
-    if (!weights_bind(&w, &b)) return false;
-    if (c->dspark) note("this release's mtp.* tensors (DSpark) are not used");
-    else if ((size_t)b.bound < s->n) note("%zu tensors are not used", s->n - (size_t)b.bound);
-    return true;
-}
-
-// Checks the checkpoint in a directory: config, headers and sizes, every value, every tensor that
-// the model needs. False: *e says it in one line, `# ` lines before it name what was found.
-static bool verify(const char *path, int threads, Err *e) {
-    static Store s;                 // static: the SIGBUS handler may look into it
-    Config c;
-    double start = now();
-    if (!config_open(&c, path, e)) return false;
-    open_store = &s;
-    if (!store_open(&s, path, e)) {
-        config_free(&c);
-        return false;
-    }
-    bool ok = true;
-    verify_strays(&s, path);
-    Verify v = { .n_experts = c.n_experts, .lock = PTHREAD_MUTEX_INITIALIZER };
-    v.tensors = s.tensors;
-    v.first = xalloc(s.n, sizeof *v.first);
-    v.count = xalloc(s.n, sizeof *v.count);
-    size_t total = 0, done = 0;
-    for (size_t i = 0; i < s.n; i++) total += s.tensors[i].bytes;
-    Pool *pool = pool_new(threads);
-    for (int i = 0; i < s.n_shards; i++) verify_shard(&v, pool, &s, i, &done, total);
-    pool_free(pool);
-    double t = now() - start;
-    note("%zu tensors, %.2f GB in %d files read in %.1f s (%.2f GB/s)", s.n, (double)total / 1e9,
-         s.n_shards, t, (double)total / t / 1e9);
-    size_t damaged = verify_report(&v, &s);
-    free(v.first);
-    free(v.count);
-    if (damaged)
-        ok = fail(e, "%s: %zu of %zu tensors are damaged: download again", path, damaged, s.n);
-    ok = ok && verify_bind(&s, &c, e);
-    store_close(&s);
-    config_free(&c);
-    return ok;
-}
-// ---------------------------------------------------------------------------
-// programs: what the subcommands do
-
-// What the options say of opening a model.
-static Opening opening(void) {
-    return (Opening){ .dir = opt.model, .devices = opt.devices, .layers = opt.layers,
-                      .ctx = (int)opt.ctx, .threads = (int)opt.threads, .chunk = (int)opt.chunk,
-                      .exact = opt.exact, .mlock = opt.mlock };
-}
-
-static Model *open_model(void) {
-    Opening o = opening();
-    Model *m = model_read(&o);
-    model_start(m, &o);
-    return m;
-}
+// programs: what the subcommands do. What they only open once, the end of the process frees.
 
 // The checkpoint's tokenizer. NULL if it has none and none is needed.
 static Tokenizer *open_tokenizer(bool needed) {
-    Err e = { 0 };
+    Err e;
     Span text;
-    char *path = path_join(opt.model, "tokenizer.json");
+    char *path = path_join(opt.open.dir, "tokenizer.json");
     Tokenizer *t = NULL;
-    if (!needed && !file_exists(path)) return free(path), NULL;
-    if (!file_exists(path))
+    if (file_exists(path)) {
+        t = xalloc(1, sizeof *t);
+        if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
+        munmap((void *)(uintptr_t)text.p, text.n);
+    } else if (needed) {
         die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
-    t = xalloc(1, sizeof *t);
-    if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
-    munmap((void *)(uintptr_t)text.p, text.n);
+    }
     free(path);
     return t;
 }
@@ -8067,6 +7810,11 @@ static Str read_text(const char *path) {
     if (f != stdin) fclose(f);
     str_add(&s, "", 0);
     return s;
+}
+
+// stdout may be closed or full: the loss of text must not look like success.
+static void flush_out(void) {
+    if (fflush(stdout) || ferror(stdout)) die(1, "standard output: %s", strerror(errno));
 }
 
 // --- prompts as token ids
@@ -8092,8 +7840,8 @@ static void encode_turn(const Tokenizer *t, ChatOptions o, bool first, Span user
     chat_say(&chat, ROLE_USER, (Span){ 0 }, (Span){ 0 }, false);
     if (!first) o.effort = EFFORT_NONE;
     if (!chat_render(&chat, &o, &text, &e)) die(2, "%s", e.text);
-    size_t bos = first ? strlen(BOS_TEXT) : 0,
-           tags = strlen("<｜User｜><｜Assistant｜>") + strlen(opt.think ? "<think>" : "</think>");
+    size_t bos = first ? strlen(BOS_TEXT) : 0;
+    size_t tags = strlen("<｜User｜><｜Assistant｜>") + strlen(opt.think ? "<think>" : "</think>");
     const char *at = text.p + text.n - tags;                    // <｜User｜> HERE <｜Assistant｜>...
     if (first) ids_add(ids, t->bos);
     tok_encode(t, (Span){ text.p + bos, (size_t)(at - text.p) - bos }, false, ids);
@@ -8118,32 +7866,37 @@ static void encode_messages(const Tokenizer *t, Span file, Ids *ids) {
     free(text.p);
 }
 
+// Ids from text, separated by commas or white space, each below `end`.
+static void parse_ids(const char *what, int code, Span text, int end, Ids *ids) {
+    static const char space[] = " \n\t\r";
+    const char *p = text.p + strspn(text.p, space);
+    while (*p) {
+        char *stop;
+        errno = 0;
+        long id = strtol(p, &stop, 10);
+        const char *next = stop + strspn(stop, space);
+        bool comma = *next == ',';
+        if (comma) next += 1 + strspn(next + 1, space);
+        if (*p < '0' || *p > '9' || (next == stop && *stop) || (comma && !*next))
+            die(code, "%s: expected numbers and commas, found '%.20s'", what, p);
+        if (errno || id >= end)
+            die(code, "%s: %.*s: the vocabulary ends at %d", what, (int)(stop - p), p, end - 1);
+        ids_add(ids, (int)id);
+        p = next;
+    }
+    if (p != text.p + text.n) die(code, "%s: expected numbers, found a NUL byte", what);
+}
+
 // The tokenizer may know more tokens than the model. False, with a note: the model cannot read
 // this.
 static bool check_vocab(const Model *m, const Ids *ids) {
-    for (size_t i = 0; i < ids->n; i++)
-        if (ids->p[i] >= m->c.vocab)
-            return note("token %d is beyond the model's vocabulary of %d: the tokenizer is another "
-                        "model's",
-                        ids->p[i], m->c.vocab),
-                   false;
+    for (size_t i = 0; i < ids->n; i++) {
+        if (ids->p[i] < m->c.vocab) continue;
+        note("token %d is beyond the model's vocabulary of %d: the tokenizer is another model's",
+             ids->p[i], m->c.vocab);
+        return false;
+    }
     return true;
-}
-
-static void compare_vocab(const Model *m, const Tokenizer *t) {
-    if (t && t->n > m->c.vocab) note("the tokenizer has %d tokens, the model %d", t->n, m->c.vocab);
-}
-
-static void check_prompt(const Model *m, const Ids *ids) {
-    if (ids->n > (size_t)m->ctx)
-        die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
-            ids->n, m->ctx, m->c.max_ctx);
-    if (!check_vocab(m, ids)) die(1, "the prompt does not fit the model's vocabulary");
-}
-
-// stdout may be closed or full: the loss of text must not look like success.
-static void flush_out(void) {
-    if (fflush(stdout) || ferror(stdout)) die(1, "standard output: %s", strerror(errno));
 }
 
 // --- dsv4 tokenize
@@ -8152,30 +7905,17 @@ static int run_tokenize(void) {
     Tokenizer *t = open_tokenizer(true);
     Str in = read_text(opt.chat ? opt.chat : "-"), out = { 0 };
     Ids ids = { 0 };
-    if (opt.decode) {
-        Utf8 u = { 0 };
-        const char *p = in.p + strspn(in.p, " \n\t\r,");
-        while (*p) {
-            char *end;
-            long id = strtol(p, &end, 10);
-            size_t skip = strspn(end, " \n\t\r,");
-            if (end == p || (!skip && *end))
-                die(1, "--decode: expected ids, found '%.20s'", p);
-            if (id < 0 || id >= t->n)
-                die(1, "--decode: %ld: the tokenizer ends at %d", id, t->n - 1);
-            tok_decode(t, (int)id, false, &u, &out);
-            p = end + skip;
-        }
-        if (p != in.p + in.n) die(1, "--decode: expected ids, found a NUL byte");
-        utf8_finish(&u, &out);
-        fwrite(out.p, 1, out.n, stdout);
-    } else {
-        if (opt.chat) encode_messages(t, str_span(&in), &ids);
-        else tok_encode(t, str_span(&in), !opt.plain, &ids);
-        for (size_t i = 0; i < ids.n; i++) printf(i ? " %d" : "%d", ids.p[i]);
-        puts("");
+    Utf8 utf8 = { 0 };
+    if (opt.decode) parse_ids("--decode", 1, str_span(&in), t->n, &ids);
+    else if (opt.chat) encode_messages(t, str_span(&in), &ids);
+    else tok_encode(t, str_span(&in), !opt.plain, &ids);
+    for (size_t i = 0; i < ids.n; i++) {
+        if (opt.decode) tok_decode(t, ids.p[i], false, &utf8, &out);
+        else printf(i ? " %d" : "%d", ids.p[i]);
     }
-    flush_out();
+    utf8_finish(&utf8, &out);
+    if (opt.decode) fwrite(out.p, 1, out.n, stdout);
+    else puts("");
     free(in.p), free(out.p), free(ids.p);
     close_tokenizer(t);
     return 0;
@@ -8183,118 +7923,82 @@ static int run_tokenize(void) {
 
 // --- generating
 
-// Where the prompt's logits go, row by row.
+// What answers prompts.
 typedef struct {
-    FILE *logits, *mtp;
-    const char *logits_path, *mtp_path;
-    int vocab;
-    float *last;                // [V] logits of the last row
-} LogitsOut;
+    Tokenizer *t;               // NULL: there is none, and ids are enough
+    Model *m;
+    Session *s;
+    Sampler sampler;
+    Ids eos;                    // the tokens that end an answer
+    Snapshot *snap;             // of a chat
+    double begun;               // this prompt: when; how many tokens of it were in place already,
+    int reused, read;           // and how many were read
+} Talk;
 
-static FILE *open_out(const char *path) {
-    FILE *f = path ? fopen(path, "wb") : NULL;
-    if (path && !f) die(1, "%s: %s", path, strerror(errno));
-    return f;
-}
-
-static void write_rows(FILE *f, const char *path, const float *x, size_t n) {
-    if (f && fwrite(x, sizeof *x, n, f) != n) die(1, "%s: %s", path, strerror(errno));
-}
-
-static void logits_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
-    LogitsOut *o = arg;
-    bool all = o->logits || o->mtp;
-    size_t V = (size_t)o->vocab, rows = all ? (size_t)n : 1;
-    (void)pos;
-    write_rows(o->logits, o->logits_path, logits, rows * V);
-    if (mtp) write_rows(o->mtp, o->mtp_path, mtp, rows * V);
-    memcpy(o->last, logits + (rows - 1) * V, V * sizeof *logits);
-}
-
-static void close_out(FILE *f, const char *path) {
-    if (f && fclose(f)) die(1, "%s: %s", path, strerror(errno));
-}
-
-typedef struct {
-    // tokens; reused: of the prompt, were in place already
-    int prompt, reused, generated;
-    // seconds; t_first: from the start to the first token
-    double t_prompt, t_first, t_generate;
-} Timing;
-
-static void print_timing(const Timing *t) {
-    char reused[64] = "";
-    if (t->reused) snprintf(reused, sizeof reused, " (and %d in place)", t->reused);
-    note(
-        "prompt %d tokens%s, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f s",
-        t->prompt, reused, t->t_prompt > 0 ? t->prompt / t->t_prompt : 0, t->generated,
-        t->t_generate > 0 && t->generated > 1 ? (t->generated - 1) / t->t_generate : 0, t->t_first);
-}
-
-// Gets each generated token; false stops.
-typedef bool (*TokenSink)(void *arg, int token);
-
-static int common_prefix(const Session *s, const int *tokens, int n) {
-    int i = 0;
-    while (i < n && i < s->n && tokens[i] == s->tokens[i]) i++;
-    return i;
-}
-
-// Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
-// snapshot of it; at least the last token stays to be read. Returns how many tokens are in place.
-static int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {
-    int same = common_prefix(s, tokens, n);
-    if (same == n) same--;
-    if (session_rewind(s, same)) return same;
-    if (snap && snap->pos <= same) session_restore(s, snap);
-    else session_clear(s);
-    return s->n;
-}
-
-static bool is_in(const Ids *ids, int token) {
-    for (size_t i = 0; i < ids->n; i++) if (ids->p[i] == token) return true;
-    return false;
-}
-
-// Makes the prompt's n tokens what the session has read, then generates until end-of-sentence,
-// `most` tokens (< 0: no limit), the end of the context, the sink's wish or Ctrl-C. The last token
-// is not read back. With snap, a snapshot is taken before the prompt's last token, which is where a
-// chat's next prompt departs from this one.
-static void generate(Session *s, const int *tokens, int n, int64_t most, Sampler *sampler,
-                     const Ids *eos, Snapshot **snap, TokenSink sink, void *arg, Timing *t) {
-    Model *m = s->m;
+// What to sample and where to stop: options, else the publisher's generation_config.json, else
+// temperature 1 and the config's end-of-sentence token.
+static void open_sampler(Talk *k) {
     Err e;
-    LogitsOut out = { .vocab = m->c.vocab, .last = xalloc((size_t)m->c.vocab, sizeof(float)),
-                      .logits_path = opt.logits, .mtp_path = opt.mtp_logits };
-    out.logits = open_out(opt.logits);
-    out.mtp = open_out(opt.mtp_logits);
-    double start = now();
-    Feed feed = {
-        .all = out.logits, .mtp = out.mtp, .progress = true, .sink = logits_sink, .arg = &out
-    };
-    int reused = session_reuse(s, tokens, n, snap ? *snap : NULL), read = reused;
-    if (snap) {
-        read += session_feed(s, tokens + read, n - 1 - read, &feed);
-        snapshot_free(*snap);
-        *snap = session_snapshot(s);
+    Span text;
+    Sampling how = sampling_default;
+    int vocab = k->m->c.vocab;
+    char *path = path_join(opt.open.dir, "generation_config.json");
+    if (file_exists(path)) {
+        if (!map_file(path, &text, &e) ||
+            !read_generation_config(text, path, vocab, &how, &k->eos, &e))
+            die(1, "%s", e.text);
+        munmap((void *)(uintptr_t)text.p, text.n);
     }
-    if (!interrupted) read += session_feed(s, tokens + read, n - read, &feed);
-    close_out(out.logits, opt.logits);
-    close_out(out.mtp, opt.mtp_logits);
-    *t = (Timing){ .prompt = read - reused, .reused = reused, .t_prompt = now() - start };
-    Feed step = { .sink = logits_sink, .arg = &out };
-    out.logits = out.mtp = NULL;
-    while (read == n && (most < 0 || t->generated < most) && !interrupted) {
-        int token = sample(sampler, out.last, &e);
-        if (token < 0) die(1, "%s", e.text);
-        if (!t->t_first) t->t_first = now() - start;
-        if (is_in(eos, token)) break;
-        t->generated++;
-        if (!sink(arg, token) || s->n == m->ctx || t->generated == most) break;
-        session_feed(s, &token, 1, &step);
+    free(path);
+    if (!k->eos.n && k->m->c.eos >= 0) ids_add(&k->eos, k->m->c.eos);
+    if (opt.temp >= 0) how.temperature = opt.temp;
+    if (opt.top_k >= 0) how.top_k = opt.top_k;
+    if (opt.top_p >= 0) how.top_p = opt.top_p;
+    if (opt.min_p >= 0) how.min_p = opt.min_p;
+    if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
+    sampler_init(&k->sampler, vocab, how, (uint64_t)opt.seed);
+    if (how.temperature > 0)
+        note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature,
+             how.top_p);
+}
+
+// Everything but the weights, so that a wrong prompt is known before they load.
+static Talk talk_open(void) {
+    Talk k = { .t = open_tokenizer(!opt.ids), .m = model_read(&opt.open) };
+    if (k.t && k.t->n > k.m->c.vocab)
+        note("the tokenizer has %d tokens, the model %d", k.t->n, k.m->c.vocab);
+    open_sampler(&k);
+    return k;
+}
+
+static void talk_start(Talk *k) {
+    model_start(k->m, &opt.open);
+    k->s = session_new(k->m);
+    computing = true;
+}
+
+static void talk_close(Talk *k) {
+    snapshot_free(k->snap);
+    session_free(k->s);
+    sampler_free(&k->sampler);
+    free(k->eos.p);
+    close_tokenizer(k->t);
+}
+
+// Makes the prompt what the session has read. In a chat a snapshot is taken before its last token,
+// which is where the next prompt departs from this one. False if interrupted.
+static bool read_prompt(Talk *k, const Ids *p, Feed feed, bool chat) {
+    int n = (int)p->n;
+    k->begun = now();
+    k->reused = k->read = session_reuse(k->s, p->p, n, k->snap);
+    feed.progress = true;
+    if (chat) {
+        k->read += session_feed(k->s, p->p + k->read, n - 1 - k->read, &feed);
+        snapshot_free(k->snap);
+        k->snap = session_snapshot(k->s);
     }
-    t->t_generate = now() - start - t->t_first;
-    free(out.last);
+    if (!interrupted) k->read += session_feed(k->s, p->p + k->read, n - k->read, &feed);
+    return k->read == n;
 }
 
 // Prints tokens as they come: ids, or text with the reasoning on standard error.
@@ -8306,113 +8010,124 @@ typedef struct {
     Ids answer;                 // the tokens after the reasoning
 } Printer;
 
-static bool print_token(void *arg, int token) {
-    Printer *p = arg;
-    Str text = { 0 };
+static void print_text(const Printer *p, Str text) {
     FILE *to = p->reasoning ? stderr : stdout;
-    bool ends = p->reasoning && token == p->t->end_think;
-    if (!p->reasoning) ids_add(&p->answer, token);
-    if (p->ids) fprintf(to, p->printed ? " %d" : "%d", token);
-    else if (ends) utf8_finish(&p->utf8, &text);
-    else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);   // else: no text
     if (text.n) fwrite(text.p, 1, text.n, to);
     free(text.p);
-    p->printed = !ends;
-    if (ends) fputs("\n", stderr);
-    if (ends) p->reasoning = false;
     if (to == stderr) fflush(stderr);
     else flush_out();
-    return true;
 }
 
+// Ends what is being printed, the reasoning or all.
 static void print_end(Printer *p) {
     Str text = { 0 };
     utf8_finish(&p->utf8, &text);
-    if (text.n) fwrite(text.p, 1, text.n, p->reasoning ? stderr : stdout);
-    free(text.p);
-    if (p->printed) fputs("\n", p->reasoning ? stderr : stdout);
-    flush_out();
+    if (p->printed) str_puts(&text, "\n");
+    print_text(p, text);
+    p->printed = p->reasoning = false;
 }
 
-// Ids from "0,5,6" (or separated by spaces), each checked against the vocabulary.
-static void parse_ids(const char *text, int vocab, Ids *ids) {
-    for (const char *p = text; *p;) {
-        char *end;
-        errno = 0;
-        long id = strtol(p, &end, 10);
-        if (*p < '0' || *p > '9' || errno || (*end && *end != ',' && *end != ' '))
-            die(2, "--ids: expected numbers and commas, found '%.20s'", p);
-        if (id >= vocab) die(2, "--ids: %ld: the vocabulary ends at %d", id, vocab - 1);
-        ids_add(ids, (int)id);
-        p = *end ? end + 1 : end;
-        if (*end && !*p) die(2, "--ids: '%s' ends in '%c'", text, *end);
+static void print_token(Printer *p, int token) {
+    Str text = { 0 };
+    char id[16];
+    if (p->reasoning && token == p->t->end_think) {
+        print_end(p);
+        return;
+    }
+    if (!p->reasoning) ids_add(&p->answer, token);
+    snprintf(id, sizeof id, p->printed ? " %d" : "%d", token);
+    if (p->ids) str_puts(&text, id);
+    else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);   // else: no text
+    p->printed = true;
+    print_text(p, text);
+}
+
+static bool is_in(const Ids *ids, int token) {
+    for (size_t i = 0; i < ids->n; i++) if (ids->p[i] == token) return true;
+    return false;
+}
+
+// Generates until end-of-sentence, -n tokens, the end of the context or Ctrl-C; the last token is
+// not read back. Then the line of timings.
+static void answer(Talk *k, Printer *p) {
+    Err e;
+    int n = 0, steps = 0;
+    double start = now(), first = 0;
+    while (n != opt.tokens && !interrupted) {
+        int token = sample(&k->sampler, k->s->logits, &e);
+        if (token < 0) die(1, "%s", e.text);
+        if (!first) first = now();
+        if (is_in(&k->eos, token)) break;
+        print_token(p, token);
+        if (++n == opt.tokens || k->s->n == k->m->ctx) break;
+        steps += session_feed(k->s, &token, 1, &(Feed){ 0 });
+    }
+    double t = now() - first, t_prompt = start - k->begun;
+    int read = k->read - k->reused;
+    char reused[64] = "";
+    print_end(p);
+    if (k->reused) snprintf(reused, sizeof reused, " (and %d in place)", k->reused);
+    note("prompt %d tokens%s, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f "
+         "s", read, reused, read / t_prompt, n, steps ? steps / t : 0,
+         first ? first - k->begun : 0);
+}
+
+// Where the prompt's logits go, row by row: --logits, --mtp-logits.
+typedef struct { const char *path[2]; FILE *file[2]; int vocab; } LogitsOut;
+
+static void logits_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
+    LogitsOut *o = arg;
+    const float *from[2] = { logits, mtp };
+    size_t count = (size_t)n * (size_t)o->vocab;
+    (void)pos;
+    for (int i = 0; i < 2; i++)
+        if (o->file[i] && fwrite(from[i], sizeof(float), count, o->file[i]) != count)
+            die(1, "%s: %s", o->path[i], strerror(errno));
+}
+
+// The prompt of the options as ids.
+static void encode_prompt(const Talk *k, Span text, Ids *ids) {
+    const Model *m = k->m;
+    if (opt.ids) {
+        parse_ids("--ids", 2, text, m->c.vocab, ids);
+    } else if (opt.raw) {
+        ids_add(ids, k->t->bos);
+        tok_encode(k->t, text, true, ids);
+    } else {
+        encode_turn(k->t, chat_options(m), true, text, ids);
     }
     if (!ids->n) die(2, "--ids: no ids");
-}
-
-// What to sample and where to stop: options, else the publisher's generation_config.json, else
-// temperature 1 and the config's end-of-sentence token.
-static void open_sampler(const Model *m, Sampler *s, Ids *eos) {
-    Err e;
-    Span text;
-    Sampling how = sampling_default;
-    char *path = path_join(opt.model, "generation_config.json");
-    if (file_exists(path)) {
-        if (!map_file(path, &text, &e) ||
-            !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
-            die(1, "%s", e.text);
-        munmap((void *)(uintptr_t)text.p, text.n);
-    }
-    free(path);
-    if (!eos->n && m->c.eos >= 0) ids_add(eos, m->c.eos);
-    if (opt.temp >= 0) how.temperature = opt.temp;
-    if (opt.top_k >= 0) how.top_k = (int)opt.top_k;
-    if (opt.top_p >= 0) how.top_p = opt.top_p;
-    if (opt.min_p >= 0) how.min_p = opt.min_p;
-    if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
-    sampler_init(s, m->c.vocab, how, (uint64_t)opt.seed);
-    if (how.temperature > 0)
-        note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature,
-             how.top_p);
+    if (ids->n > (size_t)m->ctx)
+        die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
+            ids->n, m->ctx, m->c.max_ctx);
+    if (!check_vocab(m, ids)) die(1, "the prompt does not fit the model's vocabulary");
 }
 
 // Answers one prompt.
 static int run_prompt(void) {
-    Ids ids = { 0 }, eos = { 0 };
+    Ids ids = { 0 };
     Str text = { 0 };
-    Sampler sampler;
-    Tokenizer *t = open_tokenizer(!opt.ids);
-    if (opt.prompt) str_puts(&text, opt.prompt);
-    else if (opt.file) text = read_text(opt.file);
-    if (!opt.ids && !text.n) die(2, "the prompt is empty");
-    if (!opt.ids && opt.raw) {
-        ids_add(&ids, t->bos);
-        tok_encode(t, str_span(&text), true, &ids);
-    }
-    Opening o = opening();
-    Model *m = model_read(&o);
-    if (opt.ids) parse_ids(opt.ids, m->c.vocab, &ids);
-    else if (!opt.raw) encode_turn(t, chat_options(m), true, str_span(&text), &ids);
-    compare_vocab(m, t);
-    check_prompt(m, &ids);
-    if (opt.mtp_logits && !m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
-    open_sampler(m, &sampler, &eos);
-    close_out(open_out(opt.logits), opt.logits);        // what cannot be written is known at once
-    close_out(open_out(opt.mtp_logits), opt.mtp_logits);
-    model_start(m, &o);
-    Session *s = session_new(m);
-    Printer p = { .t = t,
-                  .ids = opt.ids || opt.show_ids,
+    if (opt.file) text = read_text(opt.file);
+    else str_puts(&text, opt.ids ? opt.ids : opt.prompt);
+    if (!text.n && !opt.ids) die(2, "the prompt is empty");
+    Talk k = talk_open();
+    encode_prompt(&k, str_span(&text), &ids);
+    if (opt.mtp_logits && !k.m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
+    LogitsOut out = { .path = { opt.logits, opt.mtp_logits }, .vocab = k.m->c.vocab };
+    for (int i = 0; i < 2; i++)
+        if (out.path[i] && !(out.file[i] = fopen(out.path[i], "wb")))
+            die(1, "%s: %s", out.path[i], strerror(errno));
+    talk_start(&k);
+    bool wanted = opt.logits || opt.mtp_logits;
+    Feed feed = { wanted ? logits_sink : NULL, &out, .mtp = opt.mtp_logits };
+    read_prompt(&k, &ids, feed, false);
+    for (int i = 0; i < 2; i++)
+        if (out.file[i] && fclose(out.file[i])) die(1, "%s: %s", out.path[i], strerror(errno));
+    Printer p = { .t = k.t, .ids = opt.ids || opt.show_ids,
                   .reasoning = opt.think && !opt.ids && !opt.raw };
-    Timing timing;
-    computing = true;
-    generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, NULL, print_token, &p, &timing);
-    print_end(&p);
-    print_timing(&timing);
-    session_free(s);
-    close_tokenizer(t);
-    sampler_free(&sampler);
-    free(ids.p), free(text.p), free(p.answer.p), free(eos.p);
+    answer(&k, &p);
+    talk_close(&k);
+    free(ids.p), free(text.p), free(p.answer.p);
     return interrupted ? 130 : 0;
 }
 
@@ -8433,64 +8148,51 @@ static bool read_turn(Str *line) {
     return n >= 0 || (line->n && !interrupted);
 }
 
-// A conversation in the terminal. Ctrl-C stops the answer. What was read stays read: only a turn's
-// new tokens are, since `past` holds the very ids of the answers, and old reasoning is dropped by
-// going back to the snapshot before it.
+// One turn of a conversation, whose ids so far are `ids`: the very ids of the answers, so only what
+// is new is read, and old reasoning is dropped by going back to the snapshot before it.
+static void chat_turn(Talk *k, Span user, Ids *ids) {
+    size_t past = ids->n;
+    encode_turn(k->t, chat_options(k->m), !past, user, ids);
+    bool fits = ids->n < (size_t)k->m->ctx;
+    if (!fits)
+        note("the conversation has %zu tokens, the context holds %d: /new starts again", ids->n,
+             k->m->ctx);
+    if (!fits || !check_vocab(k->m, ids)) {
+        ids->n = past;
+        return;
+    }
+    Printer p = { .t = k->t, .ids = opt.show_ids, .reasoning = opt.think };
+    read_prompt(k, ids, (Feed){ 0 }, true);
+    answer(k, &p);
+    ids->p[ids->n - 1] = k->t->end_think;       // closes the <think> of this prompt
+    for (size_t i = 0; i < p.answer.n; i++) ids_add(ids, p.answer.p[i]);
+    ids_add(ids, k->t->eos);
+    free(p.answer.p);
+}
+
+// A conversation in the terminal. Ctrl-C stops the answer.
 static int run_chat(void) {
-    Tokenizer *t = open_tokenizer(true);
-    Model *m = open_model();
-    compare_vocab(m, t);
-    Session *s = session_new(m);
-    Sampler sampler;
-    Snapshot *snap = NULL;
-    Ids past = { 0 }, ids = { 0 }, eos = { 0 };
-    open_sampler(m, &sampler, &eos);
+    Talk k = talk_open();
+    Ids ids = { 0 };
     Str line = { 0 };
+    talk_start(&k);
     note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops "
          "an answer, Ctrl-D leaves");
-    computing = true;
     for (bool again = false; !terminated;) {
         interrupted = 0;
-        if (!read_turn(&line)) {
-            // the end of the input, or Ctrl-C twice
-            if (!interrupted || again) break;
-            again = true;
-            clearerr(stdin);
-            note("Ctrl-C again or Ctrl-D leaves");
+        if (read_turn(&line)) {
+            again = false;
+            if (span_is(str_span(&line), "/new")) ids.n = 0;
+            else if (line.n) chat_turn(&k, str_span(&line), &ids);
             continue;
         }
-        again = false;
-        if (!line.n) continue;
-        if (span_is(str_span(&line), "/new")) {
-            past.n = 0;
-            continue;
-        }
-        ids.n = 0;
-        for (size_t i = 0; i < past.n; i++) ids_add(&ids, past.p[i]);
-        encode_turn(t, chat_options(m), !past.n, str_span(&line), &ids);
-        if (!check_vocab(m, &ids)) continue;
-        if (ids.n >= (size_t)m->ctx) {
-            note("the conversation has %zu tokens, the context holds %d: /new starts again", ids.n,
-                 m->ctx);
-            continue;
-        }
-        Printer p = { .t = t, .ids = opt.show_ids, .reasoning = opt.think };
-        Timing timing;
-        generate(s, ids.p, (int)ids.n, opt.tokens, &sampler, &eos, &snap, print_token, &p, &timing);
-        print_end(&p);
-        print_timing(&timing);
-        // the prompt, its <think> closed, and the answer
-        past.n = 0;
-        for (size_t i = 0; i + 1 < ids.n; i++) ids_add(&past, ids.p[i]);
-        ids_add(&past, t->end_think);
-        for (size_t i = 0; i < p.answer.n; i++) ids_add(&past, p.answer.p[i]);
-        ids_add(&past, t->eos);
-        free(p.answer.p);
+        if (!interrupted || again) break;       // the end of the input, or Ctrl-C twice
+        again = true;
+        clearerr(stdin);
+        note("Ctrl-C again or Ctrl-D leaves");
     }
-    snapshot_free(snap);
-    session_free(s);
-    sampler_free(&sampler);
-    free(past.p), free(ids.p), free(line.p), free(eos.p);
+    talk_close(&k);
+    free(ids.p), free(line.p);
     return interrupted ? 130 : 0;
 }
 
@@ -8500,221 +8202,134 @@ static const char *const format_names[N_FORMATS] = {
     "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
 };
 
-// Bytes of compressed rows that one token adds, over all layers of the stages.
+// Bytes of compressed rows that one token adds, over all layers.
 static double bytes_per_token(const Model *m) {
     double n = 0;
     for (int i = 0; i < m->c.n_layers; i++) {
-        const Layer *l = &m->w.layers[i];
-        if (l->ratio) n += (double)kv_bytes(m->stage, m->c.head_dim) / l->ratio;
-        if (l->ratio == 4) n += (double)kv_bytes(m->stage, m->c.index_dim) / 4;
+        int M = m->w.layers[i].ratio;
+        if (M) n += (double)kv_bytes(m->stage, m->c.head_dim) / M;
+        if (M == 4) n += (double)kv_bytes(m->stage, m->c.index_dim) / M;
     }
     return n;
 }
 
-// Bytes of weights that decoding one token reads: everything but the experts that are not chosen,
-// and one row of the embedding. Hash layers need the gate's rows of the chosen experts only; all of
-// it is counted.
+// Bytes of weights that decoding one token reads: all but the experts that are not chosen, and one
+// row of the embedding.
 static double bytes_touched(const Model *m) {
-    double n = mat_bytes(&m->w.head) + (double)mat_bytes(&m->w.embed) / m->c.vocab +
-               mat_bytes(&m->w.hc_head.fn);
-    for (int i = 0; i < m->c.n_layers; i++) n += layer_cost(m, &m->w.layers[i]);
-    return n;
+    return share_of(m, 0, m->c.n_layers + 1).touched +
+           (double)mat_bytes(&m->w.embed) / m->c.vocab + (double)mat_bytes(&m->w.hc_head.fn);
 }
 
-static void print_layers(const Model *m) {
-    for (int i = 0; i < m->c.n_layers; i++) {
-        const Layer *l = &m->w.layers[i];
-        printf("  layer %-2d  ratio %-3d  %-6s  %9.2f MB  experts %s, attention %s\n", i, l->ratio,
-               l->tid2eid ? "hashed" : "scored", layer_bytes(l, &m->c) / 1e6,
-               format_names[l->w1[0].fmt], format_names[l->wq_b.fmt]);
-    }
-    for (int i = 0; m->w.mtp && i < m->c.n_mtp; i++)
-        printf("  mtp %-2d    ratio %-3d  scored  %9.2f MB  experts %s, e_proj %s\n", i,
-               m->w.mtp[i].block.ratio, layer_bytes(&m->w.mtp[i].block, &m->c) / 1e6,
-               format_names[m->w.mtp[i].block.w1[0].fmt], format_names[m->w.mtp[i].e_proj.fmt]);
+static void print_layer(const Layer *l) {
+    printf("  %-9s ratio %-3d  %-6s  %9.2f MB  experts %s, attention %s\n", l->name, l->ratio,
+           l->tid2eid ? "hashed" : "scored", (double)l->bytes / 1e6, format_names[l->w1[0].fmt],
+           format_names[l->wq_b.fmt]);
 }
 
 static int run_info(void) {
-    Opening o = opening();
-    Model *m = model_read(&o);
+    Model *m = model_read(&opt.open);
     const Config *c = &m->c;
+    double per_token = bytes_per_token(m);
     printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, "
-           "context %d\n",
-           c->n_layers, c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window, c->vocab,
-           c->max_ctx);
+           "context %d\n", c->n_layers, c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window,
+           c->vocab, c->max_ctx);
     printf("experts    %d, %d per token, hidden %d; the first %d layers choose by token\n",
            c->n_experts, c->n_active, c->expert_dim, c->n_hash_layers);
     printf("indexer    %d heads x %d, keeps %d rows; hyper-connections: %d streams\n",
            c->index_heads, c->index_dim, c->index_topk, c->hc_mult);
-    printf("checkpoint %zu tensors in %d files, %.2f GB", m->store.n, m->store.n_shards,
-           store_bytes(&m->store) / 1e9);
-    printf(", quant_method %s\n", *c->quant ? c->quant : "none");
+    printf("checkpoint %zu tensors in %d files, %.2f GB, quant_method %s\n", m->store.n,
+           m->store.n_shards, (double)store_bytes(&m->store) / 1e9, *c->quant ? c->quant : "none");
     for (int i = 0; i < N_FORMATS; i++)
         if (m->format[i]) printf("  %-18s %6d matrices\n", format_names[i], m->format[i]);
-    print_layers(m);
-    double rings = -bytes_per_token(m) * m->ctx;
-    for (int i = 0; i < m->n_stages; i++) rings += session_bytes(&m->stage[i]);
+    for (int i = 0; i < c->n_layers; i++) print_layer(&m->w.layers[i]);
+    for (int i = 0; m->w.mtp && i < c->n_mtp; i++) print_layer(&m->w.mtp[i].block);
     printf("memory     %.3f GB of weights read per token; context: %.0f bytes per token (%.2f MB "
-           "per 1024), "
-           "%.1f MB of rings per session\n",
-           bytes_touched(m) / 1e9, bytes_per_token(m), bytes_per_token(m) * 1024 / 1e6,
-           rings / 1e6);
+           "per 1024), %.1f MB of rings per session\n", bytes_touched(m) / 1e9, per_token,
+           per_token * 1024 / 1e6, ((double)share_of(m, 0, c->n_layers + 1).context -
+                                    per_token * m->ctx) / 1e6);
     print_plan(m, stdout);
     return 0;
 }
 
-// --- dsv4 ppl
+// --- dsv4 ppl, bench (apps/bench.c), verify (apps/verify.c), convert (apps/convert.c)
 
-typedef struct { const int *tokens; double nll; int64_t n; int vocab; } NllSum;
-
-// -log p of the token that follows each row.
-static void nll_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
-    NllSum *s = arg;
-    (void)mtp;
-    for (int i = 0; i < n; i++) {
-        const float *x = logits + (size_t)i * s->vocab;
-        int next = s->tokens[pos + i + 1];
-        double m = x[argmax(x, s->vocab)], sum = 0;
-        for (int v = 0; v < s->vocab; v++) sum += exp(x[v] - m);
-        s->nll += m + log(sum) - x[next];
-        s->n++;
-    }
+Model *model_open(const Opening *o) {
+    Model *m = model_read(o);
+    model_start(m, o);
+    return m;
 }
 
-// Perplexity of a text, in contexts of -c positions (default 2048), each begun with the
-// begin-of-sentence token.
+ModelBrief model_brief(const Model *m) {
+    ModelBrief b = { .vocab = m->c.vocab, .ctx = m->ctx, .touched = bytes_touched(m), .cpu = true };
+    for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
+    return b;
+}
+
 static int run_ppl(const char *path) {
-    Model *m = open_model();
     Tokenizer *t = open_tokenizer(true);
-    int ctx = opt.ctx || m->ctx < 2048 ? m->ctx : 2048;
     Str text = read_text(path);
     Ids ids = { 0 };
+    ids_add(&ids, t->bos);
     tok_encode(t, str_span(&text), false, &ids);
-    if (!ids.n) die(1, "%s: no text", path);
+    if (ids.n < 2) die(1, "%s: no text", path);
+    Model *m = model_open(&opt.open);
     if (!check_vocab(m, &ids)) die(1, "%s: the text does not fit the model's vocabulary", path);
-    int *window = xalloc((size_t)ctx + 1, sizeof *window);
-    NllSum sum = { .tokens = window, .vocab = m->c.vocab };
-    Session *s = session_new(m);
-    window[0] = t->bos;
-    for (size_t at = 0; at < ids.n; at += (size_t)ctx) {
-        size_t n = ids.n - at < (size_t)ctx ? ids.n - at : (size_t)ctx;
-        memcpy(window + 1, ids.p + at, n * sizeof *window);
-        session_clear(s);
-        session_feed(s, window, (int)n, &(Feed){ .all = true, .sink = nll_sink, .arg = &sum });
-        progress("reading", (int64_t)(at + n), (int64_t)ids.n);
-    }
-    printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %d\n",
-           exp(sum.nll / sum.n), sum.nll / sum.n, (long long)sum.n, ctx);
-    session_free(s);
+    perplexity(m, ids.p[0], ids.p + 1, ids.n - 1, opt.open.ctx ? m->ctx : 2048);
     close_tokenizer(t);
-    free(window), free(text.p), free(ids.p);
+    free(text.p), free(ids.p);
     return 0;
 }
 
-// --- dsv4 bench
-
-// Reads n made-up tokens; the time it took.
-static double feed_time(Session *s, int n) {
-    int *tokens = xalloc((size_t)n, sizeof *tokens);
-    for (int i = 0; i < n; i++) tokens[i] = (int)((s->n + i) * 7919LL % s->m->c.vocab);
-    double start = now();
-    session_feed(s, tokens, n, &(Feed){ 0 });
-    free(tokens);
-    return now() - start;
-}
-
-// GB/s of one kind of matrix at one row, over all layers, so that caches do not help.
+// GB/s of matrices of one kind at one row, `together` side by side. All layers' in turn, so that
+// caches do not help.
 static void bench_product(Model *m, Pool *pool, const char *name, const Mat **mats, int n,
                           int together, double bandwidth) {
     double bytes = 0, best = 1e30;
-    if (!n) return;
-    for (int i = 0; i < n; i++) bytes += mat_bytes(mats[i]);
-    Act a = act_new(&m->stage[0], 1, mats[0]->k, 1);
+    const Device *d = m->stage;
+    Act a = act_new(d, 1, mats[0]->k, 1);
     float *y = xalloc((size_t)together * mats[0]->n, sizeof *y);
     Product *p = xalloc((size_t)together, sizeof *p);
-    act_quantise(&m->stage[0], &a, 0);
+    for (int i = 0; i < n; i++) bytes += (double)mat_bytes(mats[i]);
+    act_quantise(d, &a, 0);
     for (int pass = 0; pass < 4; pass++) {
         double start = now();
         for (int i = 0; i + together <= n; i += together) {
             for (int j = 0; j < together; j++)
-                p[j] = (Product){ mats[i + j],       &a, NULL, 1, y + (size_t)j * mats[0]->n,
+                p[j] = (Product){ mats[i + j], &a, NULL, 1, y + (size_t)j * mats[0]->n,
                                   (size_t)mats[0]->n };
-            matmul(pool, p, together, m->stage[0].exact);
+            matmul(pool, p, together, d->exact);
         }
-        double t = now() - start;
-        if (pass && t < best) best = t;
+        if (pass) best = fmin(best, now() - start);
     }
-    printf("  %-22s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt],
+    printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt],
            mats[0]->n, mats[0]->k, bytes / best / 1e9, 100 * bytes / best / bandwidth);
     free(a.x), free(a.q), free(a.s), free(y), free(p);
 }
 
-static void bench_products(Model *m, Pool *pool, double bandwidth) {
+void bench_products(Model *m, Pool *pool, double bandwidth) {
     const Config *c = &m->c;
-    int most = c->n_layers * c->n_experts;
-    const Mat **list = xalloc((size_t)most, sizeof *list);
-    const struct { const char *name; size_t at;
-    } dense[] = {
-        { "attn.wq_b", offsetof(Layer, wq_b) },
-        { "attn.wo_b", offsetof(Layer, wo_b) },
-        { "shared_experts.w1", offsetof(Layer, sw1) },
-        { "hc_attn_fn", offsetof(Layer, hc_attn.fn) },
-        { "attn.compressor.wkv", offsetof(Layer, comp.wkv) },
-    };
-    printf("products of one row             format               rows x columns        rate  of "
-           "read bandwidth\n");
-    for (size_t k = 0; k < COUNT(dense); k++) {
+    const Mat **list = xalloc((size_t)c->n_layers * c->n_experts + 1, sizeof *list);
+    printf("cpu %s, %d threads, read bandwidth %.1f GB/s\nproducts of one row%19sformat%13srows x "
+           "columns%8srate  of read bandwidth\n", cpu_names[cpu_level], pool->n_threads,
+           bandwidth / 1e9, "", "", "");
+    for (const Bind *b = layer_table; b < layer_table + COUNT(layer_table); b++) {
         int n = 0;
-        for (int i = 0; i < c->n_layers; i++) {
-            const Mat *w = (const Mat *)((const char *)&m->w.layers[i] + dense[k].at);
+        for (int i = 0; i < c->n_layers && b->kind == MAT; i++) {
+            const Mat *w = (const Mat *)((const char *)&m->w.layers[i] + b->at);
             if (w->w && (!n || (w->n == list[0]->n && w->fmt == list[0]->fmt))) list[n++] = w;
         }
-        bench_product(m, pool, dense[k].name, list, n, 1, bandwidth);
+        if (n) bench_product(m, pool, b->name, list, n, 1, bandwidth);
     }
     for (int k = 1; k <= 2; k++) {
-        for (int i = 0; i < most; i++) {
-            const Layer *l = &m->w.layers[i / c->n_experts];
-            list[i] = k == 1 ? &l->w1[i % c->n_experts] : &l->w2[i % c->n_experts];
-        }
-        bench_product(m, pool, k == 1 ? "experts.w1" : "experts.w2", list, most, c->n_active,
+        int n = 0;
+        for (const Layer *l = m->w.layers; l < m->w.layers + c->n_layers; l++)
+            for (int i = 0; i < c->n_experts; i++) list[n++] = k == 1 ? &l->w1[i] : &l->w2[i];
+        bench_product(m, pool, k == 1 ? "ffn.experts.w1" : "ffn.experts.w2", list, n, c->n_active,
                       bandwidth);
     }
     list[0] = &m->w.head;
     bench_product(m, pool, "head", list, 1, 1, bandwidth);
     free(list);
-}
-
-// Prefill and decode at growing depths; the machine's read bandwidth is measured between the runs.
-static int run_bench(void) {
-    Model *m = open_model();
-    Session *s = session_new(m);
-    Pool *pool = pool_new((int)opt.threads);
-    int steps = opt.tokens > 0 ? (int)opt.tokens : 32;
-    double bandwidth = read_bandwidth(pool), touched = bytes_touched(m);
-    printf("cpu %s, %d threads, read bandwidth %.1f GB/s; %.3f GB of weights read per token\n",
-           cpu_names[cpu_level], pool->n_threads, bandwidth / 1e9, touched / 1e9);
-    if (m->stage[0].op == &cpu_ops) bench_products(m, pool, bandwidth);
-    printf("   depth   prefill tok/s   decode tok/s   decode GB/s   of the bandwidth\n");
-    feed_time(s, 1);
-    for (int depth = 128; depth + steps <= m->ctx; depth *= 4) {
-        if (depth <= s->n) continue;
-        int n = depth - s->n;
-        double t_read = feed_time(s, n), t = 0, again = read_bandwidth(pool);
-        if (again > bandwidth) bandwidth = again;
-        for (int i = 0; i < steps; i++) t += feed_time(s, 1);
-        printf("%8d %15.1f %14.2f %13.2f %17.0f %%\n", depth, n / t_read, steps / t,
-               touched * steps / t / 1e9, 100 * touched * steps / t / bandwidth);
-        fflush(stdout);
-    }
-    return 0;
-}
-
-// --- dsv4 verify
-
-static int run_verify(const char *dir) {
-    Err e;
-    if (!verify(dir, (int)opt.threads, &e)) die(1, "%s", e.text);
-    return 0;
 }
 // ---------------------------------------------------------------------------
 // main
@@ -8727,7 +8342,8 @@ static void on_interrupt(int sig) {
 static void on_bus(int sig, siginfo_t *info, void *context) {
     static atomic_flag said = ATOMIC_FLAG_INIT;
     while (atomic_flag_test_and_set(&said)) pause();
-    const char *path = open_store ? store_find_address(open_store, info->si_addr) : NULL;
+    const Store *store = open_store;
+    const char *path = store ? store_find_address(store, info->si_addr) : NULL;
     const char *parts[] = { "dsv4: ", path ? path : "a mapped file",
                             ": cannot be read (did it shrink, or does its disk fail?)\n" };
     (void)sig;
@@ -8737,26 +8353,12 @@ static void on_bus(int sig, siginfo_t *info, void *context) {
 }
 
 static void catch_signals(void) {
-    struct sigaction stop = { .sa_handler = on_interrupt },
-                     bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
-    sigaction(SIGINT, &stop, NULL);
-    sigaction(SIGTERM, &stop, NULL);
-    sigaction(SIGHUP, &stop, NULL);
+    static const int stops[] = { SIGINT, SIGTERM, SIGHUP };
+    struct sigaction stop = { .sa_handler = on_interrupt };
+    struct sigaction bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
+    for (size_t i = 0; i < COUNT(stops); i++) sigaction(stops[i], &stop, NULL);
     sigaction(SIGBUS, &bus, NULL);
     signal(SIGPIPE, SIG_IGN);
-}
-
-static void check_options(void) {
-    int prompts = (opt.prompt != NULL) + (opt.file != NULL) + (opt.ids != NULL);
-    if (prompts > 1) die(2, "-p, -f and --ids: only one of them");
-    if (opt.think && opt.nothink) die(2, "--think and --nothink: only one of them");
-    if (opt.raw && !opt.prompt && !opt.file) die(2, "--raw needs -p or -f");
-    if ((opt.logits || opt.mtp_logits) && !prompts)
-        die(2, "--logits and --mtp-logits need a prompt");
-    if (opt.effort && !opt.think) die(2, "--effort needs --think");
-    if (opt.raw && (opt.think || opt.system)) die(2, "--raw takes no --system and no --think");
-    if (opt.decode + opt.plain + (opt.chat != NULL) > 1)
-        die(2, "--decode, --plain and --chat: only one of them");
 }
 
 // The vector instructions to use: the best there are, or fewer.
@@ -8769,36 +8371,35 @@ static void choose_isa(void) {
 }
 
 #ifndef DSV4_NO_MAIN
-static int run_convert(const char *src, const char *dst) {
-    Err e;
-    Dsv4Convert o = { .src = src,
-                      .dst = dst,
-                      .scale_dtype = opt.scale_dtype,
-                      .layer_remap = opt.layer_remap,
-                      .threads = (int)opt.threads,
-                      .verify = opt.verify };
-    if (!dsv4_convert(&o, &e)) die(1, "%s", e.text);
-    return 0;
-}
-
 static int run(Command command, char **args) {
+    Err e;
+    bool ok = true;
     switch (command) {
     case TOKENIZE: return run_tokenize();
     case INFO: return run_info();
-    case BENCH: return run_bench();
+    case BENCH:
+        bench(model_open(&opt.open), opt.tokens > 0 ? opt.tokens : 32, opt.open.threads);
+        break;
     case PPL: return run_ppl(args[0]);
     case DEVICES: return cuda_report();
-    case VERIFY: return run_verify(args[0]);
-    case CONVERT: return run_convert(args[0], args[1]);
+    case VERIFY: ok = verify(args[0], opt.open.threads, &e); break;
+    case CONVERT:
+        opt.convert.src = args[0];
+        opt.convert.dst = args[1];
+        opt.convert.threads = opt.open.threads;
+        ok = dsv4_convert(&opt.convert, &e);
+        break;
     default: return opt.prompt || opt.file || opt.ids ? run_prompt() : run_chat();
     }
+    if (!ok) die(1, "%s", e.text);
+    return 0;
 }
 
 int main(int argc, char **argv) {
     char *args[2] = { NULL };
-    Command command = parse_options(argc, argv, args);
+    const Subcommand *s = parse_options(argc, argv, args);
     if (opt.help || opt.version) {
-        if (opt.help) print_help();
+        if (opt.help) print_help(s);
         else puts("dsv4 " VERSION);
         return 0;
     }
@@ -8807,7 +8408,11 @@ int main(int argc, char **argv) {
     choose_isa();
     cuda_kernels_file = opt.kernels;
     cuda_graphs = opt.graphs;
-    int code = run(command, args);
+    if (!opt.open.dir && s->command & (LOADS | TOKENIZE)) {
+        note("no -m DIR: this is the small built-in model, which tells children's stories");
+        opt.open.dir = BUILT_IN;
+    }
+    int code = run(s->command, args);
     flush_out();
     return code;
 }

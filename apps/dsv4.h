@@ -200,8 +200,8 @@ bool store_open(Store *s, const char *dir, Err *e);         // on an error *s is
 const Tensor *store_find_span(const Store *s, Span name);   // or NULL
 void store_close(Store *s);
 
-// What the converter needs of DIR/config.json, which is checked as before running a model.
-typedef struct { int n_layers, n_hash_layers; char quant[32]; } ConfigBrief;
+// What converter and verifier need of DIR/config.json, which is checked as before running a model.
+typedef struct { int n_layers, n_hash_layers, n_experts; char quant[32]; } ConfigBrief;
 bool config_brief(ConfigBrief *b, const char *dir, Err *e);
 
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
@@ -213,5 +213,70 @@ typedef struct {
     bool verify;                // re-read the result and compare it with the source
 } Dsv4Convert;
 bool dsv4_convert(const Dsv4Convert *o, Err *e);
+
+// --- threads and progress (dsv4.c)
+
+typedef struct Pool Pool;
+typedef void RangeFn(void *arg, int begin, int end);
+Pool *pool_new(int n_threads);              // < 1: one per core
+void pool_free(Pool *p);
+// f on ranges of [0, n), each of at least `grain` items but the last, by all threads of the pool.
+void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg);
+// A bar that overwrites itself, on a terminal only; done >= total clears it.
+void progress(const char *what, int64_t done, int64_t total);
+double read_bandwidth(Pool *p);             // bytes per second of this machine; 0: no memory for it
+
+// --- the model (dsv4.c)
+
+// How to open a checkpoint. 0 and NULL: the default.
+typedef struct {
+    const char *dir;
+    const char *devices, *layers;           // "cuda:0,cpu", "40,3"
+    int ctx, threads, chunk;                // positions of a session; of the CPU; rows of one pass
+    bool exact, mlock;
+} Opening;
+typedef struct Model Model;
+// Opens a checkpoint and brings its weights to their devices. Ends the process if it cannot.
+Model *model_open(const Opening *o);
+// Are config.json and all tensors there, in the right formats and shapes?
+bool model_check(const char *dir, Err *e);
+
+typedef struct {
+    int vocab, ctx;                         // tokens; positions a session can hold
+    double touched;                         // bytes of weights that decoding one token reads
+    bool cpu;                               // no GPU computes
+} ModelBrief;
+ModelBrief model_brief(const Model *m);
+// Prints the rate of every kind of matrix product of one row; bandwidth: of the machine.
+void bench_products(Model *m, Pool *pool, double bandwidth);
+
+// One sequence of tokens and what the model remembers of it.
+typedef struct Session Session;
+Session *session_new(Model *m);             // NULL: the model has no slot left
+void session_free(Session *s);
+void session_clear(Session *s);             // back to position 0
+
+// Called for each chunk read: n rows of logits [n, vocab], the first at position pos. mtp: those of
+// the MTP layer, NULL unless asked for.
+typedef void (*RowSink)(void *arg, int pos, int n, const float *logits, const float *mtp);
+typedef struct {
+    RowSink sink;                           // NULL: only the last token's logits are made
+    void *arg;
+    bool mtp;                               // for the sink: run the MTP layer too
+    bool progress;
+} Feed;
+// Reads n tokens, in chunks. Stops after a whole chunk on Ctrl-C, and where the context ends.
+// Returns how many were read. One call at a time per model.
+int session_feed(Session *s, const int *tokens, int n, const Feed *f);
+
+// --- programs over it (apps/bench.c, apps/verify.c)
+
+// Prefill and decode at growing depths, `steps` tokens each.
+void bench(Model *m, int steps, int threads);
+// Prints the perplexity of n ids in contexts of `window` positions, each begun with bos.
+void perplexity(Model *m, int bos, const int *ids, size_t n, int window);
+// Reads every byte of the checkpoint in a directory: config, headers and sizes, every value, every
+// tensor that the model needs. False: *e says it in one line, `# ` lines before it name what was found.
+bool verify(const char *dir, int threads, Err *e);
 
 #endif

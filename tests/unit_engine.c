@@ -26,7 +26,7 @@ static void keep(void *arg, int pos, int n, const float *logits, const float *mt
 // Reads tokens [from, to) and keeps all logits by position.
 static void read_into(Session *s, const int *tokens, int from, int to, float *logits) {
     Kept r = { logits, s->m->c.vocab };
-    session_feed(s, tokens + from, to - from, &(Feed){ .all = true, .sink = keep, .arg = &r });
+    session_feed(s, tokens + from, to - from, &(Feed){ .sink = keep, .arg = &r });
 }
 
 static bool same(const float *a, const float *b, int from, int to, int vocab) {

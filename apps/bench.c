@@ -1,0 +1,78 @@
+// dsv4 bench and dsv4 ppl: how fast a model is on this machine, and how well it predicts a text.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "dsv4.h"
+
+// Reads n made-up tokens from position `at` on; the time it took.
+static double feed_time(Session *s, int at, int n, int vocab) {
+    int *tokens = xalloc((size_t)n, sizeof *tokens);
+    for (int i = 0; i < n; i++) tokens[i] = (int)((at + i) * 7919LL % vocab);
+    double start = now();
+    session_feed(s, tokens, n, &(Feed){ 0 });
+    free(tokens);
+    return now() - start;
+}
+
+// The machine's read bandwidth is measured between the runs; the best one counts.
+void bench(Model *m, int steps, int threads) {
+    ModelBrief b = model_brief(m);
+    Session *s = session_new(m);
+    Pool *pool = pool_new(threads);
+    double bandwidth = read_bandwidth(pool);
+    if (b.cpu) bench_products(m, pool, bandwidth);
+    printf("%.3f GB of weights read per token\n", b.touched / 1e9);
+    printf("   depth   prefill tok/s   decode tok/s   decode GB/s%s\n",
+           b.cpu ? "   of the bandwidth" : "");
+    feed_time(s, 0, 1, b.vocab);
+    for (int at = 1, depth = 128; depth + steps <= b.ctx; depth *= 4) {
+        if (depth <= at) continue;
+        double t_read = feed_time(s, at, depth - at, b.vocab), t = 0;
+        double rate = (depth - at) / t_read;
+        if (b.cpu) bandwidth = fmax(bandwidth, read_bandwidth(pool));
+        for (at = depth; at < depth + steps; at++) t += feed_time(s, at, 1, b.vocab);
+        printf("%8d %15.1f %14.2f %13.2f", depth, rate, steps / t, b.touched * steps / t / 1e9);
+        if (b.cpu) printf(" %17.0f %%", 100 * b.touched * steps / t / bandwidth);
+        printf("\n");
+        fflush(stdout);
+    }
+    pool_free(pool);
+    session_free(s);
+}
+
+typedef struct { const int *tokens; double nll; int64_t n; int vocab; } NllSum;
+
+// -log p of the token that follows each row, summed.
+static void nll_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
+    NllSum *s = arg;
+    (void)mtp;
+    for (int i = 0; i < n; i++) {
+        const float *x = logits + (size_t)i * (size_t)s->vocab;
+        double top = -INFINITY, sum = 0;
+        for (int v = 0; v < s->vocab; v++) top = fmax(top, (double)x[v]);
+        for (int v = 0; v < s->vocab; v++) sum += exp((double)x[v] - top);
+        s->nll += top + log(sum) - (double)x[s->tokens[pos + i + 1]];
+        s->n++;
+    }
+}
+
+void perplexity(Model *m, int bos, const int *ids, size_t n, int window) {
+    ModelBrief b = model_brief(m);
+    size_t ctx = (size_t)(window < b.ctx ? window : b.ctx);
+    int *tokens = xalloc(ctx + 1, sizeof *tokens);
+    NllSum sum = { .tokens = tokens, .vocab = b.vocab };
+    Session *s = session_new(m);
+    tokens[0] = bos;
+    for (size_t at = 0; at < n; at += ctx) {
+        size_t part = n - at < ctx ? n - at : ctx;
+        memcpy(tokens + 1, ids + at, part * sizeof *tokens);
+        session_clear(s);
+        session_feed(s, tokens, (int)part, &(Feed){ .sink = nll_sink, .arg = &sum });
+        progress("reading", (int64_t)(at + part), (int64_t)n);
+    }
+    printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %zu\n",
+           exp(sum.nll / (double)sum.n), sum.nll / (double)sum.n, (long long)sum.n, ctx);
+    session_free(s);
+    free(tokens);
+}
