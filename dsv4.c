@@ -7675,6 +7675,13 @@ static void choose_layers(Model *m, const Opening *o) {
         die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or "
             "try a smaller -c", (double)all / 1e9, L + 1 - rest, L, m->ctx);
     if (rest && !cpus) add_stage(m, -1);
+    int last = m->n_stages - 1;
+    if (rest && m->stage[last].ordinal >= 0) {      // it gets the head, whatever else
+        size_t head = m->share[L].weights + m->share[L].context + m->buffers[1] - m->buffers[0];
+        if (m->w.mtp) head += mat_bytes(&m->w.embed);
+        memory[last] -= head < memory[last] ? head : memory[last];
+        rest = fill_gpus(m, memory, hi);
+    }
     for (int step = 0; !rest && step < 50; step++) {
         double mid = (lo + hi) / 2;
         *(fill_gpus(m, memory, mid) ? &lo : &hi) = mid;
