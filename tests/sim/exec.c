@@ -9,7 +9,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <unistd.h>
-#include <xmmintrin.h>
+#include <math.h>
 
 /* TURN: taken branches before another warp of the block is run. MAX_FINDINGS: of a launch that goes
  * on in spite of them. */
@@ -90,18 +90,10 @@ u64 mix64(u64 x) {
 
 /* Moves x by up to perturb_ulp units in the last place, always the same way for the same place. */
 float perturb(const Warp *w, float x, u32 lane) {
-    u32 bits;
-    memcpy(&bits, &x, 4);
-    u32 range = (u32)sim_options.perturb_ulp, magnitude = bits & 0x7fffffff;
+    u32 bits = float_bits(x), range = (u32)sim_options.perturb_ulp, magnitude = bits & 0x7fffffff;
+    if (!range || magnitude < 0x00800000 + range || magnitude >= 0x7f000000) return x;
     u64 h = mix64(sim_options.seed ^ mix64((u64)w->pc << 32 | (u64)w->index << 5 | lane) ^ bits);
-    if (magnitude < 0x00800000 + range || magnitude >= 0x7f000000) return x;
-    bits += (u32)(h % (2 * range + 1)) - range;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-float approx_result(const Warp *w, float x, int lane) {
-    return sim_options.perturb_ulp ? perturb(w, x, (u32)lane) : x;
+    return bits_float(bits + (u32)(h % (2 * range + 1)) - range);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -196,35 +188,28 @@ void run_assert(Warp *w, const Inst *i, void *out) {
     w->worker->launch->result = SIM_ERROR_ASSERT;
 }
 
-void run_clock(Warp *w, const Inst *i, void *out) {
-    (void)out;
+void run_clock(Warp *w, const Inst *i, __attribute__((unused)) void *out) {
     u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
-    EACH(l, w->mask) {
-        if (type_bytes((Type)i->type) == 8)
-            ((u64 *)slot(w, i->dst[0]))[l] = now;
-        else
-            ((u32 *)slot(w, i->dst[0]))[l] = (u32)now;
-    }
+    EACH(l, w->mask) put_lane(slot(w, i->dst[0]), type_bytes((Type)i->type) == 8, l, now);
 }
 
-/* Rounding modes other than to nearest, and .sat of f32 and f64. */
+/* Rounding modes other than to nearest, .ftz (denormal operands and results are zeros with their
+ * sign) and .sat (to 0 .. 1, NaN to 0), in f32 and f64. */
 void run_wrapped(Warp *w, const Inst *i, void *out) {
     static const unsigned modes[] = {[RND_RZ] = _MM_ROUND_TOWARD_ZERO, [RND_RM] = _MM_ROUND_DOWN,
                                      [RND_RP] = _MM_ROUND_UP, [RND_RN] = 0, [RND_NONE] = 0};
-    unsigned saved = _mm_getcsr();
-    _mm_setcsr((saved & ~(unsigned)_MM_ROUND_MASK) | modes[i->round]);
+    unsigned saved = _mm_getcsr(), flush = i->ftz ? _MM_DENORMALS_ZERO_ON : 0;
+    float *f = out;
+    double *d = out;
+    _mm_setcsr((saved & ~(unsigned)_MM_ROUND_MASK) | modes[i->round] | flush);
     i->inner(w, i, out);
     _mm_setcsr(saved);
-    if (i->sat && i->type == T_F32)
-        for (int l = 0; l < 32; l++) {
-            float *d = (float *)out + l;
-            *d = *d > 0 ? *d < 1 ? *d : 1 : 0; /* NaN becomes 0 */
-        }
-    if (i->sat && i->type == T_F64)
-        for (int l = 0; l < 32; l++) {
-            double *d = (double *)out + l;
-            *d = *d > 0 ? *d < 1 ? *d : 1 : 0;
-        }
+    for (int l = 0; l < 32 && i->type == T_F32 && i->out_bits == 32; l++) {
+        if (i->ftz && !(float_bits(f[l]) & 0x7f800000)) f[l] = copysignf(0, f[l]);
+        if (i->sat) f[l] = f[l] > 0 ? f[l] < 1 ? f[l] : 1 : 0;
+    }
+    for (int l = 0; l < 32 && i->type == T_F64 && i->sat; l++)
+        d[l] = d[l] > 0 ? d[l] < 1 ? d[l] : 1 : 0;
 }
 
 /* ------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, i
 
 static int how_of(const Inst *i, bool store) {
     return i->class == SIM_C_ATOMIC ? ACC_ATOMIC
-         : i->strong ? store ? ACC_STRONG_WRITE : ACC_STRONG_READ : store ? ACC_WRITE : ACC_READ;
+         : i->strong || i->fence ? store ? ACC_STRONG_WRITE : ACC_STRONG_READ : store ? ACC_WRITE : ACC_READ;
 }
 
 /* The bytes themselves, between memory (`base` is the address of memory[0]) and the buffer. */
@@ -395,35 +395,19 @@ static void createpolicy(Warp *w, const Inst *i, void *out) {
 /* ------------------------------------------------------------------------------------------------
  * atomics */
 
-static float as_float(u64 v) {
-    u32 u = (u32)v;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
 static u64 add_values(Type t, u64 a, u64 b) {
-    u32 bits;
-    if (t == T_F32) {
-        float f = as_float(a) + as_float(b);
-        memcpy(&bits, &f, 4);
-        return f == f ? bits : CANON_NAN;
+    float f = bits_float((u32)a) + bits_float((u32)b);
+    u32 sum = 0;
+    switch (t) {
+    case T_F32: return f == f ? float_bits(f) : CANON_NAN;
+    case T_F64: return double_bits(bits_double(a) + bits_double(b));
+    case T_F16X2:
+        for (int k = 0; k < 32; k += 16)
+            sum |= (u32)float_to_half(half_to_float((u16)(a >> k)) + half_to_float((u16)(b >> k)),
+                                      RND_RN) << k;
+        return sum;
+    default: return a + b;
     }
-    if (t == T_F64) {
-        double x, y;
-        memcpy(&x, &a, 8);
-        memcpy(&y, &b, 8);
-        x += y;
-        memcpy(&a, &x, 8);
-        return a;
-    }
-    if (t == T_F16X2) {
-        u16 lo = float_to_half(half_to_float((u16)a) + half_to_float((u16)b), RND_RN);
-        u16 hi = float_to_half(half_to_float((u16)(a >> 16)) + half_to_float((u16)(b >> 16)),
-                               RND_RN);
-        return (u64)hi << 16 | lo;
-    }
-    return a + b;
 }
 
 static bool below(Type t, u64 a, u64 b) {

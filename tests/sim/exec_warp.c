@@ -297,12 +297,6 @@ static void multiply_half(Tile *t, bool bf16) {
     }
 }
 
-/* The even or odd bytes of 8 groups as 16-bit lanes. */
-static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed) {
-    v = odd ? v : _mm256_slli_epi16(v, 8);
-    return is_signed ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
-}
-
 /* Exact, modulo 2^32 like the hardware without .satfinite. */
 static void multiply_int(Tile *t, bool a_signed, bool b_signed) {
     __m256i b[8][2];

@@ -8,6 +8,7 @@
 
 #include "sim.h"
 
+#include <immintrin.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +19,19 @@ typedef uint64_t u64;
 typedef uint32_t u32;
 typedef uint16_t u16;
 typedef uint8_t u8;
+typedef int64_t s64;
+typedef int32_t s32;
+typedef int16_t s16;
+typedef int8_t s8;
+typedef float f32;
+typedef double f64;
+/* How a value of a type lies in its lane of a slot: 8 and 16 bits in the low part of 32. */
+typedef u32 lane_u8, lane_s8, lane_u16, lane_s16, lane_f16, lane_bf16, lane_u32;
+typedef s32 lane_s32;
+typedef u64 lane_u64;
+typedef s64 lane_s64;
+typedef f32 lane_f32;
+typedef f64 lane_f64;
 
 typedef struct Inst Inst;
 typedef struct Warp Warp;
@@ -59,9 +73,8 @@ static inline bool type_is_signed(Type t) {
 typedef enum { SP_GENERIC, SP_GLOBAL, SP_SHARED, SP_LOCAL, SP_CONST, SP_PARAM } Space;
 typedef enum { RND_NONE, RND_RN, RND_RZ, RND_RM, RND_RP, RND_RNA,
                RND_RNI, RND_RZI, RND_RMI, RND_RPI } Rounding;
-typedef enum { CMP_NONE, CMP_EQ, CMP_NE, CMP_LT, CMP_LE, CMP_GT, CMP_GE, CMP_LO, CMP_LS, CMP_HI,
-               CMP_HS, CMP_EQU, CMP_NEU, CMP_LTU, CMP_LEU, CMP_GTU, CMP_GEU, CMP_NUM,
-               CMP_NAN } Compare;
+/* A comparison is the set of relations for which it is true; unordered: one operand is NaN. */
+enum { LESS = 1, EQUAL = 2, GREATER = 4, UNORDERED = 8 };
 /* The modifier that selects among variants of one instruction. */
 typedef enum { OP_NONE, OP_AND, OP_OR, OP_XOR, OP_ADD, OP_MIN, OP_MAX, OP_INC, OP_DEC, OP_EXCH,
                OP_CAS, OP_UP, OP_DOWN, OP_BFLY, OP_IDX, OP_ALL, OP_ANY, OP_UNI, OP_BALLOT,
@@ -73,7 +86,7 @@ enum { MAX_DST = 4, MAX_SRC = 12 };
 
 struct Inst {
     Handler *run;        /* what the warp calls */
-    Handler *inner;      /* called by `run` when that wraps rounding or saturation */
+    Handler *inner;      /* called by `run` when that adds rounding, flushing or a check */
     u32 guard;           /* predicate slot of @p, 0: none */
     u32 guard_flip;      /* all ones for @!p */
     u32 dst[MAX_DST], dst_pred; /* frame offsets, 0: none */
@@ -83,7 +96,8 @@ struct Inst {
     u8 out_bits;         /* 1, 32, 64: the loop merges the result under the mask; 0: the handler */
     u8 class;            /* SimClass */
     u8 type, type2, type3; /* in the order of the opcode */
-    u8 space, space2, round, cmp, op;
+    u8 space, round, cmp, op;
+    u8 arg;              /* which of the operations of its handler, from the form */
     u8 vec;              /* 1, 2, 4 elements; number of matrices of ldmatrix */
     bool ftz, sat, nan, relu, to, trans, left, wrap, shiftamt;
     bool wide_dst, wide_src, wide_addr; /* those registers have 64 bits */
@@ -103,12 +117,13 @@ typedef struct {
     const char *pattern, *operands;
     u8 class;
     u8 out_bits;         /* of an Inst; 0 with an integer class: as wide as the destination */
-    Handler *run, *run_ftz;
+    Handler *run;
+    u8 arg;              /* for the handler */
     Handler *(*choose)(Inst *i); /* picks the handler from types and operands, NULL: refuse */
-    Handler *by_type[6];         /* for u16 s16 u32 s32 u64 s64; bits are unsigned */
+    Handler *by_type[6]; /* for u16 s16 u32 s32 u64 s64; with `run`: what that calls */
 } Form;
 
-extern const Form alu_forms[], cvt_forms[], half_forms[], mem_forms[], warp_forms[];
+extern const Form alu_forms[], cvt_forms[], mem_forms[], warp_forms[];
 /* Handlers that the decoder itself places. */
 Handler run_wrapped, run_clock, run_trap, run_assert, run_bra, run_exit;
 
@@ -274,10 +289,68 @@ static inline void *src(const Warp *w, const Inst *i, int k) {
     return w->frame + i->src[k];
 }
 
-static inline u32 src_mask(const Warp *w, const Inst *i, int k) /* of a predicate source */
-{
+/* A predicate source: a bit per lane. */
+static inline u32 src_mask(const Warp *w, const Inst *i, int k) {
     return *(u32 *)(w->frame + i->src[k]) ^ (i->src_flip >> k & 1 ? ~0u : 0);
 }
+
+/* Writes the bits of `lanes` into a predicate register, or into the sink. */
+static inline void put_pred(const Warp *w, u32 offset, u32 bits, u32 lanes) {
+    u32 *p = slot(w, offset);
+    *p = (*p & ~lanes) | (bits & lanes);
+}
+
+/* One lane of a slot, as it is. */
+static inline u64 get_lane(const void *from, bool wide, u32 lane) {
+    return wide ? ((const u64 *)from)[lane] : ((const u32 *)from)[lane];
+}
+
+static inline void put_lane(void *to, bool wide, u32 lane, u64 value) {
+    if (wide)
+        ((u64 *)to)[lane] = value;
+    else
+        ((u32 *)to)[lane] = (u32)value;
+}
+
+static inline u32 float_bits(float f) {
+    u32 u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
+static inline float bits_float(u32 u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static inline u64 double_bits(double d) {
+    u64 u;
+    memcpy(&u, &d, 8);
+    return u;
+}
+
+static inline double bits_double(u64 u) {
+    double d;
+    memcpy(&d, &u, 8);
+    return d;
+}
+
+/* The NaN that every arithmetic instruction gives. */
+#define CANON_NAN 0x7fffffffu
+#define CANON_NAN64 0x7fffffffffffffffull
+
+/* The even or odd bytes of the 16-bit elements, each widened to 16 bits. */
+static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed) {
+    v = odd ? v : _mm256_slli_epi16(v, 8);
+    return is_signed ? _mm256_srai_epi16(v, 8) : _mm256_srli_epi16(v, 8);
+}
+
+/* An instruction: it computes all 32 lanes into `out`, of which the warp loop keeps the active ones
+ * (forms with out_bits), or writes the lanes of w->mask itself. */
+#define HANDLER(name)                                                                             \
+    static void name(__attribute__((unused)) Warp *w, __attribute__((unused)) const Inst *i,      \
+                     __attribute__((unused)) void *out)
 
 /* The loop over lanes; the operands of one lane never overlap those of another. */
 #if defined(__clang__)
@@ -286,6 +359,25 @@ static inline u32 src_mask(const Warp *w, const Inst *i, int k) /* of a predicat
 #else
 #define LANES _Pragma("GCC ivdep") for (int l = 0; l < 32; l++)
 #endif
+
+/* An instruction on each lane alone: its result of type D from x, y, z, v, the sources, as types X,
+ * Y, Z and u32. */
+#define OP(name, D, X, Y, Z, expression)                                                          \
+    HANDLER(name) {                                                                               \
+        const lane_##X *a = src(w, i, 0);                                                         \
+        const lane_##Y *b = src(w, i, 1);                                                         \
+        const lane_##Z *c = src(w, i, 2);                                                         \
+        const u32 *e = src(w, i, 3);                                                              \
+        lane_##D *d = out;                                                                        \
+        LANES {                                                                                   \
+            X x = (X)a[l];                                                                        \
+            Y y = (Y)b[l];                                                                        \
+            Z z = (Z)c[l];                                                                        \
+            u32 v = e[l];                                                                         \
+            (void)x, (void)y, (void)z, (void)v;                                                   \
+            d[l] = (D)(expression);                                                               \
+        }                                                                                         \
+    }
 
 /* Calls the body for every lane in mask, l is the lane. */
 #define EACH(l, mask) \
@@ -318,16 +410,11 @@ void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, 
 void count_shared(Warp *w, const u64 *address, u32 bytes, bool row);
 void counters_finish(Worker *k);
 
-/* Numbers shared by handlers. */
+/* exec_cvt.c: numbers. */
 float half_to_float(u16 h);
 u16 float_to_half(float f, Rounding round);
-u16 double_to_half(double d);
 float bf16_to_float(u16 h);
-u16 float_to_bf16(float f, Rounding round);
-u64 mix64(u64 x); /* a seeded hash */
-float perturb(const Warp *w, float x, u32 lane);
-float approx_result(const Warp *w, float x, int lane);
-
-#define CANON_NAN 0x7fffffffu
+s64 integer_of(Type type, u64 lane); /* the low bits of a lane, extended as the type says */
+float perturb(const Warp *w, float x, u32 lane); /* exec.c: moves an approximate result */
 
 #endif

@@ -17,67 +17,48 @@
 /* ------------------------------------------------------------------------------------------------
  * opcodes */
 
-typedef enum { F_NOTHING, F_SPACE, F_ROUND, F_CMP, F_OP, F_VEC, F_FTZ, F_SAT, F_STRONG, F_FENCE,
-               F_NAN, F_RELU, F_TO, F_TRANS, F_LEFT, F_WRAP, F_SHIFTAMT,
-               F_CARRY } Field;
-
+/* What a modifier puts into which field of the instruction; the others change nothing here. */
+#define FIELD(name) offsetof(Inst, name)
 static const struct {
     const char *name;
-    Field field;
-    int value;
+    size_t field;
+    u8 value;
 } modifiers[] = {
-    {".global", F_SPACE, SP_GLOBAL}, {".shared", F_SPACE, SP_SHARED},
-    {".shared::cta", F_SPACE, SP_SHARED}, {".local", F_SPACE, SP_LOCAL},
-    {".const", F_SPACE, SP_CONST}, {".param", F_SPACE, SP_PARAM},
-    {".rn", F_ROUND, RND_RN}, {".rz", F_ROUND, RND_RZ}, {".rm", F_ROUND, RND_RM},
-    {".rp", F_ROUND, RND_RP}, {".rna", F_ROUND, RND_RNA}, {".rni", F_ROUND, RND_RNI},
-    {".rzi", F_ROUND, RND_RZI}, {".rmi", F_ROUND, RND_RMI}, {".rpi", F_ROUND, RND_RPI},
-    {".eq", F_CMP, CMP_EQ}, {".ne", F_CMP, CMP_NE}, {".lt", F_CMP, CMP_LT}, {".le", F_CMP, CMP_LE},
-    {".gt", F_CMP, CMP_GT}, {".ge", F_CMP, CMP_GE}, {".lo", F_CMP, CMP_LO}, {".ls", F_CMP, CMP_LS},
-    {".hs", F_CMP, CMP_HS}, {".equ", F_CMP, CMP_EQU}, {".neu", F_CMP, CMP_NEU},
-    {".ltu", F_CMP, CMP_LTU}, {".leu", F_CMP, CMP_LEU}, {".gtu", F_CMP, CMP_GTU},
-    {".geu", F_CMP, CMP_GEU}, {".num", F_CMP, CMP_NUM}, {".nan", F_CMP, CMP_NAN},
-    {".and", F_OP, OP_AND}, {".or", F_OP, OP_OR}, {".xor", F_OP, OP_XOR}, {".add", F_OP, OP_ADD},
-    {".min", F_OP, OP_MIN}, {".max", F_OP, OP_MAX}, {".inc", F_OP, OP_INC}, {".dec", F_OP, OP_DEC},
-    {".exch", F_OP, OP_EXCH}, {".cas", F_OP, OP_CAS}, {".up", F_OP, OP_UP},
-    {".down", F_OP, OP_DOWN}, {".bfly", F_OP, OP_BFLY}, {".idx", F_OP, OP_IDX},
-    {".all", F_OP, OP_ALL}, {".any", F_OP, OP_ANY}, {".uni", F_OP, OP_UNI},
-    {".ballot", F_OP, OP_BALLOT}, {".popc", F_OP, OP_POPC}, {".f4e", F_OP, OP_F4E},
-    {".b4e", F_OP, OP_B4E}, {".rc8", F_OP, OP_RC8}, {".ecl", F_OP, OP_ECL}, {".ecr", F_OP, OP_ECR},
-    {".rc16", F_OP, OP_RC16}, {".v2", F_VEC, 2}, {".v4", F_VEC, 4}, {".x1", F_VEC, 1},
-    {".x2", F_VEC, 2}, {".x4", F_VEC, 4}, {".ftz", F_FTZ, 1}, {".sat", F_SAT, 1},
-    {".satfinite", F_SAT, 1}, {".volatile", F_STRONG, 1}, {".relaxed", F_STRONG, 1},
-    {".acquire", F_FENCE, 1}, {".release", F_FENCE, 1}, {".acq_rel", F_FENCE, 1},
-    {".sc", F_FENCE, 1}, {".NaN", F_NAN, 1}, {".relu", F_RELU, 1}, {".to", F_TO, 1},
-    {".trans", F_TRANS, 1}, {".l", F_LEFT, 1}, {".r", F_NOTHING, 0}, {".wrap", F_WRAP, 1},
-    {".clamp", F_NOTHING, 0}, {".shiftamt", F_SHIFTAMT, 1}, {".cc", F_CARRY, 1},
+    {".global", FIELD(space), SP_GLOBAL}, {".shared", FIELD(space), SP_SHARED},
+    {".shared::cta", FIELD(space), SP_SHARED}, {".local", FIELD(space), SP_LOCAL},
+    {".const", FIELD(space), SP_CONST}, {".param", FIELD(space), SP_PARAM},
+    {".rn", FIELD(round), RND_RN}, {".rz", FIELD(round), RND_RZ}, {".rm", FIELD(round), RND_RM},
+    {".rp", FIELD(round), RND_RP}, {".rna", FIELD(round), RND_RNA},
+    {".rni", FIELD(round), RND_RNI}, {".rzi", FIELD(round), RND_RZI},
+    {".rmi", FIELD(round), RND_RMI}, {".rpi", FIELD(round), RND_RPI},
+    {".eq", FIELD(cmp), EQUAL}, {".ne", FIELD(cmp), LESS | GREATER},
+    {".lt", FIELD(cmp), LESS}, {".le", FIELD(cmp), LESS | EQUAL},
+    {".gt", FIELD(cmp), GREATER}, {".ge", FIELD(cmp), GREATER | EQUAL},
+    {".lo", FIELD(cmp), LESS}, {".ls", FIELD(cmp), LESS | EQUAL}, /* unsigned */
+    {".hi", FIELD(cmp), GREATER}, {".hs", FIELD(cmp), GREATER | EQUAL},
+    {".equ", FIELD(cmp), EQUAL | UNORDERED}, {".neu", FIELD(cmp), LESS | GREATER | UNORDERED},
+    {".ltu", FIELD(cmp), LESS | UNORDERED}, {".leu", FIELD(cmp), LESS | EQUAL | UNORDERED},
+    {".gtu", FIELD(cmp), GREATER | UNORDERED}, {".geu", FIELD(cmp), GREATER | EQUAL | UNORDERED},
+    {".num", FIELD(cmp), LESS | EQUAL | GREATER}, {".nan", FIELD(cmp), UNORDERED},
+    {".and", FIELD(op), OP_AND}, {".or", FIELD(op), OP_OR}, {".xor", FIELD(op), OP_XOR},
+    {".add", FIELD(op), OP_ADD}, {".min", FIELD(op), OP_MIN}, {".max", FIELD(op), OP_MAX},
+    {".inc", FIELD(op), OP_INC}, {".dec", FIELD(op), OP_DEC}, {".exch", FIELD(op), OP_EXCH},
+    {".cas", FIELD(op), OP_CAS}, {".up", FIELD(op), OP_UP}, {".down", FIELD(op), OP_DOWN},
+    {".bfly", FIELD(op), OP_BFLY}, {".idx", FIELD(op), OP_IDX}, {".all", FIELD(op), OP_ALL},
+    {".any", FIELD(op), OP_ANY}, {".uni", FIELD(op), OP_UNI}, {".ballot", FIELD(op), OP_BALLOT},
+    {".popc", FIELD(op), OP_POPC}, {".f4e", FIELD(op), OP_F4E}, {".b4e", FIELD(op), OP_B4E},
+    {".rc8", FIELD(op), OP_RC8}, {".ecl", FIELD(op), OP_ECL}, {".ecr", FIELD(op), OP_ECR},
+    {".rc16", FIELD(op), OP_RC16}, {".v2", FIELD(vec), 2}, {".v4", FIELD(vec), 4},
+    {".x1", FIELD(vec), 1}, {".x2", FIELD(vec), 2}, {".x4", FIELD(vec), 4},
+    {".ftz", FIELD(ftz), 1}, {".sat", FIELD(sat), 1}, {".satfinite", FIELD(sat), 1},
+    {".volatile", FIELD(strong), 1}, {".relaxed", FIELD(strong), 1}, {".acquire", FIELD(fence), 1},
+    {".release", FIELD(fence), 1}, {".acq_rel", FIELD(fence), 1}, {".NaN", FIELD(nan), 1},
+    {".relu", FIELD(relu), 1}, {".to", FIELD(to), 1}, {".trans", FIELD(trans), 1},
+    {".l", FIELD(left), 1}, {".wrap", FIELD(wrap), 1}, {".shiftamt", FIELD(shiftamt), 1},
+    {".hi", FIELD(high), 1}, {".cc", FIELD(carry), 1},
 };
 
-/* Notes what a modifier says in the instruction. */
-static void set_field(Inst *i, Field field, int v) {
-    switch (field) {
-    case F_SPACE: *(i->space ? &i->space2 : &i->space) = (u8)v; break;
-    case F_ROUND: i->round = (u8)v; break;
-    case F_CMP: i->cmp = (u8)v; break;
-    case F_OP: i->op = (u8)v; break;
-    case F_VEC: i->vec = (u8)v; break;
-    case F_FTZ: i->ftz = true; break;
-    case F_SAT: i->sat = true; break;
-    case F_STRONG: i->strong = true; break;
-    case F_FENCE: i->fence = i->strong = true; break;
-    case F_NAN: i->nan = true; break;
-    case F_RELU: i->relu = true; break;
-    case F_TO: i->to = true; break;
-    case F_TRANS: i->trans = true; break;
-    case F_LEFT: i->left = true; break;
-    case F_WRAP: i->wrap = true; break;
-    case F_SHIFTAMT: i->shiftamt = true; break;
-    case F_CARRY: i->carry = true; break;
-    case F_NOTHING: break;
-    }
-}
-
-/* One ".modifier": a type, or an entry of the table above; the rest changes nothing. */
+/* One ".modifier": a type, or entries of the table above; of two state spaces the first counts. */
 static void apply_modifier(Inst *i, const char *name) {
     Type t = parse_type(name);
     if (t != T_NONE) {
@@ -85,13 +66,10 @@ static void apply_modifier(Inst *i, const char *name) {
         *to = *to ? *to : (u8)t; /* the fourth, of mma, repeats the first */
         return;
     }
-    if (!strcmp(name, ".hi")) { /* mul.hi, or an unsigned comparison */
-        i->high = true;
-        i->cmp = CMP_HI;
+    for (size_t k = 0; k < sizeof modifiers / sizeof *modifiers; k++) {
+        u8 *field = (u8 *)i + modifiers[k].field;
+        if (!*field && !strcmp(name, modifiers[k].name)) *field = modifiers[k].value;
     }
-    for (size_t k = 0; k < sizeof modifiers / sizeof *modifiers; k++)
-        if (!strcmp(name, modifiers[k].name))
-            set_field(i, modifiers[k].field, modifiers[k].value);
 }
 
 /* Does `element` ("x|y") allow the modifier at `mod` (".x", up to the next dot)? */
@@ -127,7 +105,7 @@ static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
     return !*e && !*mod;
 }
 
-static const Form *const form_tables[] = {alu_forms, cvt_forms, half_forms, mem_forms, warp_forms};
+static const Form *const form_tables[] = {alu_forms, cvt_forms, mem_forms, warp_forms};
 
 /* The first form that allows the opcode, or an error that names what none does. */
 static const Form *find_form(Parser *p, const char *opcode) {
@@ -453,23 +431,22 @@ static void check_vector(Parser *p, const Inst *i, const Form *f) {
 
 /* Finds the function that will run it: by form, by type, or by the form's own choice. */
 static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode) {
-    i->run = i->ftz && f->run_ftz ? f->run_ftz : f->run;
+    int size = type_bytes((Type)i->type);
+    Handler *typed = f->by_type[(size == 8 ? 4 : size == 4 ? 2 : 0) +
+                                type_is_signed((Type)i->type)];
     i->class = f->class;
+    i->arg = f->arg;
     i->out_bits = f->out_bits;
-    if (!i->run && !f->choose) {
-        int size = type_bytes((Type)i->type);
-        i->run = f->by_type[(size == 8 ? 4 : size == 4 ? 2 : 0) + type_is_signed((Type)i->type)];
-    }
-    if (!i->out_bits && f->class == SIM_C_INT && i->n_dst) {
-        bool twice = f->operands[0] == 'e';
-        i->out_bits = type_bytes((Type)i->type) << twice == 8 ? 64 : 32;
-    }
-    if (f->choose) i->run = f->choose(i);
+    if (!i->out_bits && f->class == SIM_C_INT && i->n_dst)
+        i->out_bits = size << (f->operands[0] == 'e') == 8 ? 64 : 32;
+    i->run = f->choose ? f->choose(i) : f->run ? f->run : typed;
+    if (f->run) i->inner = typed;
     if (!i->run) ptx_fail(p, "unsupported combination of types in '%s'", opcode);
-    if (i->class == SIM_C_CVT || f->choose)
-        return; /* these see to rounding and saturation themselves */
+    if (i->class == SIM_C_CVT || i->class == SIM_C_HALF || f->choose)
+        return; /* these see to rounding, flushing and saturation themselves */
     bool rounded = i->round == RND_RZ || i->round == RND_RM || i->round == RND_RP;
-    if (rounded || (i->sat && (i->type == T_F32 || i->type == T_F64))) {
+    bool flushed = i->ftz && (i->type == T_F32 || i->type2 == T_F32);
+    if (rounded || flushed || (i->sat && type_is_float((Type)i->type))) {
         i->inner = i->run;
         i->run = run_wrapped;
     }
