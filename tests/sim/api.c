@@ -1,8 +1,6 @@
 /* api.c: entry rules, configuration, injected faults, devices and contexts. */
 #include "api.h"
 #include <stdarg.h>
-#include <stdlib.h>
-#include <string.h>
 
 pthread_mutex_t sim_lock = PTHREAD_MUTEX_INITIALIZER;
 _Thread_local Thread self;
@@ -10,13 +8,6 @@ Config config;
 static bool initialised;
 static Ctx contexts[SIM_MAX_DEVICES]; /* the primary context of each device */
 static Obj *objects;                  /* every object ever made */
-
-void *zalloc(size_t bytes) {
-    void *p = calloc(1, bytes ? bytes : 1);
-    if (p) return p;
-    fprintf(stderr, "sim: out of host memory (%zu bytes)\n", bytes);
-    abort();
-}
 
 void *obj_new(Type type, size_t bytes) {
     Obj *o = zalloc(bytes);

@@ -11,6 +11,8 @@
 #include "sim.h"
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #ifdef SIM_ABI_CHECK
 #define __CUDA_API_VERSION_INTERNAL /* declare old and new versions under their own names */
@@ -238,7 +240,6 @@ CUresult leave(CUresult result);
         return leave(r ? r : (call));                                                              \
     }
 Ctx *cur(void);                        /* the calling thread's context */
-void *zalloc(size_t bytes);
 void *obj_new(Type type, size_t bytes);
 bool obj_ok(const void *handle, Type type);
 CUresult ctx_of_device(int device, Ctx **ctx);

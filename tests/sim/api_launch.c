@@ -1,7 +1,5 @@
 /* api_launch.c: modules, functions, launches, occupancy. */
 #include "api.h"
-#include <stdlib.h>
-#include <string.h>
 
 /* ------------------------------------------------------------------------------------------------
  * modules: PTX text only */
@@ -67,13 +65,13 @@ static CUresult check_image(const char *image, char *log, size_t size) {
 
 /* Without attribute 8 static and dynamic shared memory together may take 48 KB. */
 static void make_functions(Module *m) {
-    m->n_funcs = sim_module_n_kernels(m->sim);
+    while (sim_module_kernel(m->sim, (uint32_t)m->n_funcs)) m->n_funcs++;
     m->funcs = zalloc((size_t)m->n_funcs * sizeof *m->funcs);
     for (int i = 0; i < m->n_funcs; i++) {
         Func *f = &m->funcs[i];
         f->obj.type = T_FUNC;
         f->module = m;
-        f->kernel = sim_module_kernel(m->sim, i);
+        f->kernel = sim_module_kernel(m->sim, (uint32_t)i);
         f->max_dynamic = f->kernel->shared_bytes < 49152 ? 49152 - f->kernel->shared_bytes : 0;
         f->carveout = -1;
         f->stats = stats_of(f);

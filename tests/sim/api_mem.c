@@ -1,7 +1,5 @@
 /* api_mem.c: device and host memory, copies, memset, pointer queries. */
 #include "api.h"
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
 /* Page-locked host memory: made here, or the program's own that it registered. */

@@ -3,7 +3,6 @@
 #include "api.h"
 #include <dlfcn.h>
 #include <link.h>
-#include <string.h>
 #include <sys/mman.h>
 
 /* Codes that this library gives or that a test may want to inject. */

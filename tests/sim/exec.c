@@ -60,7 +60,7 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     SimFinding f = {.kind = kind, .kernel = launch->kernel->name, .device = launch->device,
                     .ptx_line = i->line, .line = i->src_line, .address = address,
                     .block = {k->ctaid[0], k->ctaid[1], k->ctaid[2]}, .file = ""};
-    if (i->src_file > 0 && i->src_file < m->n_files) f.file = m->files[i->src_file];
+    if (i->src_file > 0 && (u32)i->src_file < m->n_files) f.file = m->files[i->src_file];
     thread_index(launch, (u32)(w->index * 32 + lane), f.thread);
     va_list ap;
     va_start(ap, format);
@@ -267,7 +267,7 @@ static inline void execute(Warp *w, const Inst *i) {
 static void run_warp(Warp *w) {
     Worker *k = w->worker;
     const Inst *code = k->code->inst;
-    bool tracking = k->code->track_init && sim_options.check_init;
+    bool tracking = k->code->n_tracked && sim_options.check_init;
     w->yield = false;
     regroup(w);
     while (w->active && !w->yield && w->state == W_RUN && !k->stop) {
@@ -289,48 +289,46 @@ static void run_warp(Warp *w) {
 /* ------------------------------------------------------------------------------------------------
  * blocks */
 
-static void fill32(u8 *frame, u32 offset, u32 value) {
-    for (int l = 0; l < 32 && offset; l++) ((u32 *)(frame + offset))[l] = value;
+/* Fills a slot that may be unused: with one value, or lane by lane. */
+static void fill(const Warp *w, u32 offset, bool wide, u64 value) {
+    for (u32 l = 0; l < 32 && offset; l++) put_lane(slot(w, offset), wide, l, value);
 }
 
-/* Constants and what is the same in all blocks: once per launch and worker. */
-static void init_frame(Worker *k, int index) {
-    const Launch *launch = k->launch;
-    const SimCode *c = k->code;
-    u8 *f = k->warps[index].frame;
+static void fill_lane(const Warp *w, u32 offset, u32 lane, u32 value) {
+    if (offset) put_lane(slot(w, offset), false, lane, value);
+}
+
+/* Constants and special registers that are the same in all blocks: once per launch and worker. */
+static void init_frame(const Warp *w) {
+    const Launch *launch = w->worker->launch;
+    const SimCode *c = launch->code;
+    const u32 *sr = c->special;
     for (u32 n = 0; n < c->n_consts; n++) {
-        u64 v = c->consts[n].value;
-        if (c->consts[n].dynamic) v += (c->static_shared + 15) & ~15u;
-        if (c->consts[n].bits == 1) *(u32 *)(f + c->consts[n].offset) = (u32)v;
-        for (int l = 0; l < 32 && c->consts[n].bits > 1; l++) {
-            if (c->consts[n].bits == 64)
-                ((u64 *)(f + c->consts[n].offset))[l] = v;
-            else
-                ((u32 *)(f + c->consts[n].offset))[l] = (u32)v;
-        }
+        const Const *k = &c->consts[n];
+        u64 v = k->value + (k->dynamic ? (c->static_shared + 15) & ~15u : 0);
+        if (k->bits == 1)
+            put_pred(w, k->offset, (u32)v, FULL_WARP);
+        else
+            fill(w, k->offset, k->bits == 64, v);
     }
     for (int d = 0; d < 3; d++) {
-        fill32(f, c->special[SR_NTID_X + d], launch->in->block[d]);
-        fill32(f, c->special[SR_NCTAID_X + d], launch->in->grid[d]);
+        fill(w, sr[SR_NTID_X + d], false, launch->in->block[d]);
+        fill(w, sr[SR_NCTAID_X + d], false, launch->in->grid[d]);
     }
-    fill32(f, c->special[SR_WARPID], (u32)index);
-    fill32(f, c->special[SR_NWARPID], (u32)k->n_warps);
-    fill32(f, c->special[SR_SMID], 0);
-    fill32(f, c->special[SR_NSMID], 82);
-    fill32(f, c->special[SR_DYN_SMEM], launch->in->dynamic_shared);
-    fill32(f, c->special[SR_TOTAL_SMEM], launch->shared_bytes);
+    fill(w, sr[SR_WARPID], false, (u32)w->index);
+    fill(w, sr[SR_NWARPID], false, (u32)w->worker->n_warps);
+    fill(w, sr[SR_SMID], false, 0);
+    fill(w, sr[SR_NSMID], false, 82);
+    fill(w, sr[SR_DYN_SMEM], false, launch->in->dynamic_shared);
+    fill(w, sr[SR_TOTAL_SMEM], false, launch->shared_bytes);
     for (u32 l = 0; l < 32; l++) {
         unsigned t[3];
         const u32 masks[] = {1u << l, (1u << l) - 1, (2u << l) - 1, ~((2u << l) - 1),
-                             ~((1u << l) - 1)};
-        thread_index(launch, (u32)index * 32 + l, t);
-        for (int d = 0; d < 3; d++)
-            if (c->special[SR_TID_X + d])
-                ((u32 *)(f + c->special[SR_TID_X + d]))[l] = t[d];
-        if (c->special[SR_LANEID]) ((u32 *)(f + c->special[SR_LANEID]))[l] = l;
-        for (int m = 0; m < 5; m++)
-            if (c->special[SR_LANEMASK_EQ + m])
-                ((u32 *)(f + c->special[SR_LANEMASK_EQ + m]))[l] = masks[m];
+                             ~((1u << l) - 1)}; /* eq, lt, le, gt, ge */
+        thread_index(launch, (u32)w->index * 32 + l, t);
+        for (int d = 0; d < 3; d++) fill_lane(w, sr[SR_TID_X + d], l, t[d]);
+        for (int m = 0; m < 5; m++) fill_lane(w, sr[SR_LANEMASK_EQ + m], l, masks[m]);
+        fill_lane(w, sr[SR_LANEID], l, l);
     }
 }
 
@@ -351,14 +349,9 @@ static void init_warp(Worker *k, int index) {
     w->carry = 0;
     memset(w->committed, 0, sizeof w->committed);
     for (int d = 0; d < 3; d++)
-        fill32(w->frame, c->special[SR_CTAID_X + d], k->ctaid[d]);
-    if (c->track_init) { /* only what the frame's fixed part holds is set */
-        memset(w->init, 0, c->frame_bytes / 32 * 4);
-        w->init[0] = ~0u;
-        for (u32 n = 0; n < c->n_consts; n++)
-            w->init[c->consts[n].offset / 32] = ~0u;
-        for (int s = 0; s < SR_COUNT; s++) w->init[c->special[s] / 32] = ~0u;
-    }
+        fill(w, c->special[SR_CTAID_X + d], false, k->ctaid[d]);
+    if (c->n_tracked) memset(w->init, 0xff, c->frame_bytes / 32 * 4);
+    for (u32 n = 0; n < c->n_tracked; n++) w->init[c->tracked[n]] = 0;
 }
 
 /* All live warps stand still: say which barriers they wait at. */
@@ -459,7 +452,7 @@ static void *worker_main(void *arg) {
         k->warps[n].index = n;
         k->warps[n].frame = k->frames + (size_t)n * c->frame_bytes;
         k->warps[n].init = k->inits + (size_t)n * (c->frame_bytes / 32 + 8);
-        init_frame(k, n);
+        init_frame(&k->warps[n]);
     }
     while (!__atomic_load_n(&launch->cancel, __ATOMIC_RELAXED)) {
         u32 n = __atomic_fetch_add(&launch->next_block, 1, __ATOMIC_RELAXED);

@@ -4,8 +4,6 @@
  * the place in that graph to other streams, which so join the capture. What could not be put into
  * a graph is an error that spoils the whole capture, as on a real driver. */
 #include "api.h"
-#include <stdlib.h>
-#include <string.h>
 
 static Capture *captures; /* all, ended ones included */
 

@@ -25,6 +25,28 @@ static Device *device_of(int index) {
 }
 
 /* ------------------------------------------------------------------------------------------------
+ * memory of the simulator itself */
+
+static void *got(void *p, size_t bytes) {
+    if (p) return p;
+    fprintf(stderr, "sim: out of host memory (%zu bytes)\n", bytes);
+    abort();
+}
+
+void *zalloc(size_t bytes) {
+    return got(calloc(1, bytes ? bytes : 1), bytes);
+}
+
+void *xgrow(void *array, u32 count, u32 *cap, size_t item) {
+    if (count < *cap) return array;
+    u32 more = *cap ? *cap * 2 : 16;
+    array = got(realloc(array, more * item), more * item);
+    memset((char *)array + *cap * item, 0, (more - *cap) * item);
+    *cap = more;
+    return array;
+}
+
+/* ------------------------------------------------------------------------------------------------
  * bit sets: one bit per byte of memory */
 
 bool bits_all(const u8 *bits, u64 first, u64 count) {
@@ -112,11 +134,7 @@ static void insert(Alloc *a) {
 static void *zero_pages(u64 bytes) {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) {
-        fprintf(stderr, "sim: out of host memory (%llu bytes)\n", (unsigned long long)bytes);
-        abort();
-    }
-    return p;
+    return got(p == MAP_FAILED ? NULL : p, bytes);
 }
 
 static u64 n_words(const Alloc *a) {
@@ -169,8 +187,7 @@ int mem_alloc(int device, u64 bytes, bool global, Alloc **out) {
     if (!bytes) return SIM_ERROR_INVALID_VALUE;
     if (room < bytes || room > d->limit - d->used || d->next + room + RED_ZONE > DEVICE_SPAN)
         return SIM_ERROR_OUT_OF_MEMORY;
-    Alloc *a = calloc(1, sizeof *a);
-    if (!a) abort();
+    Alloc *a = zalloc(sizeof *a);
     a->device = device;
     a->base = DEVICE_BASE + (u64)device * DEVICE_SPAN + RED_ZONE + d->next;
     a->size = bytes;
@@ -245,8 +262,7 @@ int sim_mem_host_add(void *host, u64 bytes) {
     if (!host || !bytes || base + bytes < base) return SIM_ERROR_INVALID_VALUE;
     u32 at = upper(base + bytes - 1);
     if (at && table[at - 1]->base + table[at - 1]->size > base) return SIM_ERROR_INVALID_VALUE;
-    Alloc *a = calloc(1, sizeof *a);
-    if (!a) abort();
+    Alloc *a = zalloc(sizeof *a);
     a->device = -1;
     a->base = base;
     a->size = bytes;

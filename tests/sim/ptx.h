@@ -148,27 +148,23 @@ typedef struct SimCode {
     u32 frame_bytes;
     u32 special[SR_COUNT]; /* frame offsets, 0: unused */
     u32 static_shared, local_bytes;
-    bool track_init;
+    u32 *tracked, n_tracked; /* slots that may be read unset */
     bool global_atomics;   /* one worker, so that their order is always the same */
 } SimCode;
 
 struct SimModule {
     int device, version, target;
-    char **files; /* by .file number */
-    int n_files;
+    const char **files; /* by .file number */
     SimKernel **kernels;
-    int n_kernels;
     struct Global {
-        char *name;
+        const char *name;
         u64 address, bytes;
     } *globals;
-    int n_globals;
-    u32 const_bytes;
+    u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, const_bytes;
     struct Chunk *arena;
 };
 
 void *arena_get(SimModule *m, size_t bytes); /* zeroed; aborts when memory is out */
-void *xgrow(void *array, u32 count, u32 *cap, size_t item); /* room for one more item */
 
 /* ptx_decode.c: definite assignment and register pressure of finished code. */
 void analyse(SimModule *m, SimKernel *kernel);

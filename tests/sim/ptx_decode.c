@@ -5,9 +5,9 @@
  * and "type2", "type3" are the types in the order they stand in the opcode:
  *   d destination of type             D of any width from type's up; a {list} with .v2 / .v4
  *   e destination of twice the width  u destination of 32 bits      p predicate destination, p|q
- *   V {list} of 32-bit destinations   v the same, or a single register
+ *   V {list} of 32-bit destinations
  *   a source of type   A of type's width or more, or a {list}   t source of type2   E of twice type
- *   w source of 32 bits   h of 16 bits   l of 64 bits   q predicate, may be !p
+ *   w source of 32 bits   l of 64 bits   q predicate, may be !p
  *   U {list} of 32-bit sources, or one register   m [address]   i integer constant   L label
  *   X Y of mov   B of bar.red   M second [address]   n integer up to 255
  *   ? the operands after it may be absent
@@ -134,13 +134,12 @@ static const char *const special_names[SR_COUNT] = {
     "%dynamic_smem_size", "%total_smem_size", "%smid", "%nsmid", "%gridid", "%clock", "%clock_hi",
     "%clock64", "%globaltimer"};
 
-/* %tid.x and its like live in slots that are filled before a warp starts. */
-static u32 special_slot(Parser *p, const char *name, int *which) {
+/* %tid.x and its like live in slots that are filled before a warp starts; 0: no such register. */
+static u32 special_slot(Parser *p, bool *wide) {
     for (int k = 0; k < SR_COUNT; k++)
-        if (!strcmp(name, special_names[k])) {
-            if (!p->code->special[k])
-                p->code->special[k] = new_slot(p, k >= SR_GRIDID ? 64 : 32);
-            *which = k;
+        if (at_word(p, special_names[k])) {
+            *wide = k >= SR_GRIDID;
+            if (!p->code->special[k]) p->code->special[k] = new_slot(p, *wide ? 64 : 32);
             return p->code->special[k];
         }
     return 0;
@@ -153,70 +152,57 @@ static int width_bits(Type t) {
 /* The bits of an immediate as an operand of `bits` bits and of type `type`. */
 static u64 immediate(Parser *p, Type type, int bits, bool minus) {
     u64 v = p->number;
-    if (p->is_float && !type_is_float(type) && p->float_bits != bits)
+    if (p->float_bits && !type_is_float(type) && p->float_bits != bits)
         ptx_fail(p, "floating-point constant for an integer operand");
-    if (p->is_float && p->float_bits == 64 && bits == 32) {
-        double d;
-        memcpy(&d, &v, 8);
-        float f = (float)d;
-        v = 0;
-        memcpy(&v, &f, 4);
-    }
-    if (minus) v = p->is_float ? v ^ 1ull << (bits - 1) : 0 - v;
-    if (!p->is_float && (type == T_F32 || type == T_F64))
+    if (!p->float_bits && (type == T_F32 || type == T_F64))
         ptx_fail(p, "integer constant for a floating-point operand");
+    if (p->float_bits == 64 && bits == 32) v = to_f32(v);
+    if (minus) v = p->float_bits ? v ^ 1ull << (bits - 1) : 0 - v;
     return bits == 64 ? v : v & ((1ull << bits) - 1);
 }
 
-static void wrong_width(Parser *p, const char *name, Type have, int want) {
-    ptx_fail(p, "operand '%s' has %d bits, the instruction needs %d", name, width_bits(have), want);
+/* Has the register that the token names `bits` bits, or (relaxed) at least as many? */
+static void check_width(Parser *p, const Symbol *s, int bits, bool relaxed) {
+    int have = width_bits(s->type);
+    if (s->type == T_PRED || (relaxed ? have < bits : have != bits))
+        ptx_fail(p, "operand '%s' has %d bits, the instruction needs %d", p->word, have, bits);
 }
 
-/* A single source of at least `bits` bits (exactly, unless `relaxed`). Returns its slot. */
+/* A single source. Returns its slot; *wide: a slot of 64 bits per lane. */
 static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
-    bool minus = accept(p, '-');
-    int which;
-    u32 at;
+    bool minus = accept(p, '-'), dynamic = false;
+    u32 at, width = bits > 32 ? 64 : 32;
+    u64 v = 32; /* WARP_SZ */
+    Symbol *s = named(p, &at);
+    *wide = width == 64;
     if (p->tok == TOK_NUMBER) {
-        u32 s = const_slot(p, immediate(p, type, bits, minus), bits > 32 ? 64 : 32, false);
-        if (wide) *wide = bits > 32;
+        v = immediate(p, type, bits, minus);
+    } else if (minus || p->tok != TOK_WORD) {
+        ptx_fail(p, "bad operand '%s'", p->word);
+    } else if (s && s->kind == K_REG) {
+        check_width(p, s, bits, relaxed);
+        *wide = width_bits(s->type) == 64;
         next(p);
-        return s;
-    }
-    if (p->tok != TOK_WORD || minus) ptx_fail(p, "bad operand '%s'", p->word);
-    Symbol *s = find_symbol(p, p->word, &at);
-    if (s && s->kind == K_REG) {
-        if (s->type == T_PRED || (relaxed ? width_bits(s->type) < bits
-                                          : width_bits(s->type) != bits))
-            wrong_width(p, p->word, s->type, bits);
-        if (wide) *wide = width_bits(s->type) == 64;
+        return at;
     } else if (s && s->kind != K_LABEL && s->kind != K_FUNC) {
-        u64 v = symbol_address(p, s);
-        bool dynamic = s->dynamic;
+        v = symbol_address(p, s);
+        dynamic = s->dynamic;
+    } else if (!s && (at = special_slot(p, wide)) != 0) {
+        if (width == 64 && !*wide) ptx_fail(p, "operand '%s' is too narrow", p->word);
         next(p);
-        if (accept(p, '+')) {
-            v += p->number;
-            next(p);
-        }
-        return const_slot(p, v, bits > 32 ? 64 : 32, dynamic);
-    } else if (!s && !strcmp(p->word, "WARP_SZ")) {
-        at = const_slot(p, 32, bits > 32 ? 64 : 32, false);
-    } else if (!s && (at = special_slot(p, p->word, &which)) != 0) {
-        if ((which >= SR_GRIDID ? 64 : 32) < bits)
-            ptx_fail(p, "operand '%s' is too narrow", p->word);
-        if (wide) *wide = which >= SR_GRIDID;
-    } else {
+        return at;
+    } else if (s || !at_word(p, "WARP_SZ")) {
         ptx_fail(p, "'%s' is not declared", p->word);
     }
     next(p);
-    return at;
+    if (s && accept(p, '+')) v += expect_number(p);
+    return const_slot(p, v, (int)width, dynamic);
 }
 
-/* The slot of a predicate register; "_" as a destination is the sink. */
-static u32 predicate(Parser *p, bool destination) {
+u32 predicate(Parser *p, bool destination) {
     u32 at = 0;
     if (destination && accept_word(p, "_")) return 0;
-    Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
+    Symbol *s = named(p, &at);
     if (!s || s->kind != K_REG || s->type != T_PRED)
         ptx_fail(p, "'%s' is not a predicate", p->word);
     next(p);
@@ -227,11 +213,10 @@ static u32 predicate(Parser *p, bool destination) {
 static u32 destination(Parser *p, int bits, bool relaxed, bool *wide) {
     u32 at = 0;
     if (accept_word(p, "_")) return 0;
-    Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
+    Symbol *s = named(p, &at);
     if (!s || s->kind != K_REG || s->type == T_PRED) ptx_fail(p, "'%s' is not a register", p->word);
-    if (relaxed ? width_bits(s->type) < bits : width_bits(s->type) != bits)
-        wrong_width(p, p->word, s->type, bits);
-    if (wide) *wide = width_bits(s->type) == 64;
+    check_width(p, s, bits, relaxed);
+    *wide = width_bits(s->type) == 64;
     next(p);
     return at;
 }
@@ -251,29 +236,24 @@ static void add_dst(Parser *p, Inst *i, u32 at) {
 static int64_t address_operand(Parser *p, Inst *i, bool *wide) {
     u32 at = 0;
     int64_t offset = 0;
-    *wide = true;
+    Symbol *s;
     expect(p, '[');
+    s = named(p, &at);
+    *wide = !s || s->kind != K_REG || width_bits(s->type) == 64;
     if (p->tok == TOK_NUMBER) {
         at = const_slot(p, p->number, 64, false);
-        next(p);
+    } else if (!s || s->kind == K_LABEL || s->kind == K_FUNC || s->type == T_PRED) {
+        ptx_fail(p, "bad address '%s'", p->word);
+    } else if (s->kind == K_REG) {
+        if (width_bits(s->type) < 32) check_width(p, s, 64, false);
     } else {
-        Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
-        if (!s || s->kind == K_LABEL || s->kind == K_FUNC || s->type == T_PRED)
-            ptx_fail(p, "bad address '%s'", p->word);
-        if (s->kind == K_REG) {
-            *wide = width_bits(s->type) == 64;
-            if (width_bits(s->type) < 32) wrong_width(p, p->word, s->type, 64);
-        } else {
-            at = const_slot(p, symbol_address(p, s), 64, s->dynamic);
-            if (i->space == SP_PARAM && s->kind == K_LOCAL)
-                i->space = SP_LOCAL; /* parameters of an inlined call */
-        }
-        next(p);
+        at = const_slot(p, symbol_address(p, s), 64, s->dynamic);
+        if (i->space == SP_PARAM && s->kind == K_LOCAL)
+            i->space = SP_LOCAL; /* parameters of an inlined call */
     }
-    while (p->tok == TOK_PUNCT && (p->punct == '+' || p->punct == '-')) {
-        bool minus = p->punct == '-';
-        next(p);
-        minus ^= accept(p, '-');
+    next(p);
+    while (at_punct(p, '+') || at_punct(p, '-')) {
+        bool minus = accept(p, '-') || (next(p), accept(p, '-'));
         if (p->tok != TOK_NUMBER) ptx_fail(p, "bad address offset '%s'", p->word);
         offset += minus ? -(int64_t)p->number : (int64_t)p->number;
         next(p);
@@ -294,13 +274,12 @@ static void second_address(Parser *p, Inst *i) {
 /* "{a, b, c, d}" or a single register. */
 static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool relaxed) {
     bool braces = accept(p, '{');
-    do {
-        bool *wide = dst ? &i->wide_dst : &i->wide_src;
+    do
         if (dst)
-            add_dst(p, i, destination(p, bits, relaxed, wide));
+            add_dst(p, i, destination(p, bits, relaxed, &i->wide_dst));
         else
-            add_src(p, i, source(p, type, bits, relaxed, wide));
-    } while (braces && accept(p, ','));
+            add_src(p, i, source(p, type, bits, relaxed, &i->wide_src));
+    while (braces && accept(p, ','));
     if (braces) expect(p, '}');
 }
 
@@ -322,68 +301,64 @@ static void move_operand(Parser *p, Inst *i, bool dst, Type t, int bits) {
         add_dst(p, i, predicate(p, true));
     else if (t == T_PRED)
         predicate_source(p, i);
-    else if (p->tok == TOK_PUNCT && p->punct == '{')
+    else if (at_punct(p, '{'))
         list_operand(p, i, dst, t, bits == 64 ? 16 : bits / 2, true);
     else
         list_operand(p, i, dst, t, bits, false);
 }
 
-static bool is_predicate(Parser *p) {
-    u32 at;
-    Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
-    return (p->tok == TOK_PUNCT && p->punct == '!') || (s && s->kind == K_REG && s->type == T_PRED);
+/* A source of one register or constant, exactly as wide as the instruction says. */
+static void single(Parser *p, Inst *i, Type t, int bits) {
+    bool wide;
+    add_src(p, i, source(p, t, bits, false, &wide));
 }
 
 /* Reads one operand as its letter says. */
 static void operand(Parser *p, Inst *i, char letter) {
     Type t = (Type)i->type, t2 = (Type)i->type2;
     int bits = width_bits(t);
+    u32 at;
+    bool wide;
     switch (letter) {
     case 'd':
-        add_dst(p, i, t == T_PRED ? predicate(p, true) : destination(p, bits, false, NULL));
+        add_dst(p, i, t == T_PRED ? predicate(p, true) : destination(p, bits, false, &wide));
         break;
     case 'D': list_operand(p, i, true, t, bits, true); break;
-    case 'e': add_dst(p, i, destination(p, bits * 2, false, NULL)); break;
-    case 'u': add_dst(p, i, destination(p, 32, false, NULL)); break;
+    case 'e': add_dst(p, i, destination(p, bits * 2, false, &wide)); break;
+    case 'u': add_dst(p, i, destination(p, 32, false, &wide)); break;
     case 'p': add_dst(p, i, predicate(p, true)); break;
-    case 'V': case 'v': list_operand(p, i, true, T_B32, 32, false); break;
+    case 'V': list_operand(p, i, true, T_B32, 32, false); break;
     case 'a':
         if (t == T_PRED)
             predicate_source(p, i);
         else
-            add_src(p, i, source(p, t, bits, false, NULL));
+            single(p, i, t, bits);
         break;
     case 'A': list_operand(p, i, false, t, bits, true); break;
     case 'X': case 'Y': move_operand(p, i, letter == 'X', t, bits); break;
     case 'B': /* bar.red: an optional number of threads, then a predicate */
-        if (p->tok == TOK_NUMBER || !is_predicate(p)) {
-            add_src(p, i, source(p, T_B32, 32, false, NULL));
-            expect(p, ',');
-        } else {
+        if (at_punct(p, '!') || (named(p, &at) && named(p, &at)->type == T_PRED)) {
             add_src(p, i, const_slot(p, 0, 32, false));
+        } else {
+            single(p, i, T_B32, 32);
+            expect(p, ',');
         }
         predicate_source(p, i);
         break;
     case 'n':
         if (p->tok != TOK_NUMBER || p->number > 255)
             ptx_fail(p, "expected a small integer constant before '%s'", p->word);
-        i->vec = (u8)p->number;
-        next(p);
+        i->vec = (u8)expect_number(p);
         break;
     case 't': add_src(p, i, source(p, t2, width_bits(t2), true, &i->wide_src)); break;
-    case 'E': add_src(p, i, source(p, t, bits * 2, false, NULL)); break;
-    case 'w': add_src(p, i, source(p, T_B32, 32, false, NULL)); break;
-    case 'h': add_src(p, i, source(p, T_B16, 16, false, NULL)); break;
-    case 'l': add_src(p, i, source(p, T_B64, 64, false, NULL)); break;
+    case 'E': single(p, i, t, bits * 2); break;
+    case 'w': single(p, i, T_B32, 32); break;
+    case 'l': single(p, i, T_B64, 64); break;
     case 'q': predicate_source(p, i); break;
     case 'U': list_operand(p, i, false, T_B32, 32, false); break;
     case 'm': i->imm = address_operand(p, i, &i->wide_addr); break;
     case 'M': second_address(p, i); break;
-    case 'i':
-        if (p->tok != TOK_NUMBER) ptx_fail(p, "expected an integer constant before '%s'", p->word);
-        i->imm = (int64_t)p->number;
-        next(p);
-        break;
+    case 'i': i->imm = (int64_t)expect_number(p); break;
     case 'L':
         if (p->tok != TOK_WORD) ptx_fail(p, "expected a label");
         add_fixup(p, (u32)(i - p->code->inst), keep(p, p->word));
@@ -401,7 +376,7 @@ static void operands(Parser *p, Inst *i, const char *letters) {
             optional = true;
             continue;
         }
-        if (first ? optional && p->tok == TOK_PUNCT && p->punct == ';' : !accept(p, ',')) {
+        if (first ? optional && at_punct(p, ';') : !accept(p, ',')) {
             if (!optional) ptx_fail(p, "operands are missing");
             break;
         }
@@ -413,7 +388,7 @@ static void operands(Parser *p, Inst *i, const char *letters) {
 /* ------------------------------------------------------------------------------------------------
  * instructions */
 
-/* The handler that reads %clock and the other registers that change by themselves. */
+/* %clock and the other registers that change by themselves. */
 static bool reads_clock(const SimCode *c, const Inst *i) {
     for (int k = SR_CLOCK; k < SR_COUNT; k++)
         for (int s = 0; s < i->n_src; s++)
@@ -495,27 +470,28 @@ void decode_instruction(Parser *p, u32 guard, bool flip) {
 }
 
 /* ------------------------------------------------------------------------------------------------
- * dataflow: which reads may see a register that nothing wrote, and how many are live at once
- *
- * Slots are numbered offset / 32. A register is "maybe unset" at a read if some path from the
- * entry has no write; only those are tracked at run time, so that correct code pays nothing. */
+ * dataflow: a register is live where some path leads to a read of it without a write before. Those
+ * that are live at the entry may be read unset: they alone are tracked at run time, so that correct
+ * code pays nothing. The most registers that are live at once estimate what ptxas allots. */
 
 typedef struct {
     u32 first, last;   /* instructions */
     int next[2];       /* successors, -1: none */
-    u64 *set, *in;     /* registers that are certainly set at the end / at the beginning */
+    u64 *live;         /* at its beginning: a bit per slot, numbered offset / 32 */
 } Basic;
+
+enum { FIXED = 255 };  /* width of slots that are set from the start, which are never live */
 
 static bool ends_block(const Inst *i) {
     return i->run == run_bra || i->run == run_exit || i->run == run_trap || i->run == run_assert;
 }
 
 /* Cuts the code into basic blocks: at targets, and behind branches and ends. */
-static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst) {
-    u8 *leader = calloc(c->n_inst + 1, 1);
+static Basic *find_blocks(const SimCode *c, u32 *n_blocks) {
+    u8 *leader = zalloc(c->n_inst + 1);
+    int *of_inst = zalloc(c->n_inst * sizeof *of_inst);
     Basic *b = NULL;
     u32 n = 0, cap = 0;
-    if (!leader) abort();
     for (u32 k = 0; k < c->n_inst; k++) {
         if (c->inst[k].run == run_bra) leader[c->inst[k].target] = 1;
         if (ends_block(&c->inst[k])) leader[k + 1] = 1;
@@ -534,168 +510,101 @@ static u32 find_blocks(const SimCode *c, Basic **out, int *of_inst) {
         if (i->run == run_bra) b[k].next[1] = of_inst[i->target];
     }
     free(leader);
-    *out = b;
-    return n;
+    free(of_inst);
+    *n_blocks = n;
+    return b;
 }
 
-static bool is_register(const u8 *fixed, u32 offset) {
-    return offset && !fixed[offset / 32];
-}
-
-/* Marks slots that are set from the start: constants, special registers, the sink. */
-static u8 *fixed_slots(const SimCode *c) {
-    u8 *fixed = calloc(c->frame_bytes / 32 + 1, 1);
-    if (!fixed) abort();
-    for (u32 k = 0; k < c->n_consts; k++) fixed[c->consts[k].offset / 32] = 1;
-    for (int k = 0; k < SR_COUNT; k++) fixed[c->special[k] / 32] = 1;
-    fixed[0] = 1;
-    return fixed;
-}
-
-#define BIT_GET(set, n) ((set)[(n) / 64] >> ((n) % 64) & 1)
-#define BIT_ADD(set, n) ((set)[(n) / 64] |= 1ull << ((n) % 64))
-
-/* Adds what an instruction certainly writes: nothing under a guard. */
-static void add_writes(const Inst *i, u64 *set) {
-    if (i->guard) return;
-    for (int k = 0; k < i->n_dst; k++) BIT_ADD(set, i->dst[k] / 32);
-    BIT_ADD(set, i->dst_pred / 32);
-}
-
-static void reads_of(const Inst *i, u32 *out, int *n) {
-    *n = 0;
-    for (int k = 0; k < i->n_src; k++) out[(*n)++] = i->src[k];
-    if (i->guard) out[(*n)++] = i->guard;
-}
-
-/* Solves in = AND over predecessors of (in | set); entry: nothing is set. */
-static void definitely_set(Basic *b, u32 n, u32 words) {
-    for (bool changed = true; changed;) {
-        changed = false;
-        for (u32 k = 0; k < n; k++)
-            for (int s = 0; s < 2; s++) {
-                if (b[k].next[s] < 0) continue;
-                u64 *to = b[b[k].next[s]].in;
-                for (u32 w = 0; w < words; w++) {
-                    u64 v = to[w] & (b[k].in[w] | b[k].set[w]);
-                    changed |= v != to[w];
-                    to[w] = v;
-                }
-            }
-    }
-}
-
-/* Walks each block with what is set at its start, and marks reads that are not covered. */
-static void mark_checks(SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed) {
-    u8 *tracked = calloc(c->frame_bytes / 32 + 1, 1);
-    u64 *now = malloc(words * 8);
-    if (!tracked || !now) abort();
-    for (u32 k = 0; k < n; k++) {
-        memcpy(now, b[k].in, words * 8);
-        for (u32 x = b[k].first; x <= b[k].last; x++) {
-            Inst *i = &c->inst[x];
-            u32 reads[MAX_SRC + 1];
-            int n_reads;
-            reads_of(i, reads, &n_reads);
-            for (int r = 0; r < n_reads; r++)
-                if (is_register(fixed, reads[r]) && !BIT_GET(now, reads[r] / 32)) {
-                    tracked[reads[r] / 32] = 1;
-                    i->check_init = c->track_init = true;
-                }
-            for (int r = 0; r < n_reads && i->check_init; r++) /* it will look at all of them */
-                tracked[reads[r] / 32] |= is_register(fixed, reads[r]);
-            add_writes(i, now);
-        }
-    }
-    for (bool more = true; more;) { /* a copy's source is tracked if the copy is */
-        more = false;
-        for (u32 x = 0; x < c->n_inst; x++) {
-            Inst *i = &c->inst[x];
-            bool copy = i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1;
-            if (copy && tracked[i->dst[0] / 32] && is_register(fixed, i->src[0])) {
-                more |= !tracked[i->src[0] / 32];
-                tracked[i->src[0] / 32] = 1;
-            }
-            i->copy_init = copy && tracked[i->src[0] / 32];
-        }
-    }
-    for (u32 x = 0; x < c->n_inst; x++) {
-        Inst *i = &c->inst[x];
-        for (int k = 0; k < i->n_dst; k++) i->note_init |= tracked[i->dst[k] / 32];
-        i->note_init |= tracked[i->dst_pred / 32];
-    }
-    free(now);
-    free(tracked);
-}
-
-/* Largest number of 32-bit registers live at once: backward over the blocks until nothing changes,
- * `in` and `set` serve as live-in sets and scratch. An upper estimate of what ptxas needs. */
-static int pressure(const SimCode *c, Basic *b, u32 n, u32 words, const u8 *fixed, const u8 *width)
-{
-    int most = 0;
-    for (u32 k = 0; k < n; k++) memset(b[k].in, 0, words * 8);
-    for (bool changed = true; changed;) {
-        changed = false;
-        for (u32 k = n; k-- > 0;) {
-            u64 *live = b[k].set;
-            memset(live, 0, words * 8);
-            for (int s = 0; s < 2; s++)
-                for (u32 w = 0; b[k].next[s] >= 0 && w < words; w++)
-                    live[w] |= b[b[k].next[s]].in[w];
-            int count = 0;
-            for (u32 r = 0; r < words * 64; r++)
-                count += BIT_GET(live, r) ? width[r] : 0;
-            for (u32 x = b[k].last + 1; x-- > b[k].first;) {
-                const Inst *i = &c->inst[x];
-                u32 reads[MAX_SRC + 1];
-                int n_reads;
-                for (int d = 0; d < i->n_dst; d++)
-                    if (!i->guard && BIT_GET(live, i->dst[d] / 32)) {
-                        live[i->dst[d] / 32 / 64] &= ~(1ull << (i->dst[d] / 32 % 64));
-                        count -= width[i->dst[d] / 32];
-                    }
-                reads_of(i, reads, &n_reads);
-                for (int r = 0; r < n_reads; r++)
-                    if (is_register(fixed, reads[r]) && !BIT_GET(live, reads[r] / 32)) {
-                        BIT_ADD(live, reads[r] / 32);
-                        count += width[reads[r] / 32];
-                    }
-                most = count > most ? count : most;
-            }
-            changed |= memcmp(b[k].in, live, words * 8) != 0;
-            memcpy(b[k].in, live, words * 8);
-        }
-    }
-    return most;
-}
-
-void analyse(SimModule *m, SimKernel *kernel) {
-    SimCode *c = kernel->code;
-    int *of_inst = malloc((c->n_inst + 1) * sizeof *of_inst);
-    Basic *b;
-    if (!of_inst) abort();
-    u32 n = find_blocks(c, &b, of_inst), words = c->frame_bytes / 32 / 64 + 1;
-    u8 *fixed = fixed_slots(c), *width = calloc((size_t)words * 64, 1);
-    u64 *sets = calloc((size_t)n * 2 * words, 8);
-    if (!sets || !width) abort();
-    for (u32 k = 0; k < n; k++) {
-        b[k].set = sets + (size_t)k * 2 * words;
-        b[k].in = b[k].set + words;
-        memset(b[k].in, k ? 0xff : 0, words * 8);
-        for (u32 x = b[k].first; x <= b[k].last; x++)
-            add_writes(&c->inst[x], b[k].set);
-    }
-    definitely_set(b, n, words);
-    mark_checks(c, b, n, words, fixed);
+/* How many 32-bit registers each slot takes: none if it is a predicate. */
+static u8 *slot_widths(const SimCode *c, u32 n_slots) {
+    u8 *width = zalloc(n_slots);
     for (u32 x = 0; x < c->n_inst; x++)
         for (int d = 0; d < c->inst[x].n_dst; d++)
             width[c->inst[x].dst[d] / 32] = c->inst[x].out_bits == 64 || c->inst[x].wide_dst ? 2
                                           : c->inst[x].out_bits == 1 ? 0 : 1;
-    kernel->registers = pressure(c, b, n, words, fixed, width);
+    for (u32 k = 0; k < c->n_consts; k++) width[c->consts[k].offset / 32] = FIXED;
+    for (int k = 0; k < SR_COUNT; k++) width[c->special[k] / 32] = FIXED;
+    width[0] = FIXED; /* the sink */
+    return width;
+}
+
+static bool is_live(const u64 *live, u32 offset) {
+    return live[offset / 32 / 64] >> (offset / 32 % 64) & 1;
+}
+
+/* Makes a slot live or not; returns by how many registers there are more of them. */
+static int set_live(u64 *live, u32 offset, bool on, const u8 *width) {
+    u32 slot = offset / 32;
+    if (width[slot] == FIXED || is_live(live, offset) == on) return 0;
+    live[slot / 64] ^= 1ull << (slot % 64);
+    return on ? width[slot] : -width[slot];
+}
+
+/* From the end of a block to its beginning; returns the most registers in between. A write under a
+ * guard may leave the old value. */
+static int walk_back(const SimCode *c, const Basic *b, u64 *live, const u8 *width) {
+    int count = 0, most = 0;
+    for (u32 offset = 0; offset < c->frame_bytes; offset += 32)
+        count += is_live(live, offset) ? width[offset / 32] : 0;
+    for (u32 x = b->last + 1; x-- > b->first;) {
+        const Inst *i = &c->inst[x];
+        for (int d = 0; d < i->n_dst && !i->guard; d++)
+            count += set_live(live, i->dst[d], false, width);
+        if (!i->guard) count += set_live(live, i->dst_pred, false, width);
+        for (int k = 0; k < i->n_src; k++) count += set_live(live, i->src[k], true, width);
+        count += set_live(live, i->guard, true, width);
+        most = count > most ? count : most;
+    }
+    return most;
+}
+
+/* Backward over the blocks until nothing changes; returns the most registers at any place. */
+static int find_live(const SimCode *c, Basic *b, u32 n, u32 words, const u8 *width) {
+    int most = 0;
+    u64 *live = zalloc(words * 8);
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (u32 k = n; k-- > 0;) {
+            memset(live, 0, words * 8);
+            for (int s = 0; s < 2; s++)
+                for (u32 w = 0; b[k].next[s] >= 0 && w < words; w++)
+                    live[w] |= b[b[k].next[s]].live[w];
+            int here = walk_back(c, &b[k], live, width);
+            most = here > most ? here : most;
+            changed |= memcmp(b[k].live, live, words * 8) != 0;
+            memcpy(b[k].live, live, words * 8);
+        }
+    }
+    free(live);
+    return most;
+}
+
+/* Notes which instructions read or write registers that are tracked, those of `set`. */
+static void mark_checks(SimModule *m, SimCode *c, const u64 *set) {
+    c->tracked = arena_get(m, c->frame_bytes / 32 * sizeof *c->tracked);
+    for (u32 offset = 0; offset < c->frame_bytes; offset += 32)
+        if (is_live(set, offset)) c->tracked[c->n_tracked++] = offset / 32;
+    for (u32 x = 0; x < c->n_inst && c->n_tracked; x++) {
+        Inst *i = &c->inst[x];
+        i->check_init = is_live(set, i->guard);
+        for (int k = 0; k < i->n_src; k++) i->check_init |= is_live(set, i->src[k]);
+        i->copy_init = i->check_init && i->class == SIM_C_INT && i->n_src == 1 && i->n_dst == 1;
+        i->note_init = is_live(set, i->dst_pred);
+        for (int k = 0; k < i->n_dst; k++) i->note_init |= is_live(set, i->dst[k]);
+    }
+}
+
+void analyse(SimModule *m, SimKernel *kernel) {
+    SimCode *c = kernel->code;
+    u32 n, words = c->frame_bytes / 32 / 64 + 1;
+    Basic *b = find_blocks(c, &n);
+    u8 *width = slot_widths(c, words * 64);
+    u64 *sets = zalloc((size_t)n * words * 8);
+    for (u32 k = 0; k < n; k++) b[k].live = sets + (size_t)k * words;
+    kernel->registers = find_live(c, b, n, words, width);
     kernel->const_bytes = m->const_bytes;
+    mark_checks(m, c, b[0].live);
     free(sets);
     free(width);
-    free(fixed);
-    free(of_inst);
     free(b);
 }

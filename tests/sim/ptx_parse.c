@@ -17,21 +17,11 @@ struct Chunk {
     _Alignas(16) u8 bytes[];
 };
 
-/* Zeroed memory; the simulator does not outlive a host without memory. */
-static void *xalloc(size_t bytes) {
-    void *p = calloc(1, bytes);
-    if (!p) {
-        fprintf(stderr, "sim: out of host memory (%zu bytes)\n", bytes);
-        abort();
-    }
-    return p;
-}
-
 void *arena_get(SimModule *m, size_t bytes) {
     bytes = (bytes + 15) & ~(size_t)15;
     if (!m->arena || m->arena->size - m->arena->used < bytes) {
         size_t size = bytes > 65536 ? bytes : 65536;
-        struct Chunk *c = xalloc(sizeof *c + size);
+        struct Chunk *c = zalloc(sizeof *c + size);
         c->size = size;
         c->next = m->arena;
         m->arena = c;
@@ -39,16 +29,6 @@ void *arena_get(SimModule *m, size_t bytes) {
     void *p = m->arena->bytes + m->arena->used;
     m->arena->used += bytes;
     return p;
-}
-
-void *xgrow(void *array, u32 count, u32 *cap, size_t item) {
-    if (count < *cap) return array;
-    u32 more = *cap ? *cap * 2 : 16;
-    array = realloc(array, more * item);
-    if (!array) abort();
-    memset((char *)array + *cap * item, 0, (more - *cap) * item);
-    *cap = more;
-    return array;
 }
 
 char *keep(Parser *p, const char *text) {
@@ -109,35 +89,31 @@ static void read_word(Parser *p) {
 
 /* 0f and 0d bit patterns, hexadecimal, binary, octal, decimal, decimal fractions. */
 static void read_number(Parser *p) {
-    char *stop;
+    const char *s = p->p;
+    char *stop, digits[17] = {0};
     p->tok = TOK_NUMBER;
-    p->is_float = false;
     p->float_bits = 0;
-    if (p->p[0] == '0' && p->p[1] && strchr("fFdD", p->p[1])) {
-        char digits[17] = {0};
-        int n = strchr("fF", p->p[1]) ? 8 : 16;
-        for (int i = 0; i < n && isxdigit((unsigned char)p->p[2 + i]); i++)
-            digits[i] = p->p[2 + i];
-        if ((int)strlen(digits) != n)
-            ptx_fail(p, "floating-point constant needs %d hexadecimal digits", n);
-        p->number = strtoull(digits, NULL, 16);
-        p->float_bits = n * 4;
-        p->is_float = true;
-        p->p += 2 + n;
+    if (s[0] == '0' && s[1] && strchr("fFdD", s[1])) {
+        p->float_bits = strchr("fF", s[1]) ? 32 : 64;
+        snprintf(digits, (size_t)p->float_bits / 4 + 1, "%s", s + 2);
+        p->number = strtoull(digits, &stop, 16);
+        if (stop - digits != p->float_bits / 4 || !isxdigit((unsigned char)digits[0]))
+            ptx_fail(p, "floating-point constant needs %d hexadecimal digits", p->float_bits / 4);
+        p->p += 2 + p->float_bits / 4;
         return;
     }
-    if (p->p[0] == '0' && (p->p[1] == 'b' || p->p[1] == 'B'))
-        p->number = strtoull(p->p + 2, &stop, 2);
-    else
-        p->number = strtoull(p->p, &stop, 0);
+    bool binary = s[0] == '0' && (s[1] == 'b' || s[1] == 'B');
+    p->number = binary ? strtoull(s + 2, &stop, 2) : strtoull(s, &stop, 0);
     if (*stop == '.' || *stop == 'e' || *stop == 'E') {
-        double d = strtod(p->p, &stop);
-        memcpy(&p->number, &d, 8);
+        p->number = double_bits(strtod(s, &stop));
         p->float_bits = 64;
-        p->is_float = true;
     }
-    if (*stop == 'U') stop++;
-    p->p = stop;
+    p->p = stop + (*stop == 'U');
+}
+
+/* A double's pattern -> the pattern of the f32 next to it. */
+u64 to_f32(u64 pattern) {
+    return float_bits((float)bits_double(pattern));
 }
 
 /* Reads the next token into tok, word, punct, number. */
@@ -169,11 +145,19 @@ void next(Parser *p) {
     }
 }
 
+bool at_punct(const Parser *p, int punct) {
+    return p->tok == TOK_PUNCT && p->punct == punct;
+}
+
+bool at_word(const Parser *p, const char *word) {
+    return p->tok == TOK_WORD && !strcmp(p->word, word);
+}
+
 /* Takes the punctuation if it is the current token. */
 bool accept(Parser *p, int punct) {
-    if (p->tok != TOK_PUNCT || p->punct != punct) return false;
-    next(p);
-    return true;
+    bool here = at_punct(p, punct);
+    if (here) next(p);
+    return here;
 }
 
 void expect(Parser *p, int punct) {
@@ -182,12 +166,12 @@ void expect(Parser *p, int punct) {
 }
 
 bool accept_word(Parser *p, const char *word) {
-    if (p->tok != TOK_WORD || strcmp(p->word, word)) return false;
-    next(p);
-    return true;
+    bool here = at_word(p, word);
+    if (here) next(p);
+    return here;
 }
 
-static u64 expect_number(Parser *p) {
+u64 expect_number(Parser *p) {
     if (p->tok != TOK_NUMBER) ptx_fail(p, "expected a number before '%s'", p->word);
     u64 v = p->number;
     next(p);
@@ -203,28 +187,21 @@ static const char *expect_name(Parser *p) {
 
 /* ".u32" -> T_U32; T_NONE if it is not a type. */
 Type parse_type(const char *dotted) {
-    static const struct { const char *name; Type type; } types[] = {
-        {".pred", T_PRED}, {".b8", T_B8}, {".u8", T_U8}, {".s8", T_S8}, {".b16", T_B16},
-        {".u16", T_U16}, {".s16", T_S16}, {".f16", T_F16}, {".bf16", T_BF16}, {".b32", T_B32},
-        {".u32", T_U32}, {".s32", T_S32}, {".f32", T_F32}, {".f16x2", T_F16X2},
-        {".bf16x2", T_BF16X2}, {".b64", T_B64}, {".u64", T_U64}, {".s64", T_S64}, {".f64", T_F64},
-    };
-    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
-        if (!strcmp(dotted, types[i].name)) return types[i].type;
+    static const char *const names[] = {
+        "", ".pred", ".b8", ".u8", ".s8", ".b16", ".u16", ".s16", ".f16", ".bf16", ".b32", ".u32",
+        ".s32", ".f32", ".f16x2", ".bf16x2", ".b64", ".u64", ".s64", ".f64"}; /* as in Type */
+    for (int t = T_PRED; t <= T_F64; t++)
+        if (!strcmp(dotted, names[t])) return (Type)t;
     return T_NONE;
 }
 
 /* ------------------------------------------------------------------------------------------------
  * symbols and slots */
 
-static Symbol *add_symbol(Parser *p, const char *name, SymKind kind) {
+static Symbol *add_symbol(Parser *p, const char *name, SymKind kind, u64 value) {
     p->syms = xgrow(p->syms, p->n_syms, &p->cap_syms, sizeof *p->syms);
     Symbol *s = &p->syms[p->n_syms++];
-    memset(s, 0, sizeof *s);
-    s->name = name;
-    s->kind = kind;
-    s->count = -1;
-    s->line = p->line;
+    *s = (Symbol){.name = name, .kind = kind, .value = value, .count = -1, .line = p->line};
     return s;
 }
 
@@ -239,15 +216,15 @@ static bool in_family(const Symbol *s, const char *name, u32 *slot) {
     return true;
 }
 
-/* The innermost symbol of that name, and the slot if it is a register. */
-Symbol *find_symbol(Parser *p, const char *name, u32 *slot) {
-    for (u32 i = p->n_syms; i-- > 0;) {
+/* The innermost symbol that the current token names, or NULL; its slot if it is a register. */
+Symbol *named(Parser *p, u32 *slot) {
+    for (u32 i = p->n_syms; p->tok == TOK_WORD && i-- > 0;) {
         if (i == p->func_base - 1 && i >= p->n_module)
             i = p->n_module - 1; /* a callee does not see its caller's names */
         if (i == ~0u) break;
         Symbol *s = &p->syms[i];
         *slot = s->slot;
-        if (s->count >= 0 ? in_family(s, name, slot) : !strcmp(s->name, name)) return s;
+        if (s->count >= 0 ? in_family(s, p->word, slot) : !strcmp(s->name, p->word)) return s;
     }
     return NULL;
 }
@@ -255,7 +232,7 @@ Symbol *find_symbol(Parser *p, const char *name, u32 *slot) {
 /* Room in the frame for a register, constant or special register. */
 u32 new_slot(Parser *p, int bits) {
     u32 at = p->code->frame_bytes;
-    p->code->frame_bytes += bits == 1 ? 32 : bits == 64 ? 256 : 128;
+    p->code->frame_bytes += bits == 1 ? 32 : bits == 64 ? 256 : 128; /* a predicate: one mask */
     if (p->code->frame_bytes > 64u << 20) ptx_fail(p, "too many registers");
     return at;
 }
@@ -296,10 +273,7 @@ Inst *new_inst(Parser *p) {
     SimCode *c = p->code;
     c->inst = xgrow(c->inst, c->n_inst, &c->cap_inst, sizeof *c->inst);
     Inst *i = &c->inst[c->n_inst++];
-    memset(i, 0, sizeof *i);
-    i->line = p->line;
-    i->src_file = p->loc_file;
-    i->src_line = p->loc_line;
+    *i = (Inst){.line = p->line, .src_file = p->loc_file, .src_line = p->loc_line};
     return i;
 }
 
@@ -313,41 +287,34 @@ void add_fixup(Parser *p, u32 inst, const char *label) {
  * variables */
 
 typedef struct {
-    SymKind kind;
-    bool external;
-    u64 align;
-    Type type;
-    int vec;
     const char *name;
-    u64 bytes;
+    Type type;
+    u64 align, bytes;
 } Variable;
 
 /* ".align 4 .v4 .b8 name[64]"; the state space has been read. */
-static Variable parse_variable(Parser *p, SymKind kind) {
-    Variable v = {.kind = kind, .vec = 1};
+static Variable parse_variable(Parser *p) {
+    Variable v = {.type = T_NONE};
+    u64 elements = 1;
     while (p->tok == TOK_WORD && p->word[0] == '.') {
         Type t = parse_type(p->word);
-        if (t != T_NONE) {
-            v.type = t;
-        } else if (!strcmp(p->word, ".align")) {
-            next(p);
+        if (accept_word(p, ".align")) {
             v.align = expect_number(p);
             continue;
-        } else if (!strcmp(p->word, ".v2") || !strcmp(p->word, ".v4")) {
-            v.vec = p->word[2] - '0';
-        } else if (!strcmp(p->word, ".ptr") || !strcmp(p->word, ".global")) {
-            ; /* a hint about a pointer parameter */
-        } else {
-            ptx_fail(p, "unsupported directive '%s' in a variable", p->word);
         }
+        if (t != T_NONE)
+            v.type = t;
+        else if (at_word(p, ".v2") || at_word(p, ".v4"))
+            elements = (u64)(p->word[2] - '0');
+        else if (!at_word(p, ".ptr") && !at_word(p, ".global")) /* hints about a pointer */
+            ptx_fail(p, "unsupported directive '%s' in a variable", p->word);
         next(p);
     }
     if (type_bytes(v.type) == 0) ptx_fail(p, "variable without a type");
     v.name = expect_name(p);
-    v.bytes = (u64)type_bytes(v.type) * (u64)v.vec;
+    v.bytes = (u64)type_bytes(v.type) * elements;
     if (!v.align) v.align = v.bytes;
-    if (v.align & (v.align - 1) || v.align > 4096 || !v.align)
-        ptx_fail(p, "bad alignment of '%s'", v.name);
+    if (v.align & (v.align - 1) || v.align > 4096) ptx_fail(p, "bad alignment of '%s'", v.name);
     while (accept(p, '[')) {
         u64 n = p->tok == TOK_NUMBER ? expect_number(p) : 0;
         if (n > (1ull << 40) / v.bytes) ptx_fail(p, "array '%s' is too large", v.name);
@@ -357,24 +324,25 @@ static Variable parse_variable(Parser *p, SymKind kind) {
     return v;
 }
 
+static Symbol *add_variable(Parser *p, const Variable *v, SymKind kind, u64 address) {
+    Symbol *s = add_symbol(p, v->name, kind, address);
+    s->type = v->type;
+    s->bytes = v->bytes;
+    s->align = v->align;
+    return s;
+}
+
 /* One initial value: a number, a bit pattern, or the address of another variable. */
-static void put_value(Parser *p, const Variable *v, u8 *to) {
+static u64 initial_value(Parser *p, const Variable *v) {
     bool minus = accept(p, '-');
-    u64 x = 0;
+    u32 at;
+    u64 x;
     if (p->tok == TOK_NUMBER) {
-        x = p->number;
-        if (v->type == T_F32 && p->is_float && p->float_bits == 64) {
-            double d;
-            memcpy(&d, &x, 8);
-            float f = (float)d;
-            x = 0;
-            memcpy(&x, &f, 4);
-        }
+        x = v->type == T_F32 && p->float_bits == 64 ? to_f32(p->number) : p->number;
         next(p);
     } else {
         bool generic = accept_word(p, "generic") && accept(p, '(');
-        u32 at;
-        Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
+        Symbol *s = named(p, &at);
         if (!s || (s->kind != K_GLOBAL && s->kind != K_CONST))
             ptx_fail(p, "unsupported initialiser '%s'", p->word);
         x = s->value;
@@ -382,8 +350,7 @@ static void put_value(Parser *p, const Variable *v, u8 *to) {
         if (accept(p, '+')) x += expect_number(p);
         if (generic) expect(p, ')');
     }
-    x = minus ? 0 - x : x;
-    memcpy(to, &x, type_bytes(v->type) < 8 ? (size_t)type_bytes(v->type) : 8);
+    return minus ? 0 - x : x;
 }
 
 /* "= {1, 2, {3, 4}}", or a single value; `at` counts the bytes. */
@@ -395,57 +362,43 @@ static void parse_initialiser(Parser *p, const Variable *v, u8 *host, u64 *at) {
         }
         return;
     }
-    u8 value[8] = {0};
-    put_value(p, v, value);
-    u64 n = (u64)type_bytes(v->type);
+    u64 value = initial_value(p, v), n = (u64)type_bytes(v->type);
     if (*at + n > v->bytes) ptx_fail(p, "too many initial values for '%s'", v->name);
-    memcpy(host + *at, value, n);
+    memcpy(host + *at, &value, n);
     *at += n;
 }
 
 /* A .global or .const variable gets device memory of its own, zero unless initialised. */
-static void add_global(Parser *p, const Variable *v) {
+static void add_global(Parser *p, const Variable *v, SymKind kind, bool external) {
     SimModule *m = p->m;
     Alloc *a;
-    if (v->external || !v->bytes) ptx_fail(p, "unsupported: external variable '%s'", v->name);
+    if (p->code) ptx_fail(p, "unsupported: global variable '%s' inside a function", v->name);
+    if (external || !v->bytes) ptx_fail(p, "unsupported: external variable '%s'", v->name);
     if (mem_alloc(m->device, v->bytes, true, &a) != SIM_SUCCESS) {
         p->error = SIM_ERROR_OUT_OF_MEMORY;
         ptx_fail(p, "no device memory for '%s'", v->name);
     }
     memset(a->host, 0, v->bytes);
     bits_set(a->valid, 0, v->bytes, true);
-    a->read_only = v->kind == K_CONST;
-    m->const_bytes += v->kind == K_CONST ? (u32)v->bytes : 0;
-    struct Global *g = realloc(m->globals, ((size_t)m->n_globals + 1) * sizeof *g);
-    if (!g) abort();
-    m->globals = g;
-    g[m->n_globals++] = (struct Global){keep(p, v->name), a->base, v->bytes};
-    Symbol *s = add_symbol(p, v->name, v->kind);
-    s->value = a->base;
-    s->bytes = v->bytes;
-    s->type = v->type;
-    if (accept(p, '=')) {
-        u64 at = 0;
-        parse_initialiser(p, v, a->host, &at);
-    }
+    a->read_only = kind == K_CONST;
+    m->const_bytes += kind == K_CONST ? (u32)v->bytes : 0;
+    m->globals = xgrow(m->globals, m->n_globals, &m->cap_globals, sizeof *m->globals);
+    m->globals[m->n_globals++] = (struct Global){v->name, a->base, v->bytes};
+    add_variable(p, v, kind, a->base);
+    u64 at = 0;
+    if (accept(p, '=')) parse_initialiser(p, v, a->host, &at);
 }
 
 /* A variable at module level or in a body, up to and including ';'. */
 static void declare_variable(Parser *p, SymKind kind, bool external) {
-    Variable v = parse_variable(p, kind);
-    v.external = external;
-    if (kind == K_GLOBAL || kind == K_CONST) {
-        if (p->code) ptx_fail(p, "unsupported: global variable '%s' inside a function", v.name);
-        add_global(p, &v);
-    } else {
-        Symbol *s = add_symbol(p, v.name, kind);
-        s->type = v.type;
-        s->bytes = v.bytes;
-        s->align = v.align;
-        s->dynamic = kind == K_SHARED && external;
-        if (kind == K_LOCAL)
-            s->value = place(p, &p->code->local_bytes, v.bytes, v.align, 512 << 10, "local");
-    }
+    Variable v = parse_variable(p);
+    if (kind == K_GLOBAL || kind == K_CONST)
+        add_global(p, &v, kind, external);
+    else if (kind == K_SHARED)
+        add_variable(p, &v, kind, 0)->dynamic = external;
+    else
+        add_variable(p, &v, kind, place(p, &p->code->local_bytes, v.bytes, v.align, 512 << 10,
+                                        "local"));
     expect(p, ';');
 }
 
@@ -464,13 +417,13 @@ static void declare_registers(Parser *p) {
             expect(p, '>');
             if (count > 1u << 18) ptx_fail(p, "too many registers");
         }
-        Symbol *s = add_symbol(p, name, K_REG);
+        Symbol *s = add_symbol(p, name, K_REG, 0);
         s->type = type;
         s->count = family ? (int)count : -1;
         s->stride = bits == 1 ? 32 : bits == 64 ? 256 : 128;
         s->slot = p->code->frame_bytes;
         for (u32 k = 0; k < count; k++) new_slot(p, bits);
-    } while (p->tok == TOK_PUNCT && p->punct == ',');
+    } while (at_punct(p, ','));
     expect(p, ';');
 }
 
@@ -478,7 +431,7 @@ static void declare_registers(Parser *p) {
  * bodies */
 
 static void skip_statement(Parser *p) {
-    while (p->tok != TOK_END && !(p->tok == TOK_PUNCT && p->punct == ';')) next(p);
+    while (p->tok != TOK_END && !at_punct(p, ';')) next(p);
     next(p);
 }
 
@@ -512,35 +465,24 @@ static void parse_scope(Parser *p);
 
 /* A word with a leading dot inside a body. */
 static void parse_directive(Parser *p) {
-    if (!strcmp(p->word, ".loc")) {
+    if (at_word(p, ".loc"))
         parse_loc(p);
-    } else if (accept_word(p, ".reg")) {
-        declare_registers(p);
-    } else if (accept_word(p, ".shared")) {
-        declare_variable(p, K_SHARED, false);
-    } else if (accept_word(p, ".local")) {
-        declare_variable(p, K_LOCAL, false);
-    } else if (accept_word(p, ".param")) {
-        declare_variable(p, K_LOCAL, false); /* of a call: per-thread bytes */
-    } else if (!strcmp(p->word, ".pragma")) {
+    else if (at_word(p, ".pragma"))
         skip_statement(p);
-    } else {
+    else if (accept_word(p, ".reg"))
+        declare_registers(p);
+    else if (accept_word(p, ".shared"))
+        declare_variable(p, K_SHARED, false);
+    else if (accept_word(p, ".local") || accept_word(p, ".param")) /* .param of a call */
+        declare_variable(p, K_LOCAL, false);
+    else
         ptx_fail(p, "unsupported directive '%s' in a function", p->word);
-    }
 }
 
 /* "@%p add.u32 ...;" or without the guard. */
 static void parse_guarded(Parser *p) {
-    u32 guard = 0, at;
-    bool flip = false;
-    if (accept(p, '@')) {
-        flip = accept(p, '!');
-        Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
-        if (!s || s->kind != K_REG || s->type != T_PRED)
-            ptx_fail(p, "'%s' is not a predicate", p->word);
-        guard = at;
-        next(p);
-    }
+    bool guarded = accept(p, '@'), flip = guarded && accept(p, '!');
+    u32 guard = guarded ? predicate(p, false) : 0;
     if (p->tok != TOK_WORD) ptx_fail(p, "expected an instruction before '%s'", p->word);
     decode_instruction(p, guard, flip);
 }
@@ -553,13 +495,12 @@ static bool at_label(const Parser *p) {
 }
 
 static void parse_statement(Parser *p) {
-    if (p->tok == TOK_PUNCT && p->punct == '{') {
+    if (at_punct(p, '{')) {
         parse_scope(p);
     } else if (accept(p, ';')) {
         ;
     } else if (at_label(p)) {
-        Symbol *s = add_symbol(p, keep(p, p->word), K_LABEL);
-        s->value = p->code->n_inst;
+        add_symbol(p, keep(p, p->word), K_LABEL, p->code->n_inst);
         next(p);
         expect(p, ':');
     } else if (p->tok == TOK_WORD && p->word[0] == '.') {
@@ -575,7 +516,7 @@ static void parse_statement(Parser *p) {
 static void parse_scope(Parser *p) {
     u32 syms = p->n_syms, fixups = p->n_fixups;
     expect(p, '{');
-    while (!(p->tok == TOK_PUNCT && p->punct == '}')) parse_statement(p);
+    while (!at_punct(p, '}')) parse_statement(p);
     resolve_labels(p, syms, fixups);
     p->n_syms = syms;
     next(p);
@@ -584,32 +525,41 @@ static void parse_scope(Parser *p) {
 /* ------------------------------------------------------------------------------------------------
  * functions and calls */
 
+/* Goes on reading where `saved` was, with what has been declared and emitted since. */
+static void resume(Parser *p, const Parser *saved) {
+    Parser now = *p;
+    *p = *saved;
+    p->syms = now.syms;
+    p->cap_syms = now.cap_syms;
+    p->fixups = now.fixups;
+    p->n_fixups = now.n_fixups;
+    p->cap_fixups = now.cap_fixups;
+    p->n_inlined = now.n_inlined;
+}
+
 /* Reads "(.param .b32 a, ...)" of a callee and binds its names to the caller's bytes. */
-static void bind_params(Parser *p, Symbol *const *actual, int n_actual) {
-    if (!accept(p, '('))
-        return;
+static void bind_params(Parser *p, const Symbol *actual, int n_actual) {
+    if (!accept(p, '(')) return;
     for (int k = 0; !accept(p, ')'); k++) {
         if (!accept_word(p, ".param")) ptx_fail(p, "unsupported: register parameters of functions");
-        Variable v = parse_variable(p, K_LOCAL);
-        if (k >= n_actual || v.bytes > actual[k]->bytes)
+        Variable v = parse_variable(p);
+        if (k >= n_actual || v.bytes > actual[k].bytes)
             ptx_fail(p, "call does not match the parameters of the function");
-        u64 value = actual[k]->value;
-        Symbol *s = add_symbol(p, v.name, K_LOCAL);
-        s->value = value;
-        s->bytes = v.bytes;
-        s->type = v.type;
+        add_variable(p, &v, K_LOCAL, actual[k].value);
         accept(p, ',');
     }
 }
 
+enum { MAX_ARGS = 64 };
+
 /* "(param0, param1)": bytes of the caller that were filled by st.param. */
-static int call_arguments(Parser *p, Symbol *out, int max) {
+static int call_arguments(Parser *p, Symbol *out) {
     int n = 0;
     expect(p, '(');
     while (!accept(p, ')')) {
         u32 at;
-        Symbol *s = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
-        if (!s || s->kind != K_LOCAL || n == max)
+        Symbol *s = named(p, &at);
+        if (!s || s->kind != K_LOCAL || n == MAX_ARGS)
             ptx_fail(p, "unsupported call argument '%s'", p->word);
         out[n++] = *s;
         next(p);
@@ -619,76 +569,58 @@ static int call_arguments(Parser *p, Symbol *out, int max) {
 }
 
 /* Reads the callee's text in place of the call. */
-static void inline_call(Parser *p, const Symbol *f, Symbol *ret, int n_ret, Symbol *arg, int n_arg)
-{
+static void inline_call(Parser *p, const Symbol *f, const Symbol *ret, int n_ret, const Symbol *arg,
+                        int n_arg) {
     Parser saved = *p;
-    Symbol *rets[8], *args[64];
     char label[32];
     if (++p->depth > 16) ptx_fail(p, "unsupported: recursion in '%s'", f->name);
-    for (int k = 0; k < n_ret; k++) rets[k] = &ret[k];
-    for (int k = 0; k < n_arg; k++) args[k] = &arg[k];
+    snprintf(label, sizeof label, "%%return%d", p->n_inlined++);
     p->p = f->text;
     p->read_line = f->line;
     p->func_base = p->n_syms;
-    p->return_label = keep(p, (snprintf(label, sizeof label, "%%return%d", p->n_inlined++), label));
+    p->return_label = keep(p, label);
     next(p);
-    if (p->tok == TOK_PUNCT && p->punct == '(')
-        bind_params(p, rets, n_ret);
+    bind_params(p, ret, n_ret);
     next(p); /* the name */
-    bind_params(p, args, n_arg);
-    while (p->tok == TOK_WORD) /* .noreturn and the like */
-        next(p);
+    bind_params(p, arg, n_arg);
+    while (p->tok == TOK_WORD) next(p); /* .noreturn and the like */
     u32 fixups = p->n_fixups;
     parse_scope(p);
-    Symbol *end = add_symbol(p, p->return_label, K_LABEL);
-    end->value = p->code->n_inst;
+    add_symbol(p, p->return_label, K_LABEL, p->code->n_inst);
     resolve_labels(p, p->n_syms - 1, fixups);
-    p->n_syms = saved.n_syms;
-    p->p = saved.p;
-    p->read_line = saved.read_line;
-    p->line = saved.line;
-    p->tok = saved.tok;
-    p->punct = saved.punct;
-    memcpy(p->word, saved.word, sizeof p->word);
-    p->func_base = saved.func_base;
-    p->return_label = saved.return_label;
-    p->loc_file = saved.loc_file;
-    p->loc_line = saved.loc_line;
-    p->depth--;
+    resume(p, &saved);
+}
+
+static Inst *control_inst(Parser *p, Handler *run, u32 guard, bool flip) {
+    Inst *i = new_inst(p);
+    i->run = run;
+    i->guard = guard;
+    i->guard_flip = flip ? ~0u : 0;
+    i->class = SIM_C_CONTROL;
+    return i;
 }
 
 /* "call (ret), name, (arguments);" A guarded call is jumped over by the other lanes. */
 void parse_call(Parser *p, u32 guard, bool flip) {
-    Symbol ret[8], arg[64];
-    u32 at;
+    Symbol ret[MAX_ARGS], arg[MAX_ARGS];
+    u32 at, skip = p->code->n_inst;
     int n_ret = 0, n_arg = 0;
     if (p->tok == TOK_PUNCT) {
-        n_ret = call_arguments(p, ret, 8);
+        n_ret = call_arguments(p, ret);
         expect(p, ',');
     }
-    Symbol *found = p->tok == TOK_WORD ? find_symbol(p, p->word, &at) : NULL;
+    Symbol *found = named(p, &at);
     if (!found || found->kind != K_FUNC) ptx_fail(p, "unsupported: call of '%s'", p->word);
     Symbol f = *found;
     next(p);
-    if (accept(p, ',')) n_arg = call_arguments(p, arg, 64);
+    if (accept(p, ',')) n_arg = call_arguments(p, arg);
     expect(p, ';');
     if (!f.text && !strcmp(f.name, "__assertfail")) {
-        Inst *i = new_inst(p);
-        i->run = run_assert;
-        i->guard = guard;
-        i->guard_flip = flip ? ~0u : 0;
-        i->class = SIM_C_CONTROL;
+        control_inst(p, run_assert, guard, flip);
         return;
     }
     if (!f.text) ptx_fail(p, "unsupported: call of external function '%s'", f.name);
-    u32 skip = p->code->n_inst;
-    if (guard) {
-        Inst *i = new_inst(p);
-        i->run = run_bra;
-        i->guard = guard;
-        i->guard_flip = flip ? 0 : ~0u;
-        i->class = SIM_C_CONTROL;
-    }
+    if (guard) control_inst(p, run_bra, guard, !flip);
     inline_call(p, &f, ret, n_ret, arg, n_arg);
     if (guard) p->code->inst[skip].target = p->code->n_inst;
 }
@@ -706,15 +638,13 @@ static void skip_braces(Parser *p) {
 
 /* ".func (ret) name (params) { ... }": noted, read when called. */
 static void parse_func(Parser *p, const char *text, int line) {
-    if (accept(p, '('))
-        while (!accept(p, ')'))
-            next(p);
-    const char *name = expect_name(p);
     u32 at;
-    Symbol *s = find_symbol(p, name, &at);
-    if (!s || s->kind != K_FUNC) s = add_symbol(p, name, K_FUNC);
-    while (!(p->tok == TOK_PUNCT && (p->punct == '{' || p->punct == ';')) && p->tok != TOK_END)
-        next(p);
+    if (accept(p, '('))
+        while (!accept(p, ')')) next(p);
+    Symbol *s = named(p, &at);
+    const char *name = expect_name(p);
+    if (!s || s->kind != K_FUNC) s = add_symbol(p, name, K_FUNC, 0);
+    while (!at_punct(p, '{') && !at_punct(p, ';') && p->tok != TOK_END) next(p);
     if (accept(p, ';')) return;
     s->text = text;
     s->line = line;
@@ -725,18 +655,14 @@ static void parse_func(Parser *p, const char *text, int line) {
 static void entry_params(Parser *p) {
     SimKernel *k = p->kernel;
     SimParam params[512];
-    if (!accept(p, '('))
-        return;
+    if (!accept(p, '(')) return;
     while (!accept(p, ')')) {
         if (!accept_word(p, ".param")) ptx_fail(p, "expected .param");
-        Variable v = parse_variable(p, K_PARAM);
+        Variable v = parse_variable(p);
         u32 at = place(p, &k->param_bytes, v.bytes, v.align, 4352, "parameter");
         if (k->n_params == 512) ptx_fail(p, "too many parameters");
         params[k->n_params++] = (SimParam){at, (u32)v.bytes, (u32)v.align};
-        Symbol *s = add_symbol(p, v.name, K_PARAM);
-        s->value = at;
-        s->bytes = v.bytes;
-        s->type = v.type;
+        add_variable(p, &v, K_PARAM, at);
         accept(p, ',');
     }
     size_t bytes = (size_t)k->n_params * sizeof *params;
@@ -748,17 +674,15 @@ static void entry_limits(Parser *p) {
     SimKernel *k = p->kernel;
     k->max_threads = 1024;
     while (p->tok == TOK_WORD && p->word[0] == '.') {
-        bool required = !strcmp(p->word, ".reqntid");
-        bool known = required || !strcmp(p->word, ".maxntid") || !strcmp(p->word, ".maxnreg") ||
-                     !strcmp(p->word, ".minnctapersm");
-        bool threads = required || !strcmp(p->word, ".maxntid");
-        if (!known) ptx_fail(p, "unsupported directive '%s'", p->word);
-        next(p);
+        bool required = at_word(p, ".reqntid"), threads = required || at_word(p, ".maxntid");
+        if (!threads && !at_word(p, ".maxnreg") && !at_word(p, ".minnctapersm"))
+            ptx_fail(p, "unsupported directive '%s'", p->word);
         unsigned n[3] = {1, 1, 1};
-        int k_dim = 0;
+        int dim = 0;
+        next(p);
         do
-            n[k_dim++] = (unsigned)expect_number(p);
-        while (k_dim < 3 && accept(p, ','));
+            n[dim++] = (unsigned)expect_number(p);
+        while (dim < 3 && accept(p, ','));
         if (threads) k->max_threads = (int)(n[0] * n[1] * n[2]);
         if (required) memcpy(k->required_block, n, sizeof n);
     }
@@ -768,13 +692,10 @@ static void entry_limits(Parser *p) {
 static void parse_entry(Parser *p) {
     SimModule *m = p->m;
     SimKernel *k = arena_get(m, sizeof *k);
-    SimCode *c = xalloc(sizeof *c);
-    SimKernel **list = realloc(m->kernels, ((size_t)m->n_kernels + 1) * sizeof *list);
-    if (!list) abort();
-    m->kernels = list;
-    list[m->n_kernels++] = k;
-    k->module = m;
-    k->code = c;
+    SimCode *c = zalloc(sizeof *c);
+    m->kernels = xgrow(m->kernels, m->n_kernels, &m->cap_kernels, sizeof *m->kernels);
+    m->kernels[m->n_kernels++] = k;
+    *k = (SimKernel){.module = m, .code = c};
     k->name = expect_name(p);
     c->frame_bytes = 256; /* offset 0 is the sink of '_' */
     p->kernel = k;
@@ -789,9 +710,7 @@ static void parse_entry(Parser *p) {
         p->line = p->fixups[0].line;
         ptx_fail(p, "label '%s' not found", p->fixups[0].label);
     }
-    Inst *end = new_inst(p);
-    end->run = run_exit;
-    end->class = SIM_C_CONTROL;
+    control_inst(p, run_exit, 0, false);
     p->n_syms = p->n_module;
     k->shared_bytes = c->static_shared;
     k->local_bytes = c->local_bytes;
@@ -804,11 +723,7 @@ static void parse_entry(Parser *p) {
 
 /* ".version 7.4" */
 static void parse_version(Parser *p) {
-    if (p->tok != TOK_NUMBER) ptx_fail(p, "bad .version");
-    double d = 0;
-    memcpy(&d, &p->number, 8);
-    p->m->version = (int)(d * 10 + 0.5);
-    next(p);
+    p->m->version = (int)(bits_double(expect_number(p)) * 10 + 0.5);
     int limit = sim_options.ptx_version_max;
     if (limit && p->m->version > limit) {
         p->error = SIM_ERROR_UNSUPPORTED_PTX_VERSION;
@@ -831,11 +746,10 @@ static void parse_target(Parser *p) {
 /* ".file 1 "name", ...": number 1 in .loc means this file. */
 static void parse_file(Parser *p) {
     SimModule *m = p->m;
-    int n = (int)expect_number(p);
-    if (n < 0 || n > 10000 || p->tok != TOK_STRING) ptx_fail(p, "bad .file");
+    u64 n = expect_number(p);
+    if (n > 10000 || p->tok != TOK_STRING) ptx_fail(p, "bad .file");
     while (m->n_files <= n) {
-        m->files = realloc(m->files, ((size_t)m->n_files + 1) * sizeof *m->files);
-        if (!m->files) abort();
+        m->files = xgrow(m->files, m->n_files, &m->cap_files, sizeof *m->files);
         m->files[m->n_files++] = "";
     }
     m->files[n] = keep(p, p->word);
@@ -853,19 +767,17 @@ static void find_functions(Parser *p) {
         else
             next(p);
     }
-    p->p = start.p;
-    p->line = start.line;
-    p->read_line = start.read_line;
-    p->tok = start.tok;
-    memcpy(p->word, start.word, sizeof p->word);
+    start.n_syms = p->n_syms;
+    resume(p, &start);
 }
 
 /* One directive at module level. */
 static void parse_top(Parser *p) {
     bool external = false;
-    while (accept_word(p, ".visible") || accept_word(p, ".weak") || accept_word(p, ".common") ||
-           (p->tok == TOK_WORD && !strcmp(p->word, ".extern"))) {
-        if (accept_word(p, ".extern")) external = true;
+    while (at_word(p, ".visible") || at_word(p, ".weak") || at_word(p, ".common") ||
+           at_word(p, ".extern")) {
+        external |= at_word(p, ".extern");
+        next(p);
     }
     const char *text = p->p;
     int line = p->read_line;
@@ -887,7 +799,7 @@ static void parse_top(Parser *p) {
         declare_variable(p, K_SHARED, external);
     else if (accept_word(p, ".file"))
         parse_file(p);
-    else if (p->tok == TOK_WORD && !strcmp(p->word, ".pragma"))
+    else if (at_word(p, ".pragma"))
         skip_statement(p);
     else if (accept_word(p, ".section")) {
         next(p);
@@ -899,8 +811,8 @@ static void parse_top(Parser *p) {
 
 int sim_module_load(int device, const char *ptx, size_t size, SimModule **module, char *log,
                     size_t log_size) {
-    Parser *p = xalloc(sizeof *p);
-    SimModule *m = xalloc(sizeof *m);
+    Parser *p = zalloc(sizeof *p);
+    SimModule *m = zalloc(sizeof *m);
     m->device = device;
     *p = (Parser){.m = m, .p = ptx, .end = ptx + strnlen(ptx, size), .line = 1, .read_line = 1,
                   .log = log, .log_size = log_size};
@@ -908,8 +820,7 @@ int sim_module_load(int device, const char *ptx, size_t size, SimModule **module
     *module = NULL;
     if (!setjmp(p->fail)) {
         next(p);
-        if (p->tok != TOK_WORD || strcmp(p->word, ".version"))
-            ptx_fail(p, "PTX must begin with .version");
+        if (!at_word(p, ".version")) ptx_fail(p, "PTX must begin with .version");
         find_functions(p);
         while (p->tok != TOK_END) parse_top(p);
         *module = m;
@@ -923,13 +834,13 @@ int sim_module_load(int device, const char *ptx, size_t size, SimModule **module
 }
 
 void sim_module_unload(SimModule *m) {
-    for (int k = 0; k < m->n_kernels; k++) {
+    for (u32 k = 0; k < m->n_kernels; k++) {
         SimCode *c = m->kernels[k]->code;
         free(c->inst);
         free(c->consts);
         free(c);
     }
-    for (int g = 0; g < m->n_globals; g++) {
+    for (u32 g = 0; g < m->n_globals; g++) {
         Alloc *a = mem_lookup(m->globals[g].address);
         if (a && !a->freed) {
             a->module_global = false;
@@ -947,22 +858,22 @@ void sim_module_unload(SimModule *m) {
     free(m);
 }
 
-int sim_module_device(const SimModule *m) { return m->device; }
-int sim_module_ptx_version(const SimModule *m) { return m->version; }
-int sim_module_target(const SimModule *m) { return m->target; }
-int sim_module_n_kernels(const SimModule *m) { return m->n_kernels; }
-SimKernel *sim_module_kernel(const SimModule *m, int index) {
-    return index >= 0 && index < m->n_kernels ? m->kernels[index] : NULL;
+int sim_module_ptx_version(const SimModule *m) {
+    return m->version;
+}
+
+SimKernel *sim_module_kernel(const SimModule *m, u32 index) {
+    return index < m->n_kernels ? m->kernels[index] : NULL;
 }
 
 SimKernel *sim_module_find(const SimModule *m, const char *name) {
-    for (int k = 0; k < m->n_kernels; k++)
+    for (u32 k = 0; k < m->n_kernels; k++)
         if (!strcmp(m->kernels[k]->name, name)) return m->kernels[k];
     return NULL;
 }
 
 int sim_module_global(const SimModule *m, const char *name, u64 *address, u64 *bytes) {
-    for (int g = 0; g < m->n_globals; g++)
+    for (u32 g = 0; g < m->n_globals; g++)
         if (!strcmp(m->globals[g].name, name)) {
             *address = m->globals[g].address;
             *bytes = m->globals[g].bytes;

@@ -40,8 +40,7 @@ typedef struct {
     char word[512];        /* TOK_WORD and TOK_STRING text */
     int punct;
     u64 number;            /* bits */
-    bool is_float;         /* 32-bit pattern 0f or 64-bit pattern 0d, or a decimal fraction */
-    int float_bits;
+    int float_bits;        /* 32: pattern 0f; 64: pattern 0d, or a decimal fraction; 0: integer */
     Symbol *syms;
     u32 n_syms, cap_syms;
     u32 func_base;         /* names of the function being read begin here */
@@ -51,7 +50,6 @@ typedef struct {
     SimKernel *kernel;
     SimCode *code;
     int loc_file, loc_line;
-    u32 special_cc;
     int depth;             /* of inlined calls */
     const char *return_label; /* inside an inlined call */
     int n_inlined;
@@ -65,11 +63,16 @@ void ptx_fail(Parser *p, const char *format, ...) __attribute__((format(printf, 
 void next(Parser *p);
 bool accept(Parser *p, int punct);
 void expect(Parser *p, int punct);
+bool at_punct(const Parser *p, int punct);
+bool at_word(const Parser *p, const char *word);
 bool accept_word(Parser *p, const char *word);
+u64 expect_number(Parser *p);
+u64 to_f32(u64 double_pattern);
 char *keep(Parser *p, const char *text); /* a copy that lives as long as the module */
-Symbol *find_symbol(Parser *p, const char *name, u32 *slot);
+Symbol *named(Parser *p, u32 *slot); /* what the token names */
 u64 symbol_address(Parser *p, Symbol *s); /* gives module-level shared variables their place */
 u32 new_slot(Parser *p, int bits);
+u32 predicate(Parser *p, bool destination); /* a predicate register; as a destination also "_" */
 u32 const_slot(Parser *p, u64 value, int bits, bool dynamic);
 Type parse_type(const char *dotted);
 void add_fixup(Parser *p, u32 inst, const char *label);

@@ -5,8 +5,6 @@
 #include "api.h"
 #include <ctype.h>
 #include <math.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 /* Data sheet values; tensor rates are those with 32-bit accumulation. */

@@ -30,6 +30,11 @@ enum {
     SIM_ERROR_LAUNCH_FAILED = 719, /* every other finding: races, uninitialised reads, ... */
 };
 
+/* Memory of the simulator itself: zeroed; it does not outlive a host without memory. */
+void *zalloc(size_t bytes);
+void *xgrow(void *array, uint32_t count, uint32_t *cap, size_t item); /* room for one more item */
+uint64_t mix64(uint64_t x); /* a hash: the source of all seeded orders */
+
 enum { SIM_MAX_DEVICES = 16, SIM_SHARED_MAX = 101376, SIM_WARP = 32 };
 
 /* ------------------------------------------------------------------------------------------------
@@ -164,12 +169,9 @@ typedef struct SimKernel {
 int sim_module_load(int device, const char *ptx, size_t size, SimModule **module, char *log,
                     size_t log_size);
 void sim_module_unload(SimModule *module);
-int sim_module_device(const SimModule *module);
 int sim_module_ptx_version(const SimModule *module); /* 10 * major + minor */
-int sim_module_target(const SimModule *module);      /* 86 for sm_86 */
-/* Kernels in the order of the text. */
-int sim_module_n_kernels(const SimModule *module);
-SimKernel *sim_module_kernel(const SimModule *module, int index);
+/* Kernels in the order of the text; NULL: no more. */
+SimKernel *sim_module_kernel(const SimModule *module, uint32_t index);
 SimKernel *sim_module_find(const SimModule *module, const char *name); /* NULL: none */
 /* A .global or .const variable; NOT_FOUND if there is none. */
 int sim_module_global(const SimModule *module, const char *name, uint64_t *address,

@@ -9,8 +9,6 @@
  *   2, 3  half of the operations that nobody waits for run too, in between.
  * So what is not ordered by the program happens in some other order under some seed. */
 #include "api.h"
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 static pthread_cond_t progress = PTHREAD_COND_INITIALIZER; /* an operation finished */
