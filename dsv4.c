@@ -165,8 +165,8 @@ static bool file_exists(const char *path) {
     return built_in_file(path).p || !access(path, F_OK);
 }
 
-// A file mapped read-only and private. An empty file gives n = 0.
-bool map_file(const char *path, Span *out, Err *e) {
+// Of a shard of weights: the handler of SIGBUS finds those by their store.
+static bool map_shard(const char *path, Span *out, Err *e) {
     Span own = built_in_file(path);
     if (own.p) {
         char *copy = mmap(NULL, own.n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -191,6 +191,16 @@ bool map_file(const char *path, Span *out, Err *e) {
     close(fd);
     if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(err));
     *out = (Span){ p, (size_t)st.st_size };
+    return true;
+}
+
+static struct { Span map; char path[512]; } last_mapped;    // for the handler of SIGBUS
+
+// A file mapped read-only and private. An empty file gives n = 0.
+bool map_file(const char *path, Span *out, Err *e) {
+    if (!map_shard(path, out, e)) return false;
+    last_mapped.map = *out;
+    snprintf(last_mapped.path, sizeof last_mapped.path, "%s", path);
     return true;
 }
 
@@ -1058,7 +1068,7 @@ static bool store_add_shard(Store *s, const char *dir, Span file, Err *e) {
     str_puts(&path, "/");
     str_add(&path, file.p, file.n);
     Span map;
-    if (!map_file(path.p, &map, e)) {
+    if (!map_shard(path.p, &map, e)) {
         free(path.p);
         return false;
     }
@@ -7809,12 +7819,13 @@ static void close_tokenizer(Tokenizer *t) {
 static Str read_text(const char *path) {
     char buf[65536];
     Str s = { 0 };
-    size_t n;
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) die(1, "%s: %s", path, strerror(errno));
-    while ((n = fread(buf, 1, sizeof buf, f)) > 0) str_add(&s, buf, n);
-    if (ferror(f)) die(1, "%s: %s", path, strerror(errno));
-    if (f != stdin) fclose(f);
+    ssize_t n;
+    bool is_file = strcmp(path, "-") != 0;
+    int fd = is_file ? open(path, O_RDONLY | O_CLOEXEC) : 0;
+    while ((n = fd < 0 ? -1 : read(fd, buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR))
+        str_add(&s, buf, n > 0 ? (size_t)n : 0);
+    if (n < 0) die(1, "%s: %s", is_file ? path : "standard input", strerror(errno));
+    if (is_file) close(fd);
     str_add(&s, "", 0);
     return s;
 }
@@ -8351,6 +8362,8 @@ static void on_bus(int sig, siginfo_t *info, void *context) {
     while (atomic_flag_test_and_set(&said)) pause();
     const Store *store = open_store;
     const char *path = store ? store_find_address(store, info->si_addr) : NULL;
+    if (!path && (size_t)((char *)info->si_addr - last_mapped.map.p) < last_mapped.map.n)
+        path = last_mapped.path;
     const char *parts[] = { "dsv4: ", path ? path : "a mapped file",
                             ": cannot be read (did it shrink, or does its disk fail?)\n" };
     (void)sig;

@@ -8,7 +8,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, "tests", "golden")
 sys.path[:0] = [os.path.join(ROOT, "tools"), GOLDEN]
 
-SANITIZERS = {"ASAN_OPTIONS": "exitcode=99:abort_on_error=0:detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:exitcode=99",
+SANITIZERS = {"ASAN_OPTIONS": "exitcode=99:abort_on_error=0:detect_leaks=1", "UBSAN_OPTIONS": "halt_on_error=1:exitcode=99",
               "TSAN_OPTIONS": "exitcode=99:halt_on_error=1"}
 
 
@@ -58,6 +58,14 @@ def run(args, stdin=b"", timeout=120, env=None, cwd=ROOT):
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     return Result(p.returncode, p.stdout, p.stderr.decode("utf-8", "replace"), seconds)
+
+
+def fault_library(work, tally):
+    """The environment in which system calls fail as FAULT says (tests/shim.c)."""
+    lib = os.path.join(work, "shim.so")
+    p = subprocess.run(["gcc", "-shared", "-fPIC", "-O1", os.path.join(ROOT, "tests", "shim.c"), "-o", lib, "-ldl"], capture_output=True)
+    tally.check(p.returncode == 0, "the fault library", p.stderr.decode()[-300:])
+    return {"LD_PRELOAD": lib, "ASAN_OPTIONS": SANITIZERS["ASAN_OPTIONS"] + ":verify_asan_link_order=0"}
 
 
 def ids_arg(ids):

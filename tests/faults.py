@@ -22,7 +22,7 @@ import time
 
 import numpy as np
 
-from common import SANITIZERS, Tally, run
+from common import SANITIZERS, Tally, fault_library, run
 import formats as F
 import make_checkpoint as M
 
@@ -593,6 +593,16 @@ def first_output(r):
     return os.read(r.p.stdout.fileno(), 1)
 
 
+def wait_for_err(r, word):
+    """Until the program has said `word` on stderr, or has ended."""
+    seen = b""
+    while word not in seen:
+        part = os.read(r.p.stderr.fileno(), 4096)
+        if not part:
+            return
+        seen += part
+
+
 def signals(s):
     many = ",".join(["5", "9"] * 30000)
     slow = ["-m", s.long, "--ids", many, "-c", "65536", "-n", "0", "--exact", "-t", "1"]
@@ -604,6 +614,13 @@ def signals(s):
         stopped(s, f"{n} {sig.name} at start", sig, slow, ok, 0.003)
         stopped(s, f"{n} {sig.name} in prefill", sig, slow, ok, 0.15)
         stopped(s, f"{n} {sig.name} in decode", sig, endless, ok, first_output)
+    if s.wanted("19 two SIGINTs"):
+        r = Running(s, "-m", s.long, "--ids", many, "-c", "65536", "-n", "0", "--exact", "-t", "1", "--chunk", "60000")
+        wait_for_err(r, b"cpu:")                    # loading is over, the one chunk takes long
+        r.p.send_signal(signal.SIGINT)
+        r.p.send_signal(signal.SIGINT)
+        code, _, err = r.finish(5 * s.slow)
+        s.tally.check(code == 130, "19 two SIGINTs end it at once", f"{code} {err[-300:]!r}")
     pipes(s, endless)
     terminal(s)
 
@@ -713,6 +730,35 @@ def terminal(s):
         s.tally.check(r.code == 0 and not r.sanitizer(), "19 chat from a pipe: ends with the input", r.tail())
 
 
+def injected(s):
+    """System calls that fail, by a preloaded library: the file is named, or the answer is what it should be."""
+    env = fault_library(s.work, s.tally)
+    text = ["-p", "hello", "-n", "2", "--temp", "0"]
+    for f in ("config.json", INDEX, "tokenizer.json", "generation_config.json", SHARD, SHARD2):
+        def there(d, f=f):
+            if not os.path.exists(os.path.join(d, f)):
+                put(d, f, "{}")
+        for call, error, word in (("open", 5, "nput/output"), ("open", 24, "open files"), ("open", 13, "ermission"), ("fstat", 5, "nput/output"),
+                                  ("mmap", 12, "annot allocate"), ("mmap", 5, "nput/output")):
+            s.refused(f"32 {call} of {f} fails with {error}", there, f, word, args=text, env={**env, "FAULT": f"{call}@{f}:{error}"})
+    for f in (INDEX, "tokenizer.json", SHARD):
+        s.refused(f"32 {f} shrinks after it was opened", cut(f, 4096), f, "shrink", args=text, env={**env, "FAULT": f"fstat@{f}:grown"})
+        s.refused(f"32 {f} is shorter than it says", nothing, f, args=text, env={**env, "FAULT": f"fstat@{f}:grown"})
+    prompt = os.path.join(s.work, "prompt.txt")
+    data = ("hello the area \u4f60\u597d! " * 200).encode()
+    with open(prompt, "wb") as f:
+        f.write(data)
+    one = ["-n", "3", "--temp", "0", "--show-ids"]
+    s.refused("32 reading the prompt's file fails", nothing, "prompt.txt", "nput/output", args=["-f", prompt, *one], env={**env, "FAULT": "read@prompt.txt:5"})
+    s.refused("32 reading stdin fails", nothing, "standard input", "nput/output", args=["-f", "-", *one], stdin=data, env={**env, "FAULT": "read@]:5"})
+    s.refused("32 reading stdin fails, tokenize", nothing, "standard input", "nput/output", command=["tokenize"], args=[], stdin=data, env={**env, "FAULT": "read@]:5"})
+    for what, how in (("the prompt's file", dict(args=["--raw", "-f", prompt, *one])), ("stdin", dict(args=["--raw", "-f", "-", *one], stdin=data)),
+                      ("stdin of tokenize", dict(command=["tokenize"], args=[], stdin=data))):
+        whole = s.accepted(f"32 {what}, whole reads", nothing, **how)
+        short = s.accepted(f"32 {what}, short and interrupted reads", nothing, env={**env, "FAULT": "short"}, **how)
+        s.tally.check(not whole or whole.out == short.out and len(whole.out) > 4, f"32 {what}: the same from short reads", f"{whole and whole.out[:80]!r}")
+
+
 def surroundings(s):
     if s.wanted("32 shrinking file"):
         d = os.path.join(s.work, "shrink")
@@ -778,7 +824,7 @@ def main():
     ap.add_argument("-v", action="store_true")
     a = ap.parse_args()
     tally = Tally(a.v)
-    parts = [shards, bind, offsets, headers, duplicates, json_rules, tables, configs, tokenizers, prompts, options, signals, surroundings]
+    parts = [shards, bind, offsets, headers, duplicates, json_rules, tables, configs, tokenizers, prompts, options, injected, signals, surroundings]
     with tempfile.TemporaryDirectory() as work:
         s = Suite(os.path.abspath(a.dsv4), work, a.slow, a.only, tally)
         for part in parts:

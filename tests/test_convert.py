@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from common import GOLDEN, SANITIZERS, Tally, run
+from common import fault_library, GOLDEN, SANITIZERS, Tally, run
 
 INDEX = "model.safetensors.index.json"
 BITS = {"I64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E8M0": 8, "F8_E4M3": 8, "I8": 8}
@@ -178,42 +178,6 @@ def passed_over(rng):
 
 
 # libc with faults: FAULT=call:n:errno lets the n-th such call fail; FAULT=short:: halves reads and writes and interrupts every third
-SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdatomic.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/types.h>
-static atomic_int calls;
-static int fails(const char *name, size_t *n) {
-    const char *f = getenv("FAULT"), *at = f ? strchr(f, ':') : 0;
-    if (!at) return 0;
-    if (!strncmp(f, "short", 5) && n) {
-        if (++calls % 3 == 0) return errno = EINTR;
-        if (*n > 1) *n /= 2;
-        return 0;
-    }
-    if (strlen(name) != (size_t)(at - f) || strncmp(f, name, at - f) || ++calls != atoi(at + 1)) return 0;
-    return errno = atoi(strchr(at + 1, ':') + 1);
-}
-#define REAL(name) static typeof(&name) real; if (!real) real = (typeof(&name))dlsym(RTLD_NEXT, #name)
-ssize_t pread(int, void *, size_t, off_t);
-ssize_t pread(int fd, void *p, size_t n, off_t o) { REAL(pread); return fails("pread", &n) ? -1 : real(fd, p, n, o); }
-ssize_t pwrite(int, const void *, size_t, off_t);
-ssize_t pwrite(int fd, const void *p, size_t n, off_t o) { REAL(pwrite); return fails("pwrite", &n) ? -1 : real(fd, p, n, o); }
-int fsync(int);
-int fsync(int fd) { REAL(fsync); return fails("fsync", 0) ? -1 : real(fd); }
-int rename(const char *, const char *);
-int rename(const char *a, const char *b) { REAL(rename); return fails("rename", 0) ? -1 : real(a, b); }
-int mkdir(const char *, mode_t);
-int mkdir(const char *a, mode_t m) { REAL(mkdir); return fails("mkdir", 0) ? -1 : real(a, m); }
-int unlink(const char *);
-int unlink(const char *a) { REAL(unlink); return fails("unlink", 0) ? -1 : real(a); }
-"""
-
-
 # ---- the suite -------------------------------------------------------------------------------------------------------
 
 class Suite:
@@ -439,17 +403,12 @@ class Suite:
     def shim(self):
         """Every system call that can fail does, at every place; then the same command ends the work."""
         src, _ = self.small(2, 64)
-        lib = os.path.join(self.work, "shim.so")
-        p = subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", lib, "-ldl"], input=SHIM.encode(), capture_output=True)
-        if p.returncode:
-            self.t.check(False, "the fault library", p.stderr.decode()[-300:])
-            return
+        env = fault_library(self.work, self.t)
         ref = self.new("ref")
         self.convert(src, ref)
         want = tree(ref)
-        env = {"LD_PRELOAD": lib, "ASAN_OPTIONS": SANITIZERS["ASAN_OPTIONS"] + ":verify_asan_link_order=0"}
         dst = self.new("short")
-        r = self.convert(src, dst, "--verify", env={**env, "FAULT": "short::"})
+        r = self.convert(src, dst, "--verify", env={**env, "FAULT": "short"})
         self.t.check(r.code == 0 and tree(dst) == want, "short and interrupted reads and writes", r.tail())
         for call, error, text in [("pread", 5, "nput/output"), ("pwrite", 28, "No space"), ("fsync", 5, "nput/output"),
                                   ("rename", 13, "ermission"), ("mkdir", 28, "No space"), ("unlink", 13, "ermission")]:
