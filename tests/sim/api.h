@@ -118,13 +118,11 @@ struct CUctx_st {
     Obj obj;
     int device;
     int retained;       /* cuDevicePrimaryCtxRetain calls not yet released */
-    unsigned flags;
     CUresult sticky;    /* a fault: every later call on this context returns it */
     Stream *legacy;     /* the NULL stream */
     Stream *streams;    /* all, the NULL stream included */
     bool peer[SIM_MAX_DEVICES];
     double engine[3];   /* virtual time in us at which kernels, copies in, copies out are through */
-    int pending;        /* operations not finished */
 };
 
 struct CUmod_st {
@@ -167,10 +165,16 @@ typedef struct Op {
     int refs, waits;           /* holders; predecessors that have not finished */
     bool done, needed;
     struct Op **preds, **succs;
-    int n_preds, n_succs, cap_succs;
+    int n_preds, n_succs;
+    uint32_t cap_succs;
     uint64_t order;            /* seeded priority */
     double ready, end;         /* virtual time, us */
 } Op;
+
+typedef struct {
+    Node **nodes;
+    int n;
+} Front;
 
 struct CUstream_st {
     Obj obj;
@@ -181,8 +185,7 @@ struct CUstream_st {
     uint32_t id, count;        /* names its operations for the seeded order */
     Op *tail;                  /* last operation, NULL: none yet */
     Capture *capture;
-    Node **front;              /* capture: what the next node depends on */
-    int n_front;
+    Front front;               /* capture: what the next node depends on */
 };
 
 struct CUevent_st {
@@ -191,8 +194,7 @@ struct CUevent_st {
     unsigned flags;            /* 2: no timing */
     Op *op;                    /* last record; NULL: never */
     Capture *capture;
-    Node **front;
-    int n_front;
+    Front front;
 };
 
 struct CUgraphNode_st {
@@ -206,7 +208,8 @@ struct CUgraphNode_st {
 struct CUgraph_st {
     Obj obj;
     Node **nodes;              /* in an order in which dependencies come first */
-    int n, cap;
+    int n;
+    uint32_t cap;
 };
 
 struct CUgraphExec_st {
@@ -233,25 +236,36 @@ enum { ANY = 0, INIT = 1, CTX = 3, UNSAFE = 7 }; /* UNSAFE: CTX, and not during 
  * current, context without a fault. On error the caller still goes on to leave(). */
 CUresult enter(const char *name, int needs);
 CUresult leave(CUresult result);
-/* An exported function: what it needs, name, parameters, and what it does then. */
-#define API(needs, name, params, call)                                                             \
+
+/* What cuGetProcAddress finds: each exported function leaves an entry in the section "symbols",
+ * which the linker makes into one array. */
+typedef struct {
+    const char *name;
+    int since; /* first driver version that has this form */
+    void *function;
+} Symbol;
+#define SYMBOL(id, name, since, function)                                                          \
+    static const Symbol id##_symbol __attribute__((section("symbols"), used, aligned(8))) = {      \
+        name, since, (void *)function };
+
+/* An exported function: what it needs, since when, name, parameters, and what it does then. */
+#define API(needs, since, name, params, call)                                                      \
     EXPORT CUresult name params {                                                                  \
         CUresult r = enter(#name, needs);                                                          \
         return leave(r ? r : (call));                                                              \
-    }
+    }                                                                                              \
+    SYMBOL(name, #name, since, name)
+#define GIVE(to, value) ((to) ? (*(to) = (value), OK) : E_INVALID_VALUE)
 Ctx *cur(void);                        /* the calling thread's context */
 void *obj_new(Type type, size_t bytes);
 bool obj_ok(const void *handle, Type type);
-CUresult ctx_of_device(int device, Ctx **ctx);
 Ctx *device_ctx(int device);           /* NULL: not retained */
-void misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
+CUresult misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* What SIM_FAULT asks for. */
-CUresult fault_launch(void);           /* this kernel launch faults with ..., or OK */
-CUresult fault_lost(int device);       /* this operation finds the device gone, or OK */
-bool fault_memory(int device, uint64_t bytes);     /* this allocation does not fit any more */
+/* What SIM_FAULT asks for: the code of a fault of a kind (launch, lost, oom, corrupt, or a function's
+ * name) whose turn has come with `amount` more calls, operations or bytes; or OK. */
+CUresult fault(const char *what, int device, uint64_t amount, CUresult usual);
 bool fault_missing(const char *symbol);
-bool fault_corrupt(void);              /* this copy between devices damages a byte */
 
 /* the calling thread */
 typedef struct {
@@ -273,7 +287,6 @@ void op_hold(Op **slot, Op *op);             /* *slot = op, with the counts */
 void run_until(Op *op);
 void run_ctx(Ctx *ctx);                      /* all work of a context */
 void note_call(void);                        /* the program is not idle */
-void run_a_little(Op *op);                   /* what a query may see */
 void stream_tail(Stream *stream, Op *op);
 Stream *stream_new(Ctx *ctx, unsigned flags, int priority);
 int stream_preds(Stream *stream, Op **preds, int max);
@@ -285,13 +298,13 @@ CUresult work_copy(const Work *work); /* runs it */
 CUresult work_set(const Work *work);
 
 /* api_launch.c */
+void module_end(Module *module);
 CUresult work_kernel(const Work *work, double *us);
 CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[3],
                           uint32_t shared, void **params, void **extra, Work *work);
-int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared);
 
 /* graph.c */
-CUresult capture_allows(int needs);            /* the rules for calls during a capture */
+CUresult capture_allows(void);                 /* the rules for calls during a capture */
 CUresult capture_break(Capture *capture, CUresult why);
 CUresult capture_add(Stream *stream, Work *work);
 CUresult capture_record(Event *event, Stream *stream);

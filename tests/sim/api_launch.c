@@ -117,121 +117,100 @@ static CUresult load(CUmodule *module, const char *image, unsigned n, const CUji
     return OK;
 }
 
-EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n,
-                                   CUjit_option *options, void **values) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : load(module, image, n, options, values));
-}
-
-API(UNSAFE, cuModuleLoadData, (CUmodule *module, const void *image),
+API(UNSAFE, 2010, cuModuleLoadDataEx, (CUmodule *module, const void *image, unsigned n,
+    CUjit_option *options, void **values), load(module, image, n, options, values))
+API(UNSAFE, 2000, cuModuleLoadData, (CUmodule *module, const void *image),
     load(module, image, 0, NULL, NULL))
 
+void module_end(Module *m) {
+    for (int i = 0; i < m->n_funcs; i++) m->funcs[i].obj.dead = true;
+    m->obj.dead = true;
+    sim_module_unload(m->sim);
+}
+
 /* Waits for the kernels of the module that are still to run. */
-EXPORT CUresult cuModuleUnload(CUmodule m) {
-    CUresult r = enter(__func__, UNSAFE);
-    if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
-    if (!r) {
-        run_ctx(m->ctx);
-        for (int i = 0; i < m->n_funcs; i++) m->funcs[i].obj.dead = true;
-        m->obj.dead = true;
-        sim_module_unload(m->sim);
-    }
-    return leave(r);
+static CUresult unload(Module *m) {
+    if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
+    run_ctx(m->ctx);
+    module_end(m);
+    return OK;
 }
 
-EXPORT CUresult cuModuleGetFunction(CUfunction *function, CUmodule m, const char *name) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!function || !name)) r = E_INVALID_VALUE;
-    if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
-    if (!r) {
-        r = E_NOT_FOUND;
-        for (int i = 0; i < m->n_funcs; i++) {
-            if (strcmp(m->funcs[i].kernel->name, name)) continue;
-            *function = &m->funcs[i];
-            r = OK;
-        }
-    }
-    return leave(r);
+static CUresult get_function(Func **function, Module *m, const char *name) {
+    if (!function || !name) return E_INVALID_VALUE;
+    if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
+    for (int i = 0; i < m->n_funcs; i++)
+        if (!strcmp(m->funcs[i].kernel->name, name)) return GIVE(function, &m->funcs[i]);
+    return E_NOT_FOUND;
 }
 
-EXPORT CUresult cuModuleGetGlobal_v2(CUdeviceptr *address, size_t *bytes, CUmodule m,
-                                     const char *name) {
-    CUresult r = enter(__func__, CTX);
+static CUresult get_global(CUdeviceptr *address, size_t *bytes, Module *m, const char *name) {
     uint64_t p = 0, n = 0;
-    if (!r && (!name || (!address && !bytes))) r = E_INVALID_VALUE;
-    if (!r && !obj_ok(m, T_MODULE)) r = E_INVALID_HANDLE;
-    if (!r) r = sim_module_global(m->sim, name, &p, &n);
+    if (!name || (!address && !bytes)) return E_INVALID_VALUE;
+    if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
+    CUresult r = sim_module_global(m->sim, name, &p, &n);
     if (!r && address) *address = p;
     if (!r && bytes) *bytes = n;
-    return leave(r);
+    return r;
 }
+
+API(UNSAFE, 2000, cuModuleUnload, (CUmodule m), unload(m))
+API(CTX, 2000, cuModuleGetFunction, (CUfunction *function, CUmodule m, const char *name),
+    get_function(function, m, name))
+API(CTX, 3020, cuModuleGetGlobal_v2, (CUdeviceptr *address, size_t *bytes, CUmodule m, const char *name),
+    get_global(address, bytes, m, name))
 
 /* ------------------------------------------------------------------------------------------------
  * functions */
 
 /* CUfunction_attribute: 0 threads, 1 shared, 2 constant, 3 local bytes, 4 registers, 5 PTX and 6
- * machine version, 8 and 9 as below. */
-static CUresult function_attribute(int *value, int which, const Func *f) {
+ * machine version, 7 cache mode, 8 and 9 as below. */
+static CUresult get_attribute(int *value, int which, const Func *f) {
+    if (!value || which < 0 || which > 9) return E_INVALID_VALUE;
+    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     const SimKernel *k = f->kernel;
-    switch (which) {
-    case 0: *value = k->max_threads; return OK;
-    case 1: *value = (int)k->shared_bytes; return OK;
-    case 2: *value = (int)k->const_bytes; return OK;
-    case 3: *value = (int)k->local_bytes; return OK;
-    case 4: *value = k->registers; return OK;
-    case 5: *value = sim_module_ptx_version(f->module->sim); return OK;
-    case 6: *value = sim_options.sm; return OK;
-    case 7: *value = 0; return OK;
-    case 8: *value = (int)f->max_dynamic; return OK;
-    case 9: *value = f->carveout; return OK;
-    default: return E_INVALID_VALUE;
-    }
-}
-
-EXPORT CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction f) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && !value) r = E_INVALID_VALUE;
-    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
-    return leave(r ? r : function_attribute(value, (int)which, f));
+    const int values[10] = {
+        k->max_threads, (int)k->shared_bytes, (int)k->const_bytes, (int)k->local_bytes,
+        k->registers, sim_module_ptx_version(f->module->sim), sim_options.sm, 0,
+        (int)f->max_dynamic, f->carveout };
+    *value = values[which];
+    return OK;
 }
 
 /* 8: dynamic shared memory allowed, 9: preferred carve-out in per cent */
-EXPORT CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute which, int value) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
-    if (!r && (int)which != 8 && (int)which != 9) r = E_INVALID_VALUE;
-    if (!r && (int)which == 9 && (value < -1 || value > 100)) r = E_INVALID_VALUE;
-    if (!r && (int)which == 8 &&
-        (value < 0 || value + (int64_t)f->kernel->shared_bytes > SIM_SHARED_MAX))
-        r = E_INVALID_VALUE;
-    if (!r && (int)which == 8) f->max_dynamic = (uint32_t)value;
-    if (!r && (int)which == 9) f->carveout = value;
-    return leave(r);
+static CUresult set_attribute(Func *f, int which, int value) {
+    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
+    int most = which == 8 ? SIM_SHARED_MAX - (int)f->kernel->shared_bytes : 100;
+    if ((which != 8 && which != 9) || value < (which == 8 ? 0 : -1) || value > most)
+        return E_INVALID_VALUE;
+    if (which == 8)
+        f->max_dynamic = (uint32_t)value;
+    else
+        f->carveout = value;
+    return OK;
 }
 
-EXPORT CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config_) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
-    if (!r && ((int)config_ < 0 || (int)config_ > 3)) r = E_INVALID_VALUE;
-    return leave(r);
-}
+API(CTX, 2020, cuFuncGetAttribute, (int *value, CUfunction_attribute which, CUfunction f),
+    get_attribute(value, (int)which, f))
+API(CTX, 9000, cuFuncSetAttribute, (CUfunction f, CUfunction_attribute which, int value),
+    set_attribute(f, (int)which, value))
 
 /* Blocks of a function that fit on one multiprocessor at a time. */
-int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
+static int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
     const SimKernel *k = f->kernel;
     return occupancy_blocks(k->registers, threads, k->shared_bytes + dynamic_shared);
 }
 
 /* 0 for a block that could not be launched. */
-EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction f, int threads,
-                                                            size_t dynamic_shared) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!blocks || threads <= 0)) r = E_INVALID_VALUE;
-    if (!r && !obj_ok(f, T_FUNC)) r = E_INVALID_HANDLE;
-    if (!r) *blocks = threads > f->kernel->max_threads || dynamic_shared > f->max_dynamic
-                      ? 0 : resident_blocks(f, threads, dynamic_shared);
-    return leave(r);
+static CUresult max_active_blocks(int *blocks, const Func *f, int threads, size_t dynamic_shared) {
+    if (!blocks || threads <= 0) return E_INVALID_VALUE;
+    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
+    bool fits = threads <= f->kernel->max_threads && dynamic_shared <= f->max_dynamic;
+    return GIVE(blocks, fits ? resident_blocks(f, threads, dynamic_shared) : 0);
 }
+
+API(CTX, 6050, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *blocks, CUfunction f, int threads,
+    size_t dynamic_shared), max_active_blocks(blocks, f, threads, dynamic_shared))
 
 /* ------------------------------------------------------------------------------------------------
  * launches */
@@ -243,32 +222,23 @@ static CUresult check_shape(const Func *f, const unsigned grid[3], const unsigne
     static const unsigned grid_max[3] = { 0x7FFFFFFF, 65535, 65535 };
     static const unsigned block_max[3] = { 1024, 1024, 64 };
     const SimKernel *k = f->kernel;
-    uint64_t threads = 1;
+    uint64_t threads = (uint64_t)block[0] * block[1] * block[2];
     for (int i = 0; i < 3; i++) {
-        if (!grid[i] || grid[i] > grid_max[i] || !block[i] || block[i] > block_max[i]) {
-            misuse("%s: grid or block dimension %d is out of range", k->name, i);
-            return E_INVALID_VALUE;
-        }
-        if (k->required_block[i] && k->required_block[i] != block[i]) {
-            misuse("%s: block differs from the one its .reqntid demands", k->name);
-            return E_INVALID_VALUE;
-        }
-        threads *= block[i];
+        if (!grid[i] || grid[i] > grid_max[i] || !block[i] || block[i] > block_max[i])
+            return misuse("%s: grid or block dimension %d is out of range", k->name, i);
+        if (k->required_block[i] && k->required_block[i] != block[i])
+            return misuse("%s: block differs from the one its .reqntid demands", k->name);
     }
-    if (threads > 1024) {
-        misuse("%s: %u threads in a block", k->name, (unsigned)threads);
-        return E_INVALID_VALUE;
-    }
+    if (threads > 1024) return misuse("%s: %u threads in a block", k->name, (unsigned)threads);
     if (threads > (uint64_t)k->max_threads || !resident_blocks(f, (int)threads, 0)) {
         misuse("%s: %u threads: at most %d, with about %d registers each", k->name,
                (unsigned)threads, k->max_threads, k->registers);
         return E_LAUNCH_OUT_OF_RESOURCES;
     }
     if (shared <= f->max_dynamic) return OK;
-    misuse("%s: %u bytes of dynamic shared memory, %u are allowed (%u static; attribute 8 raises "
-           "it, to %d bytes in all)", k->name, shared, f->max_dynamic, k->shared_bytes,
-           SIM_SHARED_MAX);
-    return E_INVALID_VALUE;
+    return misuse("%s: %u bytes of dynamic shared memory, %u are allowed (%u static; attribute 8 "
+                  "raises it, to %d bytes in all)", k->name, shared, f->max_dynamic,
+                  k->shared_bytes, SIM_SHARED_MAX);
 }
 
 /* Copies the arguments into one block, from an array of pointers or from `extra`. */
@@ -330,21 +300,14 @@ static CUresult launch(Func *f, const unsigned grid[3], const unsigned block[3],
     return submit(s, &w);
 }
 
-EXPORT CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                               unsigned by, unsigned bz, unsigned shared, CUstream stream,
-                               void **params, void **extra) {
-    CUresult r = enter(__func__, CTX);
-    unsigned grid[3] = { gx, gy, gz }, block[3] = { bx, by, bz };
-    return leave(r ? r : launch(f, grid, block, shared, stream, params, extra, false));
-}
-
-EXPORT CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz,
-                                          unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                                          CUstream stream, void **params) {
-    CUresult r = enter(__func__, CTX);
-    unsigned grid[3] = { gx, gy, gz }, block[3] = { bx, by, bz };
-    return leave(r ? r : launch(f, grid, block, shared, stream, params, NULL, true));
-}
+API(CTX, 4000, cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+    unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params, void **extra),
+    launch(f, (unsigned[]){ gx, gy, gz }, (unsigned[]){ bx, by, bz }, shared, stream, params,
+           extra, false))
+API(CTX, 9000, cuLaunchCooperativeKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz,
+    unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params),
+    launch(f, (unsigned[]){ gx, gy, gz }, (unsigned[]){ bx, by, bz }, shared, stream, params,
+           NULL, true))
 
 /* Attributes: 0 ignore, 1 access policy (a hint), 2 cooperative, 8 priority; others are refused. */
 static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
@@ -360,7 +323,7 @@ static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **para
     return launch(f, grid, block, c->sharedMemBytes, c->hStream, params, extra, cooperative);
 }
 
-API(CTX, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params, void **extra),
+API(CTX, 11060, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params, void **extra),
     launch_config(c, f, params, extra))
 
 /* Runs a kernel when its turn has come; *us: its computed time. */
@@ -369,7 +332,7 @@ CUresult work_kernel(const Work *w, double *us) {
     SimLaunch l = { .kernel = w->func->kernel, .dynamic_shared = w->shared, .params = w->owned };
     memcpy(l.grid, w->grid, sizeof l.grid);
     memcpy(l.block, w->block, sizeof l.block);
-    CUresult r = fault_launch();
+    CUresult r = fault("launch", -1, 1, 700);
     if (r) {
         fprintf(stderr, "sim: %s: fault %d as SIM_FAULT asks\n", w->func->kernel->name, r);
         return r;

@@ -5,7 +5,6 @@
 /* Page-locked host memory: made here, or the program's own that it registered. */
 typedef struct HostRange {
     uint64_t base, size; /* bytes */
-    unsigned flags;
     bool registered;
     Ctx *ctx;
     int writer; /* device that last copied into it, or -1 */
@@ -35,46 +34,43 @@ static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
     *device = owner(address);
     if (*device >= 0 && !sim_mem_check(address, bytes, why, sizeof why)) return OK;
     if (*device < 0) snprintf(why, sizeof why, "not device memory");
-    misuse("device pointer 0x%llx, %llu bytes: %s", (unsigned long long)address,
-           (unsigned long long)bytes, why);
-    return E_INVALID_VALUE;
+    return misuse("device pointer 0x%llx, %llu bytes: %s", (unsigned long long)address,
+                  (unsigned long long)bytes, why);
 }
 
 /* ------------------------------------------------------------------------------------------------
  * device memory */
 
-EXPORT CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
-    CUresult r = enter(__func__, CTX);
-    uint64_t left = 0, all = 0;
-    if (!r) sim_mem_info(cur()->device, &left, &all);
-    if (!r && free_bytes) *free_bytes = left;
-    if (!r && total) *total = all;
-    return leave(r);
+static CUresult mem_info(size_t *free_bytes, size_t *total) {
+    uint64_t left, all;
+    sim_mem_info(cur()->device, &left, &all);
+    if (free_bytes) *free_bytes = left;
+    if (total) *total = all;
+    return OK;
 }
 
 /* The memory holds poison and counts as never written. */
-EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    uint64_t p = 0;
-    if (!r && (!address || !bytes)) r = E_INVALID_VALUE;
-    if (!r && fault_memory(cur()->device, bytes)) r = E_OUT_OF_MEMORY;
+static CUresult allocate(CUdeviceptr *address, size_t bytes) {
+    uint64_t p;
+    if (!address || !bytes) return E_INVALID_VALUE;
+    CUresult r = fault("oom", cur()->device, bytes, E_OUT_OF_MEMORY);
     if (!r) r = sim_mem_alloc(cur()->device, bytes, &p);
-    if (!r) *address = p;
-    return leave(r);
+    return r ? r : GIVE(address, p);
 }
 
 /* As the driver does, waits for the device before the memory goes. */
-EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
-    CUresult r = enter(__func__, UNSAFE);
-    if (!r && address) {
-        Ctx *c = device_ctx(owner(address));
-        if (c) run_ctx(c);
-        r = c && c->sticky ? c->sticky : sim_mem_free(address);
-        if (r == E_INVALID_VALUE)
-            misuse("0x%llx is not the start of an allocation", (unsigned long long)address);
-    }
-    return leave(r);
+static CUresult release(CUdeviceptr address) {
+    Ctx *c = device_ctx(owner(address));
+    if (!address) return OK;
+    if (c) run_ctx(c);
+    if (c && c->sticky) return c->sticky;
+    return !sim_mem_free(address) ? OK : misuse("0x%llx is not the start of an allocation",
+                                                (unsigned long long)address);
 }
+
+API(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), mem_info(free_bytes, total))
+API(UNSAFE, 3020, cuMemAlloc_v2, (CUdeviceptr *address, size_t bytes), allocate(address, bytes))
+API(UNSAFE, 3020, cuMemFree_v2, (CUdeviceptr address), release(address))
 
 /* ------------------------------------------------------------------------------------------------
  * host memory */
@@ -84,10 +80,10 @@ static size_t pages(uint64_t bytes) {
 }
 
 /* Makes a range known to kernels and copies. */
-static CUresult host_add(uint64_t base, uint64_t bytes, unsigned flags, bool registered) {
+static CUresult host_add(uint64_t base, uint64_t bytes, bool registered) {
     if (sim_mem_host_add((void *)(uintptr_t)base, bytes)) return E_HOST_MEMORY_ALREADY_REGISTERED;
     HostRange *h = zalloc(sizeof *h);
-    *h = (HostRange){ base, bytes, flags, registered, cur(), -1, host_ranges };
+    *h = (HostRange){ base, bytes, registered, cur(), -1, host_ranges };
     host_ranges = h;
     return OK;
 }
@@ -109,8 +105,8 @@ static CUresult host_remove(uint64_t base, bool registered, CUresult unknown) {
 }
 
 /* Filled with 0xFF, a NaN in every float format. A guard page follows. */
-static CUresult host_alloc(void **out, size_t bytes, unsigned flags) {
-    if (!out || !bytes || flags & ~7u) return E_INVALID_VALUE;
+static CUresult host_alloc(void **out, size_t bytes) {
+    if (!out || !bytes) return E_INVALID_VALUE;
     if (bytes > (uint64_t)1 << 40) return E_OUT_OF_MEMORY;
     size_t size = pages(bytes);
     char *p = mmap(NULL, size + 4096, PROT_READ | PROT_WRITE,
@@ -118,67 +114,57 @@ static CUresult host_alloc(void **out, size_t bytes, unsigned flags) {
     if (p == MAP_FAILED) return E_OUT_OF_MEMORY;
     mprotect(p + size, 4096, PROT_NONE);
     memset(p, 0xFF, bytes);
-    CUresult r = host_add((uintptr_t)p, bytes, flags, false);
-    if (r) munmap(p, size + 4096);
-    else *out = p;
-    return r;
+    *out = p;
+    return host_add((uintptr_t)p, bytes, false);
 }
-
-API(UNSAFE, cuMemHostAlloc, (void **out, size_t bytes, unsigned flags),
-    host_alloc(out, bytes, flags))
-API(UNSAFE, cuMemAllocHost_v2, (void **out, size_t bytes), host_alloc(out, bytes, 0))
-API(UNSAFE, cuMemFreeHost, (void *p), host_remove((uintptr_t)p, false, E_INVALID_VALUE))
 
 /* Flags: 1 portable, 2 map, 4 I/O memory, 8 read only. Pages only; the last two are refused, as
  * device attribute 113 says. */
-EXPORT CUresult cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags) {
-    CUresult r = enter(__func__, UNSAFE);
-    if (!r && (!p || !bytes || flags & ~15u)) r = E_INVALID_VALUE;
-    if (!r && flags & 12) r = E_NOT_SUPPORTED;
-    if (!r && ((uintptr_t)p | bytes) & 4095) {
-        misuse("address and size must be multiples of 4096");
-        r = E_INVALID_VALUE;
-    }
-    return leave(r ? r : host_add((uintptr_t)p, bytes, flags, true));
+static CUresult host_register(void *p, size_t bytes, unsigned flags) {
+    if (!p || !bytes || flags & ~15u) return E_INVALID_VALUE;
+    if (flags & 12) return E_NOT_SUPPORTED;
+    if (((uintptr_t)p | bytes) & 4095)
+        return misuse("address and size must be multiples of 4096");
+    return host_add((uintptr_t)p, bytes, true);
 }
 
-API(UNSAFE, cuMemHostUnregister, (void *p),
+API(UNSAFE, 2020, cuMemHostAlloc, (void **out, size_t bytes, unsigned flags),
+    flags & ~7u ? E_INVALID_VALUE : host_alloc(out, bytes))
+API(UNSAFE, 3020, cuMemAllocHost_v2, (void **out, size_t bytes), host_alloc(out, bytes))
+API(UNSAFE, 2000, cuMemFreeHost, (void *p), host_remove((uintptr_t)p, false, E_INVALID_VALUE))
+API(UNSAFE, 6050, cuMemHostRegister_v2, (void *p, size_t bytes, unsigned flags),
+    host_register(p, bytes, flags))
+API(UNSAFE, 4000, cuMemHostUnregister, (void *p),
     host_remove((uintptr_t)p, true, E_HOST_MEMORY_NOT_REGISTERED))
 
 /* One address space: the device address is the host address. */
-EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *p, unsigned flags) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!address || flags || !host_find((uintptr_t)p, 1))) r = E_INVALID_VALUE;
-    if (!r) *address = (uintptr_t)p;
-    return leave(r);
-}
+API(CTX, 3020, cuMemHostGetDevicePointer_v2, (CUdeviceptr *address, void *p, unsigned flags),
+    flags || !host_find((uintptr_t)p, 1) ? E_INVALID_VALUE : GIVE(address, (uintptr_t)p))
 
-/* By CUpointer_attribute. */
+/* By CUpointer_attribute: 1 context, 2 host or device, 3 and 4 device and host address, 8 managed, 9
+ * device, 11 and 12 start and size of the allocation, 13 mapped. */
 static CUresult pointer_attribute(void *out, int which, uint64_t p) {
-    SimRange range = { .base = 0 };
-    if (!sim_mem_find(p, &range) || range.freed) return E_INVALID_VALUE;
+    SimRange range;
+    if (!out || !sim_mem_find(p, &range) || range.freed) return E_INVALID_VALUE;
     bool host = range.device < 0;
     HostRange *h = host ? host_find(p, 1) : NULL;
     Ctx *ctx = host ? h ? h->ctx : NULL : device_ctx(range.device);
     switch (which) {
-    case 1: memcpy(out, &ctx, sizeof ctx); return OK;             /* context */
-    case 2: *(unsigned *)out = host ? 1 : 2; return OK;           /* host, device */
-    case 3: memcpy(out, &p, sizeof p); return OK;                 /* device address */
-    case 4: memcpy(out, &p, sizeof p); return host ? OK : E_INVALID_VALUE;
-    case 8: *(bool *)out = false; return OK;                      /* managed */
-    case 9: *(int *)out = host ? ctx ? ctx->device : 0 : range.device; return OK;
-    case 11: memcpy(out, &range.base, sizeof range.base); return OK;
-    case 12: memcpy(out, &range.size, sizeof range.size); return OK;
-    case 13: *(bool *)out = true; return OK;                      /* mapped */
+    case 1: return GIVE((Ctx **)out, ctx);
+    case 2: return GIVE((unsigned *)out, host ? 1 : 2);
+    case 3: return GIVE((uint64_t *)out, p);
+    case 4: return host ? GIVE((uint64_t *)out, p) : E_INVALID_VALUE;
+    case 8: return GIVE((bool *)out, false);
+    case 9: return GIVE((int *)out, host ? ctx ? ctx->device : 0 : range.device);
+    case 11: return GIVE((uint64_t *)out, range.base);
+    case 12: return GIVE((uint64_t *)out, range.size);
+    case 13: return GIVE((bool *)out, true);
     default: return E_NOT_SUPPORTED;
     }
 }
 
-EXPORT CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr p) {
-    CUresult r = enter(__func__, INIT);
-    if (!r && !out) r = E_INVALID_VALUE;
-    return leave(r ? r : pointer_attribute(out, (int)which, p));
-}
+API(INIT, 4000, cuPointerGetAttribute, (void *out, CUpointer_attribute which, CUdeviceptr p),
+    pointer_attribute(out, (int)which, p))
 
 /* ------------------------------------------------------------------------------------------------
  * copies */
@@ -189,10 +175,8 @@ enum { HOST = 1, DEVICE = 2, EITHER = 3 }; /* what an argument has to be */
 static CUresult side(uint64_t p, uint64_t bytes, int want, int *device, bool *pinned) {
     *pinned = false;
     *device = owner(p);
-    if (*device >= 0 && want == HOST) {
-        misuse("0x%llx is device memory, host memory is expected", (unsigned long long)p);
-        return E_INVALID_VALUE;
-    }
+    if (*device >= 0 && want == HOST)
+        return misuse("0x%llx is device memory, host memory is expected", (unsigned long long)p);
     if (*device >= 0 || want == DEVICE) {
         HostRange *h = want == DEVICE ? host_find(p, bytes) : NULL;
         if (!h) return device_range(p, bytes, device);
@@ -268,28 +252,29 @@ CUresult work_copy(const Work *w) {
     memmove(dst, bytes_at(w->src, w->src_dev), w->bytes);
     if (w->dst_dev >= 0 && w->src_dev >= 0) sim_mem_copy_marks(w->dst, w->src, w->bytes);
     else if (w->dst_dev >= 0) sim_mem_mark(w->dst, w->bytes, true);
-    if (w->dst_dev >= 0 && w->src_dev >= 0 && w->dst_dev != w->src_dev && fault_corrupt())
+    if (w->dst_dev >= 0 && w->src_dev >= 0 && w->dst_dev != w->src_dev &&
+        fault("corrupt", -1, 1, E_UNKNOWN))
         dst[w->bytes / 2] ^= 1;
     return OK;
 }
 
-API(UNSAFE, cuMemcpyHtoD_v2, (CUdeviceptr dst, const void *src, size_t bytes),
+API(UNSAFE, 3020, cuMemcpyHtoD_v2, (CUdeviceptr dst, const void *src, size_t bytes),
     copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, NULL, true))
-API(UNSAFE, cuMemcpyDtoH_v2, (void *dst, CUdeviceptr src, size_t bytes),
+API(UNSAFE, 3020, cuMemcpyDtoH_v2, (void *dst, CUdeviceptr src, size_t bytes),
     copy((uintptr_t)dst, HOST, src, DEVICE, bytes, NULL, true))
 
 /* Between device memories the host does not wait, as documented. */
-API(UNSAFE, cuMemcpyDtoD_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
+API(UNSAFE, 3020, cuMemcpyDtoD_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
     copy(dst, DEVICE, src, DEVICE, bytes, NULL, false))
-API(UNSAFE, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
+API(UNSAFE, 4000, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
     copy(dst, EITHER, src, EITHER, bytes, NULL, true))
-API(CTX, cuMemcpyHtoDAsync_v2, (CUdeviceptr dst, const void *src, size_t bytes, CUstream s),
+API(CTX, 3020, cuMemcpyHtoDAsync_v2, (CUdeviceptr dst, const void *src, size_t bytes, CUstream s),
     copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, s, false))
-API(CTX, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t bytes, CUstream s),
+API(CTX, 3020, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t bytes, CUstream s),
     copy((uintptr_t)dst, HOST, src, DEVICE, bytes, s, false))
-API(CTX, cuMemcpyDtoDAsync_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
+API(CTX, 3020, cuMemcpyDtoDAsync_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
     copy(dst, DEVICE, src, DEVICE, bytes, s, false))
-API(CTX, cuMemcpyAsync, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
+API(CTX, 4000, cuMemcpyAsync, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
     copy(dst, EITHER, src, EITHER, bytes, s, false))
 
 /* Works with and without peer access: the driver stages through the host if need be. */
@@ -297,27 +282,19 @@ static CUresult peer_copy(CUdeviceptr dst, Ctx *to, CUdeviceptr src, Ctx *from, 
                           CUstream s, bool wait) {
     if (!obj_ok(to, T_CTX) || !obj_ok(from, T_CTX)) return E_INVALID_CONTEXT;
     if (to->sticky || from->sticky) return to->sticky ? to->sticky : from->sticky;
-    if (bytes && (owner(dst) != to->device || owner(src) != from->device)) {
-        misuse("a pointer does not belong to the context given with it");
-        return E_INVALID_VALUE;
-    }
+    if (bytes && (owner(dst) != to->device || owner(src) != from->device))
+        return misuse("a pointer does not belong to the context given with it");
     if (wait) run_ctx(from);
     if (wait) run_ctx(to);
     return copy(dst, DEVICE, src, DEVICE, bytes, s, wait);
 }
 
-EXPORT CUresult cuMemcpyPeerAsync(CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
-                                  size_t bytes, CUstream s) {
-    CUresult r = enter(__func__, CTX);
-    return leave(r ? r : peer_copy(dst, to, src, from, bytes, s, false));
-}
+API(CTX, 4000, cuMemcpyPeerAsync, (CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
+    size_t bytes, CUstream s), peer_copy(dst, to, src, from, bytes, s, false))
 
 /* In order with all work of both contexts, as documented. */
-EXPORT CUresult cuMemcpyPeer(CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
-                             size_t bytes) {
-    CUresult r = enter(__func__, UNSAFE);
-    return leave(r ? r : peer_copy(dst, to, src, from, bytes, NULL, true));
-}
+API(UNSAFE, 4000, cuMemcpyPeer, (CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
+    size_t bytes), peer_copy(dst, to, src, from, bytes, NULL, true))
 
 /* ------------------------------------------------------------------------------------------------
  * memset */
@@ -348,11 +325,11 @@ static CUresult set(CUdeviceptr dst, uint32_t value, uint32_t unit, size_t n, CU
     return r ? r : submit(s, &w);
 }
 
-API(UNSAFE, cuMemsetD8_v2, (CUdeviceptr dst, unsigned char value, size_t n),
+API(UNSAFE, 3020, cuMemsetD8_v2, (CUdeviceptr dst, unsigned char value, size_t n),
     set(dst, value, 1, n, NULL))
-API(UNSAFE, cuMemsetD32_v2, (CUdeviceptr dst, unsigned value, size_t n),
+API(UNSAFE, 3020, cuMemsetD32_v2, (CUdeviceptr dst, unsigned value, size_t n),
     set(dst, value, 4, n, NULL))
-API(CTX, cuMemsetD8Async, (CUdeviceptr dst, unsigned char value, size_t n, CUstream s),
+API(CTX, 3020, cuMemsetD8Async, (CUdeviceptr dst, unsigned char value, size_t n, CUstream s),
     set(dst, value, 1, n, s))
-API(CTX, cuMemsetD32Async, (CUdeviceptr dst, unsigned value, size_t n, CUstream s),
+API(CTX, 3020, cuMemsetD32Async, (CUdeviceptr dst, unsigned value, size_t n, CUstream s),
     set(dst, value, 4, n, s))

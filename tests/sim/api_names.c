@@ -1,7 +1,5 @@
 /* api_names.c: error texts, and cuGetProcAddress. */
-#define _GNU_SOURCE
 #include "api.h"
-#include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
 
@@ -75,64 +73,11 @@ const char *error_text(int code) {
     return NULL;
 }
 
-/* Name as the program asks for it, first driver version that has this form, and what the exported
- * symbol carries behind the name. */
-static const struct { const char *base; int version; const char *suffix; } symbols[] = {
-    { "cuCtxDisablePeerAccess", 4000, "" }, { "cuCtxEnablePeerAccess", 4000, "" },
-    { "cuCtxGetCurrent", 4000, "" }, { "cuCtxGetDevice", 13000, "_v2" },
-    { "cuCtxGetDevice", 2000, "" }, { "cuCtxGetStreamPriorityRange", 5050, "" },
-    { "cuCtxPopCurrent", 4000, "_v2" }, { "cuCtxPushCurrent", 4000, "_v2" },
-    { "cuCtxSetCurrent", 4000, "" }, { "cuCtxSynchronize", 13000, "_v2" },
-    { "cuCtxSynchronize", 2000, "" }, { "cuDeviceCanAccessPeer", 4000, "" },
-    { "cuDeviceGet", 2000, "" }, { "cuDeviceGetAttribute", 2000, "" },
-    { "cuDeviceGetCount", 2000, "" }, { "cuDeviceGetName", 2000, "" },
-    { "cuDeviceGetP2PAttribute", 8000, "" }, { "cuDeviceGetPCIBusId", 4010, "" },
-    { "cuDeviceGetUuid", 11040, "_v2" }, { "cuDevicePrimaryCtxGetState", 7000, "" },
-    { "cuDevicePrimaryCtxRelease", 11000, "_v2" }, { "cuDevicePrimaryCtxReset", 11000, "_v2" },
-    { "cuDevicePrimaryCtxRetain", 7000, "" }, { "cuDevicePrimaryCtxSetFlags", 11000, "_v2" },
-    { "cuDeviceTotalMem", 3020, "_v2" }, { "cuDriverGetVersion", 2020, "" },
-    { "cuEventCreate", 2000, "" }, { "cuEventDestroy", 4000, "_v2" },
-    { "cuEventElapsedTime", 12080, "_v2" }, { "cuEventElapsedTime", 2000, "" },
-    { "cuEventQuery", 2000, "" }, { "cuEventRecord", 2000, "" }, { "cuEventSynchronize", 2000, "" },
-    { "cuFuncGetAttribute", 2020, "" }, { "cuFuncSetAttribute", 9000, "" },
-    { "cuFuncSetCacheConfig", 3000, "" }, { "cuGetErrorName", 6000, "" },
-    { "cuGetErrorString", 6000, "" }, { "cuGetExportTable", 3000, "" },
-    { "cuGetProcAddress", 11030, "" },
-    { "cuGetProcAddress", 12000, "_v2" }, { "cuGraphAddKernelNode", 12000, "_v2" },
-    { "cuGraphCreate", 10000, "" }, { "cuGraphDestroy", 10000, "" },
-    { "cuGraphExecDestroy", 10000, "" }, { "cuGraphExecKernelNodeSetParams", 12000, "_v2" },
-    { "cuGraphExecUpdate", 12000, "_v2" }, { "cuGraphGetNodes", 10000, "" },
-    { "cuGraphInstantiate", 11000, "_v2" }, { "cuGraphInstantiate", 12000, "WithFlags" },
-    { "cuGraphInstantiateWithFlags", 11040, "" }, { "cuGraphLaunch", 10000, "" },
-    { "cuGraphUpload", 11010, "" }, { "cuInit", 2000, "" },
-    { "cuLaunchCooperativeKernel", 9000, "" }, { "cuLaunchHostFunc", 10000, "" },
-    { "cuLaunchKernel", 4000, "" }, { "cuLaunchKernelEx", 11060, "" },
-    { "cuMemAlloc", 3020, "_v2" }, { "cuMemAllocHost", 3020, "_v2" }, { "cuMemFree", 3020, "_v2" },
-    { "cuMemFreeHost", 2000, "" }, { "cuMemGetInfo", 3020, "_v2" }, { "cuMemHostAlloc", 2020, "" },
-    { "cuMemHostGetDevicePointer", 3020, "_v2" }, { "cuMemHostRegister", 6050, "_v2" },
-    { "cuMemHostUnregister", 4000, "" }, { "cuMemcpy", 4000, "" }, { "cuMemcpyAsync", 4000, "" },
-    { "cuMemcpyDtoD", 3020, "_v2" }, { "cuMemcpyDtoDAsync", 3020, "_v2" },
-    { "cuMemcpyDtoH", 3020, "_v2" }, { "cuMemcpyDtoHAsync", 3020, "_v2" },
-    { "cuMemcpyHtoD", 3020, "_v2" }, { "cuMemcpyHtoDAsync", 3020, "_v2" },
-    { "cuMemcpyPeer", 4000, "" }, { "cuMemcpyPeerAsync", 4000, "" }, { "cuMemsetD32", 3020, "_v2" },
-    { "cuMemsetD32Async", 3020, "" }, { "cuMemsetD8", 3020, "_v2" },
-    { "cuMemsetD8Async", 3020, "" }, { "cuModuleGetFunction", 2000, "" },
-    { "cuModuleGetGlobal", 3020, "_v2" }, { "cuModuleLoadData", 2000, "" },
-    { "cuModuleLoadDataEx", 2010, "" }, { "cuModuleUnload", 2000, "" },
-    { "cuOccupancyMaxActiveBlocksPerMultiprocessor", 6050, "" },
-    { "cuPointerGetAttribute", 4000, "" }, { "cuProfilerStart", 4000, "" },
-    { "cuProfilerStop", 4000, "" }, { "cuStreamBeginCapture", 10010, "_v2" },
-    { "cuStreamCreate", 2000, "" }, { "cuStreamCreateWithPriority", 5050, "" },
-    { "cuStreamDestroy", 4000, "_v2" }, { "cuStreamEndCapture", 10000, "" },
-    { "cuStreamIsCapturing", 10000, "" }, { "cuStreamQuery", 2000, "" },
-    { "cuStreamSynchronize", 2000, "" }, { "cuStreamWaitEvent", 3020, "" },
-};
+extern const Symbol __start_symbols[], __stop_symbols[];
 
 bool known_symbol(const char *name) {
-    for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
-        size_t n = strlen(symbols[i].base);
-        if (!strncmp(name, symbols[i].base, n) && !strcmp(name + n, symbols[i].suffix)) return true;
-    }
+    for (const Symbol *s = __start_symbols; s < __stop_symbols; s++)
+        if (!strcmp(s->name, name)) return true;
     return false;
 }
 
@@ -151,63 +96,47 @@ void hide_symbol(const char *name) {
     }
 }
 
-/* Address of one of this library's own exports. */
-static void *own_symbol(const char *name) {
-    Dl_info info;
-    if (!dladdr(&config, &info)) return NULL;
-    void *self_ = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    void *p = self_ ? dlsym(self_, name) : NULL;
-    if (self_) dlclose(self_);
-    return p;
+/* Is this a form of the function? Programs ask for the name without the _v2 of the newer ones. */
+static bool is_form(const Symbol *s, const char *asked) {
+    size_t n = strlen(asked);
+    return !strncmp(s->name, asked, n) && (!s->name[n] || !strcmp(s->name + n, "_v2")) &&
+           !strstr(asked, "_v2");
 }
 
-/* The newest form of `symbol` that both `version` and the driver know. *status: 0 found, 1 unknown,
- * 2 only newer forms. Names with a suffix are unknown, as on a real driver. */
-static CUresult get_proc(const char *symbol, void **fn, int version, uint64_t flags, int *status) {
-    char name[128];
-    int best = -1;
+/* The newest form of a function that both `version` and the driver know. *status: 0 found, 1
+ * unknown, 2 only newer forms. */
+static CUresult get_proc(const char *asked, void **fn, int version, uint64_t flags, int *status) {
+    const Symbol *best = NULL;
     *status = 1;
-    if (!symbol || !fn || flags > 2 || version > config.driver) return E_INVALID_VALUE;
+    if (!asked || !fn || flags > 2 || version > config.driver) return E_INVALID_VALUE;
     *fn = NULL;
-    for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
-        if (strcmp(symbols[i].base, symbol)) continue;
-        if (best < 0) *status = 2;
-        if (symbols[i].version > version || symbols[i].version < best) continue;
-        best = symbols[i].version;
-        snprintf(name, sizeof name, "%s%s", symbol, symbols[i].suffix);
-        *status = 0;
+    for (const Symbol *s = __start_symbols; s < __stop_symbols; s++) {
+        if (!is_form(s, asked) || fault_missing(s->name)) continue;
+        if (!best) *status = 2;
+        if (s->since <= version && (!best || s->since > best->since)) best = s;
     }
-    if (*status == 0 && (fault_missing(symbol) || fault_missing(name))) *status = 1;
-    if (*status == 0) *fn = own_symbol(name);
-    if (*status == 1) fprintf(stderr, "sim: cuGetProcAddress: %s is not provided\n", symbol);
+    if (best && !fault_missing(asked)) {
+        *status = 0;
+        *fn = best->function;
+    }
+    if (*status == 1) fprintf(stderr, "sim: cuGetProcAddress: %s is not provided\n", asked);
     return *fn ? OK : E_NOT_FOUND;
 }
 
-EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **fn, int version, cuuint64_t flags,
-                                    CUdriverProcAddressQueryResult *status) {
+/* The newer form gives no error but the status and NULL, so it is documented. */
+static CUresult get_proc_v2(const char *asked, void **fn, int version, uint64_t flags,
+                            CUdriverProcAddressQueryResult *status) {
     int found;
-    CUresult r = enter(__func__, ANY);
-    if (!r) {
-        r = get_proc(symbol, fn, version, flags, &found);
-        if (status) *status = found;
-        if (r == E_NOT_FOUND) r = OK; /* the status and the NULL tell, so it is documented */
-    }
-    return leave(r);
+    CUresult r = get_proc(asked, fn, version, flags, &found);
+    if (status) *status = found;
+    return r == E_NOT_FOUND ? OK : r;
 }
 
-EXPORT CUresult cuGetProcAddress(const char *symbol, void **fn, int version, cuuint64_t flags) {
-    int found;
-    CUresult r = enter(__func__, ANY);
-    return leave(r ? r : get_proc(symbol, fn, version, flags, &found));
-}
+API(ANY, 12000, cuGetProcAddress_v2, (const char *symbol, void **fn, int version, cuuint64_t flags,
+    CUdriverProcAddressQueryResult *status), get_proc_v2(symbol, fn, version, flags, status))
+API(ANY, 11030, cuGetProcAddress, (const char *symbol, void **fn, int version, cuuint64_t flags),
+    get_proc(symbol, fn, version, flags, &(int){ 0 }))
 
 /* NVRTC asks for the driver's private tables when it finds a driver; there are none. */
-EXPORT CUresult cuGetExportTable(const void **table, const CUuuid *id) {
-    CUresult r = enter(__func__, ANY);
-    if (!r && (!table || !id)) r = E_INVALID_VALUE;
-    if (!r) {
-        *table = NULL;
-        r = E_NOT_FOUND;
-    }
-    return leave(r);
-}
+API(ANY, 3000, cuGetExportTable, (const void **table, const CUuuid *id),
+    !id || GIVE(table, NULL) ? E_INVALID_VALUE : E_NOT_FOUND)

@@ -15,19 +15,12 @@ static Graph *graph_new(void) {
 }
 
 /* A node after `deps`; takes work->owned. */
-static Node *graph_add(Graph *g, const Work *work, Node **deps, int n_deps) {
-    if (g->n == g->cap) {
-        g->cap = g->cap ? 2 * g->cap : 16;
-        g->nodes = realloc(g->nodes, (size_t)g->cap * sizeof *g->nodes);
-        if (!g->nodes) abort();
-    }
+static Node *graph_add(Graph *g, const Work *work, Node *const *deps, int n_deps) {
     Node *n = zalloc(sizeof *n);
-    n->work = *work;
-    n->graph = g;
-    n->index = g->n;
+    g->nodes = xgrow(g->nodes, (uint32_t)g->n, &g->cap, sizeof *g->nodes);
+    *n = (Node){ .work = *work, .graph = g, .index = g->n, .n_deps = n_deps };
     n->deps = zalloc((size_t)n_deps * sizeof *deps);
     for (int i = 0; i < n_deps; i++) n->deps[i] = deps[i];
-    n->n_deps = n_deps;
     return g->nodes[g->n++] = n;
 }
 
@@ -52,36 +45,26 @@ static Graph *graph_clone(const Graph *g) {
 }
 
 /* Handles of nodes die with their graph; the memory stays for the error. */
-static void graph_free(Graph *g) {
+static CUresult graph_free(Graph *g) {
+    if (!obj_ok(g, T_GRAPH)) return E_INVALID_VALUE;
     g->obj.dead = true;
     for (int i = 0; i < g->n; i++) work_free(&g->nodes[i]->work);
-}
-
-EXPORT CUresult cuGraphCreate(CUgraph *graph, unsigned flags) {
-    CUresult r = enter(__func__, INIT);
-    if (!r && (!graph || flags)) r = E_INVALID_VALUE;
-    if (!r) *graph = graph_new();
-    return leave(r);
-}
-
-EXPORT CUresult cuGraphDestroy(CUgraph graph) {
-    CUresult r = enter(__func__, INIT);
-    if (!r && !obj_ok(graph, T_GRAPH)) r = E_INVALID_VALUE;
-    if (!r) graph_free(graph);
-    return leave(r);
+    return OK;
 }
 
 /* Fills up to *n entries, or tells how many there are. */
-EXPORT CUresult cuGraphGetNodes(CUgraph graph, CUgraphNode *nodes, size_t *n) {
-    CUresult r = enter(__func__, INIT);
-    if (!r && (!obj_ok(graph, T_GRAPH) || !n)) r = E_INVALID_VALUE;
-    if (!r) {
-        for (size_t i = 0; nodes && i < *n; i++)
-            nodes[i] = i < (size_t)graph->n ? graph->nodes[i] : NULL;
-        if (!nodes || *n > (size_t)graph->n) *n = (size_t)graph->n;
-    }
-    return leave(r);
+static CUresult graph_nodes(Graph *g, Node **nodes, size_t *n) {
+    if (!obj_ok(g, T_GRAPH) || !n) return E_INVALID_VALUE;
+    for (size_t i = 0; nodes && i < *n; i++) nodes[i] = i < (size_t)g->n ? g->nodes[i] : NULL;
+    if (!nodes || *n > (size_t)g->n) *n = (size_t)g->n;
+    return OK;
 }
+
+API(INIT, 10000, cuGraphCreate, (CUgraph *graph, unsigned flags),
+    flags ? E_INVALID_VALUE : GIVE(graph, graph_new()))
+API(INIT, 10000, cuGraphDestroy, (CUgraph graph), graph_free(graph))
+API(INIT, 10000, cuGraphGetNodes, (CUgraph graph, CUgraphNode *nodes, size_t *n),
+    graph_nodes(graph, nodes, n))
 
 static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
     if (!p) return E_INVALID_VALUE;
@@ -91,57 +74,59 @@ static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
 }
 
 /* Dependencies are nodes of the same graph, so the list stays in an order that can run. */
-EXPORT CUresult cuGraphAddKernelNode_v2(CUgraphNode *node, CUgraph graph, const CUgraphNode *deps,
-                                        size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
+static CUresult add_kernel(Node **node, Graph *g, Node *const *deps, size_t n_deps,
+                           const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
     Work w;
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!node || !obj_ok(graph, T_GRAPH) || (n_deps && !deps))) r = E_INVALID_VALUE;
-    for (size_t i = 0; !r && i < n_deps; i++)
-        if (!deps[i] || deps[i]->graph != graph) r = E_INVALID_VALUE;
-    if (!r) r = kernel_work(params, &w);
-    if (!r) *node = graph_add(graph, &w, (Node **)deps, (int)n_deps);
-    return leave(r);
+    if (!node || !obj_ok(g, T_GRAPH) || (n_deps && !deps)) return E_INVALID_VALUE;
+    for (size_t i = 0; i < n_deps; i++)
+        if (!deps[i] || deps[i]->graph != g) return E_INVALID_VALUE;
+    CUresult r = kernel_work(params, &w);
+    if (!r) *node = graph_add(g, &w, deps, (int)n_deps);
+    return r;
 }
+
+API(CTX, 12000, cuGraphAddKernelNode_v2, (CUgraphNode *node, CUgraph graph, const CUgraphNode *deps,
+    size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params),
+    add_kernel(node, graph, deps, n_deps, params))
 
 /* ------------------------------------------------------------------------------------------------
  * executable graphs */
 
-/* Takes a copy: later changes of the graph do not touch it. Flags 1 and 8 change nothing here, 2
- * (upload) and 4 (launch from the device) are not supported. */
-static CUresult instantiate(CUgraphExec *exec, CUgraph graph, unsigned long long flags) {
-    if (!exec || !obj_ok(graph, T_GRAPH)) return E_INVALID_VALUE;
-    if (flags & ~9ull) return flags & ~15ull ? E_INVALID_VALUE : E_NOT_SUPPORTED;
-    for (int i = 0; i < graph->n; i++)
-        if (graph->nodes[i]->work.kind == W_KERNEL && !obj_ok(graph->nodes[i]->work.func, T_FUNC))
+/* Functions of a module that is gone cannot run any more. */
+static CUresult functions_ok(const Graph *g) {
+    for (int i = 0; i < g->n; i++)
+        if (g->nodes[i]->work.kind == W_KERNEL && !obj_ok(g->nodes[i]->work.func, T_FUNC))
             return E_INVALID_HANDLE;
-    Exec *e = obj_new(T_EXEC, sizeof *e);
-    e->graph = graph_clone(graph);
-    *exec = e;
     return OK;
 }
 
-API(CTX, cuGraphInstantiateWithFlags, (CUgraphExec *exec, CUgraph graph, unsigned long long flags),
-    instantiate(exec, graph, flags))
-
-EXPORT CUresult cuGraphInstantiate_v2(CUgraphExec *exec, CUgraph graph, CUgraphNode *error_node,
-                                      char *log, size_t log_size) {
-    CUresult r = enter(__func__, CTX);
-    if (log && log_size) *log = 0;
-    if (error_node) *error_node = NULL;
-    return leave(r ? r : instantiate(exec, graph, 0));
+/* Takes a copy: later changes of the graph do not touch it. Flags 1 and 8 change nothing here, 2
+ * (upload) and 4 (launch from the device) are not supported. */
+static CUresult instantiate(Exec **exec, Graph *graph, unsigned long long flags) {
+    if (!exec || !obj_ok(graph, T_GRAPH)) return E_INVALID_VALUE;
+    if (flags & ~9ull) return flags & ~15ull ? E_INVALID_VALUE : E_NOT_SUPPORTED;
+    if (functions_ok(graph)) return E_INVALID_HANDLE;
+    *exec = obj_new(T_EXEC, sizeof **exec);
+    (*exec)->graph = graph_clone(graph);
+    return OK;
 }
 
-EXPORT CUresult cuGraphExecDestroy(CUgraphExec exec) {
-    CUresult r = enter(__func__, INIT);
-    if (!r && !obj_ok(exec, T_EXEC)) r = E_INVALID_VALUE;
-    if (!r) {
-        run_until(exec->last);
-        op_hold(&exec->last, NULL);
-        graph_free(exec->graph);
-        exec->obj.dead = true;
-    }
-    return leave(r);
+API(CTX, 11040, cuGraphInstantiateWithFlags, (CUgraphExec *exec, CUgraph graph,
+    unsigned long long flags), instantiate(exec, graph, flags))
+SYMBOL(new_instantiate, "cuGraphInstantiate", 12000, cuGraphInstantiateWithFlags)
+API(CTX, 11000, cuGraphInstantiate_v2, (CUgraphExec *exec, CUgraph graph, CUgraphNode *error_node,
+    char *log, size_t log_size),
+    (log && log_size ? *log = 0 : 0, GIVE(error_node, NULL), instantiate(exec, graph, 0)))
+
+static CUresult exec_destroy(Exec *e) {
+    if (!obj_ok(e, T_EXEC)) return E_INVALID_VALUE;
+    run_until(e->last);
+    op_hold(&e->last, NULL);
+    e->obj.dead = true;
+    return graph_free(e->graph);
 }
+
+API(INIT, 10000, cuGraphExecDestroy, (CUgraphExec exec), exec_destroy(exec))
 
 /* The nodes become operations between two empty ones at the end of the stream. */
 static CUresult launch(Exec *e, CUstream h) {
@@ -150,11 +135,8 @@ static CUresult launch(Exec *e, CUstream h) {
     if (r) return r;
     if (!obj_ok(e, T_EXEC)) return E_INVALID_VALUE;
     if (s->capture) return capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
-    for (int i = 0; i < e->graph->n; i++) {
-        Work *w = &e->graph->nodes[i]->work;
-        if (w->kind == W_KERNEL && !obj_ok(w->func, T_FUNC)) return E_INVALID_HANDLE;
-    }
-    r = append(s, &(Work){ .ctx = s->ctx }, e->last);
+    r = functions_ok(e->graph);
+    if (!r) r = append(s, &(Work){ .ctx = s->ctx }, e->last);
     if (r) return r;
     int n = e->graph->n;
     Op **ends = zalloc((size_t)(n + 1) * sizeof *ends), *start = NULL;
@@ -178,15 +160,9 @@ static CUresult launch(Exec *e, CUstream h) {
     return OK;
 }
 
-API(CTX, cuGraphLaunch, (CUgraphExec exec, CUstream stream), launch(exec, stream))
-
-EXPORT CUresult cuGraphUpload(CUgraphExec exec, CUstream stream) {
-    Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !obj_ok(exec, T_EXEC)) r = E_INVALID_VALUE;
-    if (!r) r = get_stream(stream, &s);
-    return leave(r);
-}
+API(CTX, 10000, cuGraphLaunch, (CUgraphExec exec, CUstream stream), launch(exec, stream))
+API(CTX, 11010, cuGraphUpload, (CUgraphExec exec, CUstream stream),
+    obj_ok(exec, T_EXEC) ? get_stream(stream, &(Stream *){ NULL }) : E_INVALID_VALUE)
 
 /* Results: 0 done, 2 topology, 3 node type, 5 parameters differ in a way that cannot be updated. */
 static int compare(const Node *a, const Node *b) {
@@ -199,16 +175,16 @@ static int compare(const Node *a, const Node *b) {
 }
 
 /* Replaces all parameters by those of a graph of the same shape. */
-static CUresult update(Exec *e, Graph *g, int *result, Node **where) {
-    *where = NULL;
-    *result = 1;
+static CUresult update(Exec *e, Graph *g, CUgraphExecUpdateResultInfo *info) {
+    if (!info) return E_INVALID_VALUE;
+    *info = (CUgraphExecUpdateResultInfo){ .result = 1 };
     if (!obj_ok(e, T_EXEC) || !obj_ok(g, T_GRAPH)) return E_INVALID_VALUE;
-    *result = e->graph->n != g->n ? 2 : 0;
-    for (int i = 0; !*result && i < g->n; i++) {
-        *result = compare(e->graph->nodes[i], g->nodes[i]);
-        if (*result) *where = g->nodes[i];
+    info->result = e->graph->n != g->n ? 2 : 0;
+    for (int i = 0; !info->result && i < g->n; i++) {
+        info->result = compare(e->graph->nodes[i], g->nodes[i]);
+        if (info->result) info->errorNode = g->nodes[i];
     }
-    if (*result) return E_GRAPH_EXEC_UPDATE_FAILURE;
+    if (info->result) return E_GRAPH_EXEC_UPDATE_FAILURE;
     for (int i = 0; i < g->n; i++) {
         work_free(&e->graph->nodes[i]->work);
         e->graph->nodes[i]->work = work_clone(&g->nodes[i]->work);
@@ -216,38 +192,25 @@ static CUresult update(Exec *e, Graph *g, int *result, Node **where) {
     return OK;
 }
 
-EXPORT CUresult cuGraphExecUpdate_v2(CUgraphExec exec, CUgraph graph,
-                                     CUgraphExecUpdateResultInfo *info) {
-    int result;
-    Node *where;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !info) r = E_INVALID_VALUE;
-    if (!r) {
-        r = update(exec, graph, &result, &where);
-        *info = (CUgraphExecUpdateResultInfo){ .result = result, .errorNode = where };
-    }
-    return leave(r);
-}
+API(CTX, 12000, cuGraphExecUpdate_v2, (CUgraphExec exec, CUgraph graph,
+    CUgraphExecUpdateResultInfo *info), update(exec, graph, info))
 
 /* `node` is the node of the graph that the executable graph was made from. */
-EXPORT CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec exec, CUgraphNode node,
-                                                  const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
+static CUresult set_params(Exec *e, Node *node, const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
     Work w;
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!obj_ok(exec, T_EXEC) || !node || node->index >= exec->graph->n))
-        r = E_INVALID_VALUE;
-    Work *old = r ? NULL : &exec->graph->nodes[node->index]->work;
-    if (!r && old->kind != W_KERNEL) r = E_INVALID_VALUE;
-    if (!r) r = kernel_work(params, &w);
-    if (!r && w.ctx != old->ctx) {
-        work_free(&w);
-        r = E_INVALID_VALUE;
-    } else if (!r) {
-        work_free(old);
-        *old = w;
-    }
-    return leave(r);
+    if (!obj_ok(e, T_EXEC) || !node || node->index >= e->graph->n) return E_INVALID_VALUE;
+    Work *old = &e->graph->nodes[node->index]->work;
+    if (old->kind != W_KERNEL) return E_INVALID_VALUE;
+    CUresult r = kernel_work(params, &w);
+    if (r) return r;
+    r = w.ctx == old->ctx ? OK : E_INVALID_VALUE;
+    work_free(r ? &w : old);
+    if (!r) *old = w;
+    return r;
 }
+
+API(CTX, 12000, cuGraphExecKernelNodeSetParams_v2, (CUgraphExec exec, CUgraphNode node,
+    const CUDA_KERNEL_NODE_PARAMS_v2 *params), set_params(exec, node, params))
 
 /* ------------------------------------------------------------------------------------------------
  * capture */
@@ -261,9 +224,8 @@ CUresult capture_break(Capture *c, CUresult why) {
 
 /* Calls that may wait for the device or change its memory map are not allowed while the calling
  * thread captures (modes global and thread local), or any thread does (mode global). */
-CUresult capture_allows(int needs) {
+CUresult capture_allows(void) {
     CUresult r = OK;
-    (void)needs;
     for (Capture *c = captures; c; c = c->next) {
         bool mine = pthread_equal(c->thread, pthread_self());
         if (c->ended || c->mode == 2 || (c->mode == 1 && !mine)) continue;
@@ -273,23 +235,22 @@ CUresult capture_allows(int needs) {
 }
 
 /* *front = the union of itself and `more`. */
-static void join_front(Node ***front, int *n, Node **more, int n_more) {
-    Node **all = zalloc((size_t)(*n + n_more) * sizeof *all);
+static void join_front(Front *front, const Front *more) {
+    Node **all = zalloc((size_t)(front->n + more->n) * sizeof *all);
     int k = 0;
-    for (int i = 0; i < *n; i++) all[k++] = (*front)[i];
-    for (int i = 0; i < n_more; i++) {
+    for (int i = 0; i < front->n + more->n; i++) {
+        Node *node = i < front->n ? front->nodes[i] : more->nodes[i - front->n];
         int j = 0;
-        while (j < k && all[j] != more[i]) j++;
-        if (j == k) all[k++] = more[i];
+        while (j < k && all[j] != node) j++;
+        if (j == k) all[k++] = node;
     }
-    free(*front);
-    *front = all;
-    *n = k;
+    free(front->nodes);
+    *front = (Front){ all, k };
 }
 
-static void set_front(Node ***front, int *n, Node **nodes, int n_nodes) {
-    *n = 0;
-    join_front(front, n, nodes, n_nodes);
+static void set_front(Front *front, const Front *to) {
+    front->n = 0;
+    join_front(front, to);
 }
 
 /* Instead of running: a node after everything the stream did in this capture. */
@@ -298,8 +259,8 @@ CUresult capture_add(Stream *s, Work *work) {
         work_free(work);
         return E_CAPTURE_INVALIDATED;
     }
-    Node *n = graph_add(s->capture->graph, work, s->front, s->n_front);
-    set_front(&s->front, &s->n_front, &n, 1);
+    Node *n = graph_add(s->capture->graph, work, s->front.nodes, s->front.n);
+    set_front(&s->front, &(Front){ &n, 1 });
     return OK;
 }
 
@@ -308,7 +269,7 @@ CUresult capture_record(Event *e, Stream *s) {
     if (s->capture->broken) return E_CAPTURE_INVALIDATED;
     e->capture = s->capture;
     op_hold(&e->op, NULL);
-    set_front(&e->front, &e->n_front, s->front, s->n_front);
+    set_front(&e->front, &s->front);
     return OK;
 }
 
@@ -324,11 +285,9 @@ CUresult capture_wait(Stream *s, Event *e) {
         capture_break(of_event, E_CAPTURE_MERGE);
         return capture_break(s->capture, E_CAPTURE_MERGE);
     }
-    if (!s->capture) {
-        s->capture = of_event;
-        s->n_front = 0;
-    }
-    join_front(&s->front, &s->n_front, e->front, e->n_front);
+    if (!s->capture) s->front.n = 0;
+    s->capture = of_event;
+    join_front(&s->front, &e->front);
     return OK;
 }
 
@@ -344,11 +303,11 @@ static CUresult begin(CUstream h, int mode) {
     *c = (Capture){ graph_new(), s, mode, pthread_self(), false, false, captures };
     captures = c;
     s->capture = c;
-    s->n_front = 0;
+    s->front.n = 0;
     return OK;
 }
 
-API(CTX, cuStreamBeginCapture_v2, (CUstream stream, CUstreamCaptureMode mode),
+API(CTX, 10010, cuStreamBeginCapture_v2, (CUstream stream, CUstreamCaptureMode mode),
     begin(stream, (int)mode))
 
 static void mark_back(Node *n, bool *seen) {
@@ -357,16 +316,16 @@ static void mark_back(Node *n, bool *seen) {
     for (int i = 0; i < n->n_deps; i++) mark_back(n->deps[i], seen);
 }
 
-/* Has every stream that joined been joined back to the first one? */
-static bool joined(const Capture *c) {
+/* Lets all streams out of the capture. False: one that joined was not joined back to the first. */
+static bool leave_capture(const Capture *c) {
     bool *seen = zalloc((size_t)c->graph->n * sizeof *seen), good = true;
-    for (int i = 0; i < c->origin->n_front; i++) mark_back(c->origin->front[i], seen);
-    for (int d = 0; d < config.devices; d++) {
-        Stream *s = device_ctx(d) ? device_ctx(d)->streams : NULL;
-        for (; s; s = s->next)
-            for (int i = 0; s->capture == c && i < s->n_front; i++)
-                if (!seen[s->front[i]->index]) good = false;
-    }
+    for (int i = 0; i < c->origin->front.n; i++) mark_back(c->origin->front.nodes[i], seen);
+    for (int d = 0; d < config.devices; d++)
+        for (Stream *s = device_ctx(d) ? device_ctx(d)->streams : NULL; s; s = s->next) {
+            if (s->capture != c) continue;
+            for (int i = 0; i < s->front.n; i++) good &= seen[s->front.nodes[i]->index];
+            s->capture = NULL;
+        }
     free(seen);
     return good;
 }
@@ -381,25 +340,25 @@ static CUresult end(CUstream h, CUgraph *graph) {
     if (!c) return E_ILLEGAL_STATE;
     if (s != c->origin) return capture_break(c, E_CAPTURE_UNMATCHED);
     if (c->mode != 2 && !pthread_equal(c->thread, pthread_self())) return E_CAPTURE_WRONG_THREAD;
-    r = c->broken ? E_CAPTURE_INVALIDATED : joined(c) ? OK : E_CAPTURE_UNJOINED;
+    r = leave_capture(c) ? OK : E_CAPTURE_UNJOINED;
+    if (c->broken) r = E_CAPTURE_INVALIDATED;
     c->ended = true;
-    for (int d = 0; d < config.devices; d++)
-        for (s = device_ctx(d) ? device_ctx(d)->streams : NULL; s; s = s->next)
-            if (s->capture == c) s->capture = NULL;
     *graph = r ? NULL : c->graph;
     if (r) graph_free(c->graph);
     return r;
 }
 
-API(CTX, cuStreamEndCapture, (CUstream stream, CUgraph *graph), end(stream, graph))
+API(CTX, 10000, cuStreamEndCapture, (CUstream stream, CUgraph *graph), end(stream, graph))
 
-EXPORT CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+/* 0 no capture, 1 active, 2 spoilt. The legacy stream may not be asked meanwhile. */
+static CUresult is_capturing(CUstream h, CUstreamCaptureStatus *status) {
     Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !status) r = E_INVALID_VALUE;
-    if (!r) r = get_stream(stream, &s);
-    for (Stream *t = r || s != s->ctx->legacy ? NULL : s->ctx->streams; t; t = t->next)
-        if (t->capture && !(t->flags & 1)) r = E_CAPTURE_IMPLICIT;
-    if (!r) *status = !s->capture ? 0 : s->capture->broken ? 2 : 1;
-    return leave(r);
+    CUresult r = get_stream(h, &s);
+    if (r) return r;
+    for (Stream *t = s == s->ctx->legacy ? s->ctx->streams : NULL; t; t = t->next)
+        if (t->capture && !(t->flags & 1)) return E_CAPTURE_IMPLICIT;
+    return GIVE(status, !s->capture ? 0 : s->capture->broken ? 2 : 1);
 }
+
+API(CTX, 10000, cuStreamIsCapturing, (CUstream stream, CUstreamCaptureStatus *status),
+    is_capturing(stream, status))

@@ -13,15 +13,10 @@
 
 static pthread_cond_t progress = PTHREAD_COND_INITIALIZER; /* an operation finished */
 static Op **ready;                                         /* no unfinished predecessors */
-static int n_ready, cap_ready, n_pending, n_running;
+static uint32_t n_ready, cap_ready;
+static int n_running;
 static uint32_t next_stream_id;
 static struct timespec last_call;
-
-static uint64_t mix(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
 
 void work_free(Work *work) {
     free(work->owned);
@@ -43,21 +38,8 @@ void op_hold(Op **slot, Op *op) {
 
 /* It may run from now on. */
 static void make_ready(Op *op) {
-    if (n_ready == cap_ready) {
-        cap_ready = cap_ready ? 2 * cap_ready : 64;
-        ready = realloc(ready, (size_t)cap_ready * sizeof *ready);
-        if (!ready) abort();
-    }
+    ready = xgrow(ready, n_ready, &cap_ready, sizeof *ready);
     ready[n_ready++] = op;
-}
-
-static void add_succ(Op *op, Op *succ) {
-    if (op->n_succs == op->cap_succs) {
-        op->cap_succs = op->cap_succs ? 2 * op->cap_succs : 4;
-        op->succs = realloc(op->succs, (size_t)op->cap_succs * sizeof *op->succs);
-        if (!op->succs) abort();
-    }
-    op->succs[op->n_succs++] = succ;
 }
 
 /* An operation that runs after `preds` (NULL entries allowed), not before virtual time `t`. Takes
@@ -73,12 +55,11 @@ Op *op_new(const Work *work, Op **preds, int n_preds, double t, uint64_t order) 
         if (p && p->end > op->ready && p->done) op->ready = p->end;
         if (!p || p->done) continue;
         op_hold(&op->preds[op->n_preds++], p);
-        add_succ(p, op);
+        p->succs = xgrow(p->succs, (uint32_t)p->n_succs, &p->cap_succs, sizeof *p->succs);
+        p->succs[p->n_succs++] = op;
         op->waits++;
     }
     op_hold(&held, op);
-    n_pending++;
-    work->ctx->pending++;
     if (!op->waits) make_ready(op);
     return op;
 }
@@ -87,8 +68,6 @@ Op *op_new(const Work *work, Op **preds, int n_preds, double t, uint64_t order) 
 static void finish(Op *op, double end) {
     op->end = end;
     op->done = true;
-    n_pending--;
-    op->work.ctx->pending--;
     for (int i = 0; i < op->n_preds; i++) op_hold(&op->preds[i], NULL);
     free(op->preds);
     op->preds = NULL;
@@ -139,7 +118,7 @@ static void execute(Op *op) {
     Ctx *c = w->ctx;
     double us = 0;
     n_running++;
-    if (w->kind != W_EMPTY && !c->sticky) c->sticky = fault_lost(c->device);
+    if (w->kind != W_EMPTY && !c->sticky) c->sticky = fault("lost", c->device, 1, E_UNKNOWN);
     if (!c->sticky) {
         if (w->kind == W_KERNEL) c->sticky = work_kernel(w, &us);
         if (w->kind == W_COPY) {
@@ -164,32 +143,28 @@ static bool volunteers(const Op *op) {
 
 /* Takes the next operation out of the ready list; NULL if none may run now. */
 static Op *pick(void) {
-    int best = -1;
-    for (int i = 0; i < n_ready; i++) {
-        if (!ready[i]->needed && !volunteers(ready[i])) continue;
-        if (best < 0 || ready[i]->order < ready[best]->order) best = i;
-    }
-    if (best < 0) return NULL;
-    Op *op = ready[best];
-    ready[best] = ready[--n_ready];
+    Op **best = NULL, *op;
+    for (uint32_t i = 0; i < n_ready; i++)
+        if ((ready[i]->needed || volunteers(ready[i])) &&
+            (!best || ready[i]->order < (*best)->order))
+            best = &ready[i];
+    if (!best) return NULL;
+    op = *best;
+    *best = ready[--n_ready];
     return op;
 }
 
-/* Marks an operation and all it waits for. */
+/* Marks an operation and all it waits for (a chain may be long: no recursion). */
 static void need(Op *op) {
-    int n = 0, cap = 64;
-    Op **stack = zalloc((size_t)cap * sizeof *stack);
-    if (op && !op->done && !op->needed) stack[n++] = op;
-    while (n) {
-        Op *o = stack[--n];
-        if (o->needed) continue;
-        o->needed = true;
-        while (n + o->n_preds > cap) {
-            stack = realloc(stack, (size_t)(cap *= 2) * sizeof *stack);
-            if (!stack) abort();
+    uint32_t n = 0, cap = 0;
+    Op **stack = NULL;
+    while (op) {
+        for (int i = 0; i < op->n_preds && !op->needed; i++) {
+            stack = xgrow(stack, n, &cap, sizeof *stack);
+            stack[n++] = op->preds[i];
         }
-        for (int i = 0; i < o->n_preds; i++)
-            if (!o->preds[i]->done && !o->preds[i]->needed) stack[n++] = o->preds[i];
+        op->needed = true;
+        op = n ? stack[--n] : NULL;
     }
     free(stack);
 }
@@ -224,14 +199,6 @@ void run_ctx(Ctx *ctx) {
     for (Stream *s = ctx->streams; s; s = s->next) run_until(s->tail);
 }
 
-/* A query lets the device get on by one operation, so that polling ends. */
-void run_a_little(Op *op) {
-    if (!op || op->done) return;
-    need(op);
-    Op *next = pick();
-    if (next) execute(next);
-}
-
 /* The device of a program that waits without calling the driver (for a flag, for a callback) gets
  * on too, but only after a long silence. */
 static void *idle_thread(void *unused) {
@@ -243,7 +210,7 @@ static void *idle_thread(void *unused) {
         double ms = (now.tv_sec - last_call.tv_sec) * 1e3 + (now.tv_nsec - last_call.tv_nsec) / 1e6;
         if (n_ready && !n_running && ms > config.idle_ms) {
             if (config.trace) fprintf(stderr, "sim: no call for %d ms\n", config.idle_ms);
-            for (int i = 0; i < n_ready; i++) ready[i]->needed = true;
+            for (uint32_t i = 0; i < n_ready; i++) ready[i]->needed = true;
             Op *op = pick();
             if (op) execute(op);
         }
@@ -288,7 +255,7 @@ CUresult get_stream(CUstream handle, Stream **stream) {
 }
 
 uint64_t stream_order(Stream *s) {
-    return mix(mix(config.seed + 1) ^ mix(((uint64_t)s->id << 32) + ++s->count));
+    return mix64(mix64(config.seed + 1) ^ mix64(((uint64_t)s->id << 32) + ++s->count));
 }
 
 /* What the next operation of a stream has to wait for; at most `max` are written. The legacy
@@ -347,89 +314,82 @@ static CUresult make_stream(CUstream *stream, unsigned flags, int priority) {
     return OK;
 }
 
-API(CTX, cuStreamCreate, (CUstream *stream, unsigned flags), make_stream(stream, flags, 0))
-API(CTX, cuStreamCreateWithPriority, (CUstream *stream, unsigned flags, int priority),
+API(CTX, 2000, cuStreamCreate, (CUstream *stream, unsigned flags), make_stream(stream, flags, 0))
+API(CTX, 5050, cuStreamCreateWithPriority, (CUstream *stream, unsigned flags, int priority),
     make_stream(stream, flags, priority))
 
-EXPORT CUresult cuStreamDestroy_v2(CUstream stream) {
+/* Its work goes on. */
+static CUresult destroy(CUstream h) {
     Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r) r = get_stream(stream, &s);
+    CUresult r = get_stream(h, &s);
     if (!r && s == s->ctx->legacy) r = E_INVALID_HANDLE;
     if (!r && s->capture) r = capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
-    if (!r) s->obj.dead = true; /* its work goes on */
-    return leave(r);
-}
-
-/* The operation that stands for all work of a stream so far. For the legacy stream that includes
- * the blocking streams. */
-static CUresult stream_now(CUstream handle, Stream **s, const char *name) {
-    CUresult r = enter(name, CTX);
-    if (!r) r = get_stream(handle, s);
-    if (!r && (*s)->capture) r = capture_break((*s)->capture, E_CAPTURE_UNSUPPORTED);
-    if (!r) r = capture_allows(UNSAFE);
-    if (!r && *s == (*s)->ctx->legacy) r = append(*s, &(Work){ .ctx = (*s)->ctx }, NULL);
+    if (!r) s->obj.dead = true;
     return r;
 }
 
-/* Returns what the work that it waited for did to the context. */
-EXPORT CUresult cuStreamSynchronize(CUstream stream) {
-    Stream *s;
-    CUresult r = stream_now(stream, &s, __func__);
-    if (!r) {
-        run_until(s->tail);
-        r = s->ctx->sticky;
+API(CTX, 4000, cuStreamDestroy_v2, (CUstream stream), destroy(stream))
+
+/* Waits for an operation, or lets the device get on by one so that polling ends. Returns what the
+ * work did to the context. */
+static CUresult wait_for(const Ctx *c, Op *op, bool query) {
+    if (query && op && !op->done) {
+        need(op);
+        Op *next = pick();
+        if (next) execute(next);
     }
-    return leave(r);
+    if (!query) run_until(op);
+    if (c->sticky) return c->sticky;
+    if (op && !op->done) return E_NOT_READY;
+    if (op && op->end > self.clock) self.clock = op->end;
+    return OK;
 }
 
-EXPORT CUresult cuStreamQuery(CUstream stream) {
+/* All work of a stream so far; for the legacy stream that includes the blocking streams. */
+static CUresult wait_stream(CUstream h, bool query) {
     Stream *s;
-    CUresult r = stream_now(stream, &s, __func__);
-    if (!r) {
-        run_a_little(s->tail);
-        r = s->ctx->sticky ? s->ctx->sticky : s->tail && !s->tail->done ? E_NOT_READY : OK;
-        if (!r && s->tail && s->tail->end > self.clock) self.clock = s->tail->end;
-    }
-    return leave(r);
+    CUresult r = get_stream(h, &s);
+    if (!r && s->capture) r = capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (!r) r = capture_allows();
+    if (!r && s == s->ctx->legacy) r = append(s, &(Work){ .ctx = s->ctx }, NULL);
+    return r ? r : wait_for(s->ctx, s->tail, query);
 }
+
+API(CTX, 2000, cuStreamSynchronize, (CUstream stream), wait_stream(stream, false))
+API(CTX, 2000, cuStreamQuery, (CUstream stream), wait_stream(stream, true))
 
 /* The callback may not call the driver (error 800). */
-EXPORT CUresult cuLaunchHostFunc(CUstream stream, CUhostFn fn, void *user) {
+static CUresult launch_host(CUstream h, CUhostFn fn, void *user) {
     Stream *s;
-    CUresult r = enter(__func__, CTX);
-    if (!r && !fn) r = E_INVALID_VALUE;
-    if (!r) r = get_stream(stream, &s);
-    if (!r) r = submit(s, &(Work){ .kind = W_HOST, .ctx = s->ctx, .fn = fn, .user = user });
-    return leave(r);
+    CUresult r = fn ? get_stream(h, &s) : E_INVALID_VALUE;
+    return r ? r : submit(s, &(Work){ .kind = W_HOST, .ctx = s->ctx, .fn = fn, .user = user });
 }
+
+API(CTX, 10000, cuLaunchHostFunc, (CUstream stream, CUhostFn fn, void *user),
+    launch_host(stream, fn, user))
 
 /* ------------------------------------------------------------------------------------------------
  * events */
 
 /* Flags: 1 blocking wait (no difference here), 2 no timing, 4 between processes (refused). */
-EXPORT CUresult cuEventCreate(CUevent *event, unsigned flags) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && (!event || flags & ~7u || (flags & 4 && !(flags & 2)))) r = E_INVALID_VALUE;
-    if (!r && flags & 4) r = E_NOT_SUPPORTED; /* between processes */
-    if (!r) {
-        Event *e = obj_new(T_EVENT, sizeof *e);
-        e->ctx = cur();
-        e->flags = flags;
-        *event = e;
-    }
-    return leave(r);
+static CUresult event_create(Event **event, unsigned flags) {
+    if (!event || flags & ~7u || (flags & 4 && !(flags & 2))) return E_INVALID_VALUE;
+    if (flags & 4) return E_NOT_SUPPORTED;
+    *event = obj_new(T_EVENT, sizeof **event);
+    (*event)->ctx = cur();
+    (*event)->flags = flags;
+    return OK;
 }
 
-EXPORT CUresult cuEventDestroy_v2(CUevent event) {
-    CUresult r = enter(__func__, CTX);
-    if (!r && !obj_ok(event, T_EVENT)) r = E_INVALID_HANDLE;
-    if (!r) {
-        event->obj.dead = true;
-        op_hold(&event->op, NULL);
-    }
-    return leave(r);
+static CUresult event_destroy(Event *e) {
+    if (!obj_ok(e, T_EVENT)) return E_INVALID_HANDLE;
+    e->obj.dead = true;
+    op_hold(&e->op, NULL);
+    return OK;
 }
+
+API(CTX, 2000, cuEventCreate, (CUevent *event, unsigned flags), event_create(event, flags))
+API(CTX, 4000, cuEventDestroy_v2, (CUevent event), event_destroy(event))
 
 /* Event and stream have to be of the same context. */
 static CUresult record(CUevent event, CUstream stream) {
@@ -446,7 +406,7 @@ static CUresult record(CUevent event, CUstream stream) {
     return OK;
 }
 
-API(CTX, cuEventRecord, (CUevent event, CUstream stream), record(event, stream))
+API(CTX, 2000, cuEventRecord, (CUevent event, CUstream stream), record(event, stream))
 
 /* The stream's later work waits for the record that the event stands for now. */
 static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
@@ -462,51 +422,31 @@ static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
     return append(s, &(Work){ .ctx = s->ctx }, event->op);
 }
 
-API(CTX, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags),
+API(CTX, 3020, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags),
     wait_event(stream, event, flags))
 
-static CUresult event_now(CUevent event, const char *name) {
-    CUresult r = enter(name, CTX);
-    if (!r && !obj_ok(event, T_EVENT)) r = E_INVALID_HANDLE;
-    if (!r && event->capture && !event->capture->ended)
-        r = capture_break(event->capture, E_CAPTURED_EVENT);
-    if (!r && event->capture) r = E_CAPTURED_EVENT;
-    if (!r) r = capture_allows(UNSAFE);
-    return r ? r : event->ctx->sticky;
-}
-
 /* An event that was never recorded counts as complete. */
-EXPORT CUresult cuEventSynchronize(CUevent event) {
-    CUresult r = event_now(event, __func__);
-    if (!r) {
-        run_until(event->op);
-        r = event->ctx->sticky;
-    }
-    return leave(r);
+static CUresult wait_record(Event *e, bool query) {
+    if (!obj_ok(e, T_EVENT)) return E_INVALID_HANDLE;
+    if (e->capture)
+        return e->capture->ended ? E_CAPTURED_EVENT : capture_break(e->capture, E_CAPTURED_EVENT);
+    CUresult r = capture_allows();
+    if (!r) r = e->ctx->sticky;
+    return r ? r : wait_for(e->ctx, e->op, query);
 }
 
-EXPORT CUresult cuEventQuery(CUevent event) {
-    CUresult r = event_now(event, __func__);
-    if (!r) {
-        run_a_little(event->op);
-        r = event->ctx->sticky ? event->ctx->sticky
-            : event->op && !event->op->done ? E_NOT_READY : OK;
-        if (!r && event->op && event->op->end > self.clock) self.clock = event->op->end;
-    }
-    return leave(r);
-}
+API(CTX, 2000, cuEventSynchronize, (CUevent event), wait_record(event, false))
+API(CTX, 2000, cuEventQuery, (CUevent event), wait_record(event, true))
 
 /* Milliseconds of virtual time ("computed"): kernels by the model, copies by the PCIe rate. */
 static CUresult elapsed(float *ms, CUevent from, CUevent to) {
-    if (!ms) return E_INVALID_VALUE;
     if (!obj_ok(from, T_EVENT) || !obj_ok(to, T_EVENT) || from->ctx != to->ctx)
         return E_INVALID_HANDLE;
     if (!from->op || !to->op || ((from->flags | to->flags) & 2)) return E_INVALID_HANDLE;
     if (from->ctx->sticky) return from->ctx->sticky;
     if (!from->op->done || !to->op->done) return E_NOT_READY;
-    *ms = (float)((to->op->end - from->op->end) / 1e3);
-    return OK;
+    return GIVE(ms, (float)((to->op->end - from->op->end) / 1e3));
 }
 
-API(CTX, cuEventElapsedTime, (float *ms, CUevent from, CUevent to), elapsed(ms, from, to))
-API(CTX, cuEventElapsedTime_v2, (float *ms, CUevent from, CUevent to), elapsed(ms, from, to))
+API(CTX, 2000, cuEventElapsedTime, (float *ms, CUevent from, CUevent to), elapsed(ms, from, to))
+API(CTX, 12080, cuEventElapsedTime_v2, (float *ms, CUevent from, CUevent to), elapsed(ms, from, to))
