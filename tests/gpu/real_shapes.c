@@ -3,6 +3,8 @@
 // 16 experts instead of 256 and an eighth of the vocabulary: computed.py scales what depends on them.
 #define DSV4_NO_MAIN
 #include "dsv4.c"
+#include <dlfcn.h>
+#include "tests/gpu/toy.h"
 
 static const Config real = {
     .dim = 4096, .n_heads = 64, .head_dim = 512, .rope_dim = 64, .q_lora_rank = 1024, .o_groups = 8, .o_lora_rank = 1024,
@@ -76,7 +78,7 @@ int main(int argc, char **argv) {
     m->c.n_mtp = 0;
     m->w.mtp = NULL;
     Device d = { 0 };
-    twin_device(&d, m, "cuda:0", 64, 131072);
+    toy_device(&d, m, "cuda:0", 64, 131072);
     cuda_device(&d, 0);
     d.op->cache_new(&d, 0);
     for (int b = 0; b < (quick ? 1 : 3); b++) {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How a GPU starts, on the simulated device: ready kernels with and without NVRTC.
+"""How a GPU starts, on the simulated device: ready kernels with and without NVRTC, and the self-test.
 
   test_start.py [--dsv4 ./dsv4] [--sim build/sim]
 """
@@ -20,7 +20,7 @@ NO_NVRTC = {"DSV4_NVRTC": "/nonexistent.so"}
 
 
 def kept(folder):
-    return sorted(glob.glob(os.path.join(folder, "kernels-*.ptx")))
+    return sorted(glob.glob(os.path.join(folder, "*.ptx")))
 
 
 def ready_kernels(gpu, t, work):
@@ -77,6 +77,30 @@ def damaged_files(gpu, t, work):
             t.check(r.code == 0 and "from the cache" in r.err, f"{what}: and kept", r.tail())
 
 
+def self_test(gpu, t, work):
+    cache = os.path.join(work, "tested")
+    go = lambda *args, **env: gpu.run([*ARGS, *args], DSV4_CACHE=cache, **env)
+    tested = lambda r: r.code == 0 and "self-test passed" in r.err
+    first = go()
+    t.check(tested(first), "the first start tests the GPU", first.tail())
+    t.check(not tested(go()), "a GPU that passed is remembered")
+    t.check(tested(go(SIM_DRIVER=12000)), "but not for another driver")
+    t.check(tested(go("--chunk", 1)), "nor for other kernels of the same source")
+    two = ["--devices", "cuda:1"]
+    t.check(tested(gpu.run([*ARGS[:2], *two, *ARGS[4:]], DSV4_CACHE=cache, SIM_DEVICES=2)), "nor for another GPU")
+    graphs = gpu.run([*ARGS, "--graphs"], DSV4_CACHE=os.path.join(work, "graphs"))
+    t.check(tested(graphs) and graphs.out == first.out, "with recorded graphs too", graphs.tail())
+    source = open(os.path.join(ROOT, "kernels.cu")).read()
+    for constant, value, operation in (("HC_ITERS", "1", "hc_pre"), ("WINDOW", "1", "attend"), ("ROUTE_SCALE", "9.0f", "route"),
+                                       ("SWIGLU_LIMIT", "0.01f", "experts")):
+        path = os.path.join(work, "wrong.cu")
+        with open(path, "w") as f:
+            f.write(f"#undef {constant}\n#define {constant} {value}\n" + source)
+        for again in range(2):
+            r = go("--kernels", path)
+            one_line(t, f"kernels with another {constant}", r, "cuda:0: self-test: " + operation, "RTX 3090")
+
+
 def main():
     a = argparse.ArgumentParser()
     a.add_argument("--dsv4", default=os.path.join(ROOT, "dsv4"))
@@ -88,6 +112,7 @@ def main():
         gpu = Gpu(a, work)
         ready_kernels(gpu, t, work)
         damaged_files(gpu, t, work)
+        self_test(gpu, t, work)
     t.end("start")
 
 

@@ -1,0 +1,86 @@
+// CUDA's driver and run-time compiler, opened when a GPU is asked for: no header and no library at
+// build time. And the way from kernels.cu to PTX: built in, kept on disk, or compiled.
+#ifndef DSV4_CUDA_H
+#define DSV4_CUDA_H
+
+#include "dsv4.h"
+
+typedef int CuResult;               // CUresult: 0 is success
+typedef int CuDevice;
+typedef uint64_t CuPtr;             // CUdeviceptr
+typedef struct CuContextObject *CuContext;
+typedef struct CuModuleObject *CuModule;
+typedef struct CuFunctionObject *CuFunction;
+typedef struct CuStreamObject *CuStream;
+typedef struct CuEventObject *CuEvent;
+typedef struct CuGraphObject *CuGraph;
+typedef struct CuGraphExecObject *CuGraphExec;
+
+// Every call that is used: short name, exported name (the oldest that means the same), parameters.
+#define CUDA_CALLS(X) \
+    X(Init, "cuInit", unsigned flags) \
+    X(DriverGetVersion, "cuDriverGetVersion", int *version) \
+    X(GetErrorName, "cuGetErrorName", CuResult r, const char **text) \
+    X(GetErrorString, "cuGetErrorString", CuResult r, const char **text) \
+    X(DeviceGetCount, "cuDeviceGetCount", int *n) \
+    X(DeviceGet, "cuDeviceGet", CuDevice *dev, int ordinal) \
+    X(DeviceGetName, "cuDeviceGetName", char *name, int len, CuDevice dev) \
+    X(DeviceGetUuid, "cuDeviceGetUuid_v2", char uuid[16], CuDevice dev) \
+    X(DeviceGetAttribute, "cuDeviceGetAttribute", int *value, int attribute, CuDevice dev) \
+    X(DeviceTotalMem, "cuDeviceTotalMem_v2", size_t *bytes, CuDevice dev) \
+    X(PrimaryCtxRetain, "cuDevicePrimaryCtxRetain", CuContext *ctx, CuDevice dev) \
+    X(CtxSetCurrent, "cuCtxSetCurrent", CuContext ctx) \
+    X(MemGetInfo, "cuMemGetInfo_v2", size_t *free, size_t *total) \
+    X(MemAlloc, "cuMemAlloc_v2", CuPtr *p, size_t bytes) \
+    X(MemFree, "cuMemFree_v2", CuPtr p) \
+    X(MemHostAlloc, "cuMemHostAlloc", void **p, size_t bytes, unsigned flags) \
+    X(MemFreeHost, "cuMemFreeHost", void *p) \
+    X(MemsetD8Async, "cuMemsetD8Async", CuPtr p, unsigned char value, size_t n, CuStream s) \
+    X(MemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", CuPtr to, const void *from, size_t n, CuStream s) \
+    X(MemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", void *to, CuPtr from, size_t n, CuStream s) \
+    X(StreamCreate, "cuStreamCreate", CuStream *s, unsigned flags) \
+    X(StreamDestroy, "cuStreamDestroy_v2", CuStream s) \
+    X(StreamSynchronize, "cuStreamSynchronize", CuStream s) \
+    X(StreamBeginCapture, "cuStreamBeginCapture_v2", CuStream s, int mode) \
+    X(StreamEndCapture, "cuStreamEndCapture", CuStream s, CuGraph *g) \
+    X(GraphInstantiate, "cuGraphInstantiateWithFlags", CuGraphExec *e, CuGraph g, \
+      unsigned long long flags) \
+    X(GraphLaunch, "cuGraphLaunch", CuGraphExec e, CuStream s) \
+    X(GraphDestroy, "cuGraphDestroy", CuGraph g) \
+    X(GraphExecDestroy, "cuGraphExecDestroy", CuGraphExec e) \
+    X(EventCreate, "cuEventCreate", CuEvent *e, unsigned flags) \
+    X(EventDestroy, "cuEventDestroy_v2", CuEvent e) \
+    X(EventRecord, "cuEventRecord", CuEvent e, CuStream s) \
+    X(EventSynchronize, "cuEventSynchronize", CuEvent e) \
+    X(EventElapsedTime, "cuEventElapsedTime", float *ms, CuEvent a, CuEvent b) \
+    X(ModuleLoadDataEx, "cuModuleLoadDataEx", CuModule *m, const void *image, unsigned n, \
+      int *option, void **value) \
+    X(ModuleUnload, "cuModuleUnload", CuModule m) \
+    X(ModuleGetFunction, "cuModuleGetFunction", CuFunction *f, CuModule m, const char *name) \
+    X(FuncSetAttribute, "cuFuncSetAttribute", CuFunction f, int attribute, int value) \
+    X(LaunchKernel, "cuLaunchKernel", CuFunction f, unsigned gx, unsigned gy, unsigned gz, \
+      unsigned bx, unsigned by, unsigned bz, unsigned shared, CuStream s, void **args, void **extra)
+
+#define CUDA_FIELD(name, symbol, ...) CuResult (*name)(__VA_ARGS__);
+extern struct CudaCalls { CUDA_CALLS(CUDA_FIELD) } cu;
+
+bool cuda_open(Err *e);                     // once; false with one line that says what is missing
+int cuda_count(void);                       // number of GPUs; 0 if there is no usable driver
+const char *cuda_error(CuResult r);         // "CUDA_ERROR_..."
+int cuda_facts(void);                       // prints driver, compiler, GPUs; returns their number
+
+extern const char *cuda_kernels_file;       // --kernels: another source than the program's own
+
+// PTX of the kernels with these options (one per line), to be freed: what is built in, else kept,
+// else compiled. *from says which; *path (NULL: not wanted) is where it is kept, to be freed, or
+// NULL. NVRTC is needed for the last only. Ends the process if it is missing or fails.
+char *kernel_ptx(Span options, const char **from, char **path);
+
+// Texts kept on disk under a key: KEY.kind in DSV4_CACHE, else XDG_CACHE_HOME/dsv4, else
+// ~/.cache/dsv4. A damaged one is named on stderr and not used. Failing to keep one is no error.
+char *cache_get(const char *kind, uint64_t key);            // to be freed, or NULL
+void cache_put(const char *kind, uint64_t key, const char *text);
+uint64_t hash64(uint64_t h, const void *p, size_t n);   // FNV-1a; h: HASH_START or a hash so far
+#define HASH_START 0xcbf29ce484222325u
+
+#endif
