@@ -49,10 +49,11 @@
 #include "apps/cuda.h"
 
 // ---------------------------------------------------------------------------
-// small tools: errors, checked sizes, memory, strings, files, clock
+// small tools: errors, checked sizes, memory, strings, maps, files, clock
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 typedef uint16_t bf16;      // the upper half of a float32
-#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // Names from files and the command line may hold line ends and terminal controls.
 static char *one_line(char *text) {
@@ -104,6 +105,14 @@ void *xalloc(size_t n, size_t size) {
     return memset(p, 0, bytes ? bytes : 64);
 }
 
+// Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
+void *grow(void *list, size_t n, size_t size) {
+    if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
+    if (!list) die(1, "out of memory: %zu items of %zu bytes", n, size);
+    memset((char *)list + n * size, 0, size);
+    return list;
+}
+
 void str_add(Str *s, const void *p, size_t n) {
     if (cadd(s->n, cadd(n, 1)) > s->cap) {
         s->cap = cadd(cmul(s->cap, 2), cadd(n, 64));
@@ -114,15 +123,90 @@ void str_add(Str *s, const void *p, size_t n) {
     s->p[s->n += n] = 0;
 }
 void str_puts(Str *s, const char *z) { str_add(s, z, strlen(z)); }
+Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
+bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
 bool span_is(Span s, const char *z) { return s.n == strlen(z) && !memcmp(s.p, z, s.n); }
 Span span_of(const char *z) { return (Span){ z, strlen(z) }; }
-Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
+Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
 
-// Seconds on a clock that never jumps.
-double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
+// Decodes the code point at p[0..n), n > 0, and returns how many bytes it takes. Broken bytes give
+// *cp = -1 and the length of their maximal subpart (Unicode 3.9: what becomes one U+FFFD); a
+// sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
+size_t utf8_next(const char *p, size_t n, int32_t *cp) {
+    const uint8_t *s = (const uint8_t *)p;
+    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
+    *cp = len == 0 ? -1 : len == 1 ? s[0] : s[0] & (0x7f >> len);
+    for (size_t i = 1; i < len; i++) {
+        // the second byte excludes overlong forms, surrogates and what lies above U+10FFFF
+        uint8_t lo = i > 1 ? 0x80 : s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
+        uint8_t hi = i > 1 ? 0xbf : s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
+        if (i == n || s[i] < lo || s[i] > hi) {
+            *cp = i == n ? -2 : -1;
+            return i;
+        }
+        *cp = *cp << 6 | (s[i] & 63);
+    }
+    return len ? len : 1;
+}
+
+void utf8_put(Str *out, uint32_t c) {
+    char b[4];
+    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6) b[i] = (char)(0x80 | (c & 63));
+    b[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
+    str_add(out, b, n);
+}
+
+static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
+    uint64_t h = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
+    return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
+}
+
+Span map_key(const Map *m, size_t i) { return (Span){ m->text.p + m->entries[i].at, m->entries[i].n }; }
+
+// The slot that holds key, or the empty one where it belongs. cap > 0.
+static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
+    for (size_t i = hash >> 20;; i++) {
+        uint32_t *slot = &m->slots[i & (m->cap - 1)];
+        if (!*slot) return slot;
+        const MapEntry *e = &m->entries[*slot - 1];
+        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n)) return slot;
+    }
+}
+
+static void map_rehash(Map *m) {
+    m->cap = m->cap ? cmul(m->cap, 2) : 32;
+    if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
+    free(m->slots);
+    m->slots = xalloc(m->cap, sizeof *m->slots);
+    for (size_t i = 0; i < m->n; i++) *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
+}
+
+// The entry of key, or NULL. The pointer is good until the next map_add.
+MapEntry *map_find(const Map *m, Span key) {
+    uint32_t *slot = m->cap ? map_slot(m, key, hash_bytes(key)) : NULL;
+    return slot && *slot ? &m->entries[*slot - 1] : NULL;
+}
+
+// False, and nothing changed, if the key is there already.
+bool map_add(Map *m, Span key, int64_t value) {
+    if (m->n == m->cap / 2) map_rehash(m);
+    uint64_t hash = hash_bytes(key);
+    uint32_t *slot = map_slot(m, key, hash);
+    if (*slot) return false;
+    m->entries = grow(m->entries, m->n, sizeof *m->entries);
+    m->entries[m->n] = (MapEntry){ m->text.n, key.n, hash, value };
+    str_add(&m->text, key.p, key.n);
+    *slot = (uint32_t)++m->n;
+    return true;
+}
+
+void map_free(Map *m) {
+    free(m->text.p);
+    free(m->entries);
+    free(m->slots);
+    *m = (Map){ 0 };
 }
 
 // "DIR/FILE"; release with free().
@@ -166,28 +250,22 @@ static bool file_exists(const char *path) {
 
 // Of a shard of weights: the handler of SIGBUS finds those by their store.
 static bool map_shard(const char *path, Span *out, Err *e) {
+    struct stat st;
+    void *p = "";
     Span own = built_in_file(path);
     if (own.p) {
-        char *copy = mmap(NULL, own.n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (copy == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(errno));
-        *out = (Span){ memcpy(copy, own.p, own.n), own.n };
+        p = mmap(NULL, own.n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(errno));
+        *out = (Span){ memcpy(p, own.p, own.n), own.n };
         return true;
     }
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st)) {
-        int err = errno;
-        if (fd >= 0) close(fd);
-        return fail(e, "%s: %s", path, strerror(err));
-    }
-    void *p = "";
-    if (!S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(e, "%s: not a regular file", path);
-    }
-    if (st.st_size) p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     // a FIFO must not hold us up
+    if (fd < 0) return fail(e, "%s: %s", path, strerror(errno));
+    bool known = !fstat(fd, &st), regular = known && S_ISREG(st.st_mode);
+    if (regular && st.st_size) p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     int err = errno;
     close(fd);
+    if (!regular) return fail(e, "%s: %s", path, known ? "not a regular file" : strerror(err));
     if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(err));
     *out = (Span){ p, (size_t)st.st_size };
     return true;
@@ -195,12 +273,21 @@ static bool map_shard(const char *path, Span *out, Err *e) {
 
 static struct { Span map; char path[512]; } last_mapped;    // for the handler of SIGBUS
 
-// A file mapped read-only and private. An empty file gives n = 0.
+// A file mapped read-only and private; release with unmap_file. An empty file gives n = 0.
 bool map_file(const char *path, Span *out, Err *e) {
     if (!map_shard(path, out, e)) return false;
     last_mapped.map = *out;
     snprintf(last_mapped.path, sizeof last_mapped.path, "%s", path);
     return true;
+}
+
+void unmap_file(Span map) { if (map.n) munmap((void *)(uintptr_t)map.p, map.n); }
+
+// Seconds on a clock that never jumps.
+double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
 // A progress line that overwrites itself; only where a person is watching.
@@ -211,6 +298,7 @@ void progress(const char *what, int64_t done, int64_t total) {
             total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
     fflush(stderr);
 }
+
 // ---------------------------------------------------------------------------
 // types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection
 // streams, H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A
@@ -253,6 +341,7 @@ typedef struct {
     float rope_theta, compress_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
     int yarn_ctx;               // original_max_position_embeddings
     int *ratio;                 // [n_layers + n_mtp] 0, 4 or 128
+    int n_ratios;               // entries that config.json has
     bool dspark;                // 0731 releases: another MTP, whose tensors are skipped
     char quant[32];             // quantization_config.quant_method, "" if none
 } Config;
@@ -326,112 +415,16 @@ typedef struct {
     int token, slot, pos;   // slot: which session's caches
     int next;               // MTP only: the token at pos + 1
 } Row;
+
 // ---------------------------------------------------------------------------
-// UTF-8 and JSON. Strict RFC 8259: valid UTF-8, no lone surrogates, no trailing commas, no NaN.
-
-// Decodes the code point at p[0..n), n > 0, and returns how many bytes it takes. Broken bytes give
-// *cp = -1 and the length of their maximal subpart (Unicode 3.9: what becomes one U+FFFD); a
-// sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
-size_t utf8_next(const char *p, size_t n, int32_t *cp) {
-    const uint8_t *s = (const uint8_t *)p;
-    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
-                 s[0] < 0xf0 ? 3 : 4;
-    *cp = len == 0 ? -1 : len == 1 ? s[0] : s[0] & (0x7f >> len);
-    for (size_t i = 1; i < len; i++) {
-        // the second byte excludes overlong forms, surrogates and what lies above U+10FFFF
-        uint8_t lo = i > 1 ? 0x80 : s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
-        uint8_t hi = i > 1 ? 0xbf : s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
-        if (i == n || s[i] < lo || s[i] > hi) {
-            *cp = i == n ? -2 : -1;
-            return i;
-        }
-        *cp = *cp << 6 | (s[i] & 63);
-    }
-    return len ? len : 1;
-}
-
-void utf8_put(Str *out, uint32_t c) {
-    char b[4];
-    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) b[i] = (char)(0x80 | (c & 63));
-    b[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
-    str_add(out, b, n);
-}
-
-Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
-
-bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
-
-// Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
-void *grow(void *list, size_t n, size_t size) {
-    if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
-    if (!list) die(1, "out of memory: %zu items of %zu bytes", n, size);
-    memset((char *)list + n * size, 0, size);
-    return list;
-}
-
-static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
-    uint64_t h = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
-    return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
-}
-
-Span map_key(const Map *m, size_t i) {
-    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
-}
-
-// The slot that holds key, or the empty one where it belongs. cap > 0.
-static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
-    for (size_t i = hash >> 20;; i++) {
-        uint32_t *slot = &m->slots[i & (m->cap - 1)];
-        if (!*slot) return slot;
-        const MapEntry *e = &m->entries[*slot - 1];
-        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n))
-            return slot;
-    }
-}
-
-static void map_rehash(Map *m) {
-    m->cap = m->cap ? cmul(m->cap, 2) : 32;
-    if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
-    free(m->slots);
-    m->slots = xalloc(m->cap, sizeof *m->slots);
-    for (size_t i = 0; i < m->n; i++)
-        *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
-}
-
-// The entry of key, or NULL. The pointer is good until the next map_add.
-MapEntry *map_find(const Map *m, Span key) {
-    uint32_t *slot = m->cap ? map_slot(m, key, hash_bytes(key)) : NULL;
-    return slot && *slot ? &m->entries[*slot - 1] : NULL;
-}
-
-// False, and nothing changed, if the key is there already.
-bool map_add(Map *m, Span key, int64_t value) {
-    if (m->n == m->cap / 2) map_rehash(m);
-    uint64_t hash = hash_bytes(key);
-    uint32_t *slot = map_slot(m, key, hash);
-    if (*slot) return false;
-    m->entries = grow(m->entries, m->n, sizeof *m->entries);
-    m->entries[m->n] = (MapEntry){ m->text.n, key.n, hash, value };
-    str_add(&m->text, key.p, key.n);
-    *slot = (uint32_t)++m->n;
-    return true;
-}
-
-void map_free(Map *m) {
-    free(m->text.p);
-    free(m->entries);
-    free(m->slots);
-    *m = (Map){ 0 };
-}
+// JSON: a pull parser (apps/dsv4.h shows its use). Strict RFC 8259: valid UTF-8, no lone surrogates, no
+// trailing commas, no NaN.
 
 Json json_open(Span text, const char *name, Err *e) {
     return (Json){ .start = text.p, .p = text.p, .end = text.p + text.n, .name = name, .e = e };
 }
 
 // Keeps the first error of a text, with its place; callers use it too. Returns false.
-__attribute__((format(printf, 2, 3)))
 bool json_fail(Json *j, const char *fmt, ...) {
     char what[400];
     if (j->bad) return false;
@@ -440,7 +433,9 @@ bool json_fail(Json *j, const char *fmt, ...) {
     vsnprintf(what, sizeof what, fmt, ap);
     va_end(ap);
     j->bad = true;
-    return fail(j->e, "%s: byte %zu: %s", j->name, (size_t)(j->p - j->start), what);
+    bool named = j->at && *j->at;
+    return fail(j->e, "%s: byte %zu: %.100s%s%s", j->name, (size_t)(j->p - j->start), named ? j->at : "",
+                named ? ": " : "", what);
 }
 
 // The first byte of the next token, 0 at the end of the text or after an error.
@@ -488,14 +483,11 @@ bool json_item(Json *j) {
 }
 
 static bool json_hex4(Json *j, uint32_t *out) {
-    *out = 0;
-    for (int i = 0; i < 4; i++, j->p++) {
-        int c = j->p < j->end ? *j->p : 0;
-        int v = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 :
-                c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (v < 0) return json_fail(j, "expected four hex digits after \\u");
-        *out = *out << 4 | (uint32_t)v;
-    }
+    char hex[5] = "";
+    memcpy(hex, j->p, j->end - j->p < 4 ? (size_t)(j->end - j->p) : 4);
+    if (strspn(hex, "0123456789abcdefABCDEF") < 4) return json_fail(j, "expected four hex digits after \\u");
+    *out = (uint32_t)strtoul(hex, NULL, 16);
+    j->p += 4;
     return true;
 }
 
@@ -510,15 +502,15 @@ static bool json_escape(Json *j, uint32_t *out) {
         *out = (uint8_t)to[at - from];
         return true;
     }
-    uint32_t low;
+    uint32_t high, low = 0;
     if (!json_hex4(j, out)) return false;
-    if (*out < 0xd800 || *out > 0xdfff) return true;
-    if (*out > 0xdbff || j->end - j->p < 2 || j->p[0] != '\\' || j->p[1] != 'u')
-        return json_fail(j, "lone surrogate \\u%04x", *out);
+    if ((high = *out) < 0xd800 || high > 0xdfff) return true;
+    if (high > 0xdbff || j->end - j->p < 2 || memcmp(j->p, "\\u", 2))
+        return json_fail(j, "lone surrogate \\u%04x", high);
     j->p += 2;
     if (!json_hex4(j, &low)) return false;
-    if (low < 0xdc00 || low > 0xdfff) return json_fail(j, "lone surrogate \\u%04x", *out);
-    *out = 0x10000 + ((*out & 0x3ff) << 10) + (low & 0x3ff);
+    if (low < 0xdc00 || low > 0xdfff) return json_fail(j, "lone surrogate \\u%04x", high);
+    *out = 0x10000 + ((high & 0x3ff) << 10) + (low & 0x3ff);
     return true;
 }
 
@@ -555,19 +547,13 @@ bool json_member(Json *j, Str *key) {
     return true;
 }
 
-// A number that is well formed but not what the caller can take.
-static bool json_reject(Json *j, Span raw, const char *wanted) {
-    j->p = raw.p;
-    return json_fail(j, "expected %s, found %.*s", wanted, raw.n > 40 ? 40 : (int)raw.n, raw.p);
-}
-
 static void json_digits(Json *j) {
     if (j->p == j->end || *j->p < '0' || *j->p > '9') json_expected(j, "a digit");
     while (j->p < j->end && *j->p >= '0' && *j->p <= '9') j->p++;
 }
 
-// The text of a number as it stands; *whole: it has neither fraction nor exponent.
-bool json_number(Json *j, Span *raw, bool *whole) {
+// A copy of a number's text; *whole: it has neither fraction nor exponent.
+bool json_number(Json *j, char text[static JSON_NUMBER + 1], bool *whole) {
     char c = json_peek(j);
     if (c != '-' && (c < '0' || c > '9')) return json_expected(j, "a number");
     const char *from = j->p;
@@ -581,49 +567,36 @@ bool json_number(Json *j, Span *raw, bool *whole) {
         if (j->p < j->end && (*j->p == '+' || *j->p == '-')) j->p++;
         json_digits(j);
     }
+    size_t n = (size_t)(j->p - from);
+    if (n > JSON_NUMBER) json_fail(j, "expected a number of %d bytes at most", JSON_NUMBER);
     if (j->bad) return false;
-    *raw = (Span){ from, (size_t)(j->p - from) };
+    memcpy(text, from, n);
+    text[n] = 0;
     *whole = j->p == int_end;
-    return raw->n <= JSON_NUMBER || json_reject(j, *raw, "a number of 4300 bytes at most");
-}
-
-// strtod is safe: this program never leaves the "C" locale. Infinite for 1e999 and the like.
-static double json_to_double(Span raw) {
-    char text[JSON_NUMBER + 1];
-    memcpy(text, raw.p, raw.n);
-    text[raw.n] = 0;
-    return strtod(text, NULL);
-}
-
-bool json_double(Json *j, double *out) {
-    Span raw;
-    bool whole;
-    if (!json_number(j, &raw, &whole)) return false;
-    double v = json_to_double(raw);
-    if (!isfinite(v)) return json_reject(j, raw, "a number within the range of a double");
-    *out = v;
     return true;
+}
+
+// lo <= *out <= hi. strtod is safe: this program never leaves the "C" locale.
+bool json_double(Json *j, double lo, double hi, double *out) {
+    char text[JSON_NUMBER + 1];
+    bool whole;
+    if (!json_number(j, text, &whole)) return false;
+    double v = strtod(text, NULL);          // infinite for 1e999 and the like
+    if (v >= lo && v <= hi) return *out = v, true;
+    j->p -= strlen(text);
+    return json_fail(j, "expected a number from %g to %g, found %.40s", lo, hi, text);
 }
 
 // An integer written without fraction or exponent, lo <= *out <= hi.
 bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out) {
-    Span raw;
-    bool whole, fits = true;
-    int64_t v = 0;
-    if (!json_number(j, &raw, &whole)) return false;
-    bool negative = raw.p[0] == '-';
-    for (size_t i = negative; whole && i < raw.n; i++) {
-        int digit = negative ? '0' - raw.p[i] : raw.p[i] - '0';
-        fits = fits && !__builtin_mul_overflow(v, 10, &v) && !__builtin_add_overflow(v, digit, &v);
-    }
-    if (!whole || !fits || v < lo || v > hi) {
-        char wanted[80];
-        snprintf(wanted, sizeof wanted, "an integer from %lld to %lld", (long long)lo,
-                 (long long)hi);
-        return json_reject(j, raw, wanted);
-    }
-    *out = v;
-    return true;
+    char text[JSON_NUMBER + 1];
+    bool whole;
+    if (!json_number(j, text, &whole)) return false;
+    errno = 0;
+    long long v = strtoll(text, NULL, 10), low = lo, high = hi;
+    if (whole && !errno && v >= lo && v <= hi) return *out = v, true;
+    j->p -= strlen(text);
+    return json_fail(j, "expected an integer from %lld to %lld, found %.40s", low, high, text);
 }
 
 static bool json_word(Json *j, const char *word) {
@@ -645,6 +618,7 @@ bool json_bool(Json *j, bool *out) {
 
 // Passes over the next value, whatever it is, and checks it.
 bool json_skip(Json *j) {
+    char number[JSON_NUMBER + 1];
     int base = j->depth;
     do {
         if (j->depth > base) {
@@ -652,13 +626,12 @@ bool json_skip(Json *j) {
             if (!(object ? json_member(j, NULL) : json_item(j))) continue;      // it was the last
         }
         char c = json_peek(j);
-        Span raw;
         bool b;
         if (c == '{') json_object(j);
         else if (c == '[') json_array(j);
         else if (c == '"') json_string(j, NULL);
         else if (c == 't' || c == 'f') json_bool(j, &b);
-        else if (c == '-' || (c >= '0' && c <= '9')) json_number(j, &raw, &b);
+        else if (c == '-' || (c >= '0' && c <= '9')) json_number(j, number, &b);
         else if (!json_null(j)) json_expected(j, "a value");
     } while (!j->bad && j->depth > base);
     return !j->bad;
@@ -686,113 +659,167 @@ bool json_end(Json *j) {
     return !j->bad && (j->p == j->end || json_expected(j, "the end of the text"));
 }
 
-// A string as Python's json.dumps(x, ensure_ascii=False) writes it; s is valid UTF-8.
-void json_put_string(Str *out, Span s) {
-    str_add(out, "\"", 1);
-    for (size_t i = 0; i < s.n; i++) {
-        static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
-        const char *at = s.p[i] ? strchr(from, s.p[i]) : NULL;
-        char esc[8] = { '\\' };
-        if (at) esc[1] = to[at - from];
-        else if ((uint8_t)s.p[i] < 32) snprintf(esc, sizeof esc, "\\u%04x", s.p[i]);
-        else esc[0] = s.p[i];
-        str_add(out, esc, strlen(esc));
-    }
-    str_add(out, "\"", 1);
-}
+// ---------------------------------------------------------------------------
+// JSON by table: each row names a value by its path from the top, says what it may be and where it goes.
+// What no row names is passed over; null is as good as absent; a key that stands twice is an error.
 
-// Text from a file for an error message: quoted, control bytes escaped, cut after 60 bytes or less.
-Quoted quoted(Span s) {
-    Quoted q;
-    Str out = { 0 };
-    size_t n = s.n > 60 ? 60 : s.n;
-    while (n && n < s.n && (s.p[n] & 0xc0) == 0x80) n--;        // not inside a character
-    json_put_string(&out, (Span){ s.p, n });
-    snprintf(q.text, sizeof q.text, "%s%s", out.p, n < s.n ? "..." : "");
-    free(out.p);
-    return q;
-}
+typedef enum {
+    J_INT, J_FLOAT, J_DOUBLE,   // int, float, double; from lo to hi
+    J_BOOL, J_TEXT, J_RAW,      // bool, Str, Span (the value as it stands)
+    J_FOUND,                    // bool: there is such a key
+    J_FIXED,                    // one of `values`, JSON texts; a string goes to char[32] if at > 0
+    J_READ,                     // whatever `read` takes
+} FieldKind;
 
-// Python's repr of a float: the fewest digits that read back the same, an exponent below 1e-4 and
-// from 1e16 on. Doubles are denser below a power of two than above: the next digits above may do.
-static void json_put_double(Str *out, double v) {
-    char sci[40], text[64];
-    long double above = ((long double)v + nextafter(v, v < 0 ? -INFINITY : INFINITY)) / 2;
-    int digits = 1;
-    for (; digits <= 17; digits++) {
-        snprintf(sci, sizeof sci, "%.*e", digits - 1, v);
-        if (strtod(sci, NULL) == v) break;
-        snprintf(sci, sizeof sci, "%.*Le", digits - 1, above);
-        if (strtod(sci, NULL) == v) break;
-    }
-    int exponent = atoi(strchr(sci, 'e') + 1);
-    if (exponent < -4 || exponent > 15) snprintf(text, sizeof text, "%s", sci);
-    else if (exponent < digits - 1) snprintf(text, sizeof text, "%.*f", digits - 1 - exponent, v);
-    else snprintf(text, sizeof text, "%.1f", v);
-    str_puts(out, text);
-}
+typedef enum { OPTIONAL, NEEDED, WITHIN } Need;      // WITHIN: needed if the object it is in is there
 
+typedef struct {
+    // keys joined by dots, [i] the items of a list; * any one key, at the end whatever begins so
+    const char *path;
+    FieldKind kind;
+    Need need;
+    size_t at;                  // where it goes: offset in the struct to fill
+    double lo, hi;
+    const char *values[5];
+    void (*read)(Json *j, void *to);
+} Field;
 
-// Of equal keys the last value stands at the first one's place.
-static void json_dump_object(Json *j, Str *out) {
-    Map keys = { 0 };                       // key -> where its value stands in the text
-    Str key = { 0 };
-    json_object(j);
-    while (json_member(j, &key)) {
-        map_add(&keys, str_span(&key), 0);
-        map_find(&keys, str_span(&key))->value = j->p - j->start;
-        json_skip(j);
-    }
-    Json at = *j;
-    str_puts(out, "{");
-    for (size_t i = 0; i < keys.n && !j->bad; i++) {
-        if (i) str_puts(out, ", ");
-        json_put_string(out, map_key(&keys, i));
-        str_puts(out, ": ");
-        at.p = at.start + keys.entries[i].value;
-        j->bad = !json_dump(&at, out);
-    }
-    str_puts(out, "}");
-    free(key.p);
-    map_free(&keys);
-}
+typedef struct {
+    const Field *rows;
+    size_t n;
+    void *to;
+    Str path;                   // of the value being read
+    Map seen;                   // the paths so far: 1 if a row knows it and the value is not null
+} Table;
 
-static void json_dump_number(Json *j, Str *out) {
-    Span raw = { 0 };
-    bool whole = false;
-    if (!json_number(j, &raw, &whole)) return;
-    double v = json_to_double(raw);
-    if (span_is(raw, "-0")) str_puts(out, "0");         // a Python int has no sign of zero
-    else if (whole) str_add(out, raw.p, raw.n);
-    else if (isfinite(v)) json_put_double(out, v);
-    else json_reject(j, raw, "a number within the range of a double");
-}
-
-// Appends the next value as Python's json.dumps(json.loads(text), ensure_ascii=False) writes it.
-// Recursion is bounded by JSON_DEPTH.
-bool json_dump(Json *j, Str *out) {
-    char c = json_peek(j);
-    Str s = { 0 };
-    Span raw;
-    if (c == '{') json_dump_object(j, out);
-    else if (c == '[') {
-        json_array(j);
-        str_puts(out, "[");
-        for (int i = 0; json_item(j); i = 1) {
-            if (i) str_puts(out, ", ");
-            json_dump(j, out);
+// How a path goes with a row's: '=' it is the row's value, '.' and '[' the object or the list that holds
+// it, 0 none of these.
+static char path_match(const char *row, Span path) {
+    for (size_t i = 0; i < path.n; i++, row++) {
+        if (*row == '*' && !row[1]) return '=';
+        if (*row == '*') {
+            while (i < path.n && path.p[i] != '.') i++;
+            row++;
+            if (i == path.n) break;
         }
-        str_puts(out, "]");
-    } else if (c == '"') {
-        if (json_string(j, &s)) json_put_string(out, str_span(&s));
-    } else if (c == '-' || (c >= '0' && c <= '9')) json_dump_number(j, out);
-    else if (json_raw(j, &raw)) str_add(out, raw.p, raw.n);
-    free(s.p);
+        if (!*row || *row != path.p[i]) return 0;
+    }
+    return !*row ? '=' : *row == '.' || *row == '[' ? *row : 0;
+}
+
+static void field_fixed(const Field *f, Json *j, char *to) {
+    Str text = { 0 }, found = { 0 }, wanted = { 0 };
+    Span raw = { "", 0 };
+    bool string = json_peek(j) == '"', ok = false;
+    Json at = *j;
+    json_raw(j, &raw);
+    if (string && !j->bad) json_string(&at, &text);
+    str_puts(&found, string ? "\"" : "");
+    str_add(&found, text.p, text.n);
+    str_puts(&found, string ? "\"" : "");
+    for (size_t i = 0; i < raw.n && !string; i++)               // other values: without white space
+        if (!strchr(" \n\r\t", raw.p[i])) str_add(&found, raw.p + i, 1);
+    for (size_t i = 0; i < COUNT(f->values) && f->values[i]; i++) {
+        ok = ok || str_is(&found, f->values[i]);
+        str_puts(&wanted, i ? " or " : "");
+        str_puts(&wanted, f->values[i]);
+    }
+    if (ok && f->at) snprintf(to, 32, "%s", text.p);
+    if (!ok && !j->bad) {
+        j->p = raw.p;
+        json_fail(j, "%.80s is not supported, expected %s", found.p, wanted.n ? wanted.p : "no such key");
+    }
+    free(text.p);
+    free(found.p);
+    free(wanted.p);
+}
+
+static void field_read(const Field *f, Json *j, void *base) {
+    void *to = (char *)base + f->at;
+    int64_t whole = 0;
+    double v = 0;
+    switch (f->kind) {
+    case J_INT: if (json_int(j, (int64_t)f->lo, (int64_t)f->hi, &whole)) *(int *)to = (int)whole; return;
+    case J_FLOAT: if (json_double(j, f->lo, f->hi, &v)) *(float *)to = (float)v; return;
+    case J_DOUBLE: json_double(j, f->lo, f->hi, to); return;
+    case J_BOOL: json_bool(j, to); return;
+    case J_TEXT: json_string(j, to); return;
+    case J_RAW: json_raw(j, to); return;
+    case J_FOUND: *(bool *)to = json_skip(j); return;
+    case J_FIXED: field_fixed(f, j, to); return;
+    case J_READ: f->read(j, base); return;
+    }
+}
+
+static void table_object(Table *t, Json *j);
+
+// The next value, which stands at t->path.
+static void table_value(Table *t, Json *j) {
+    size_t i = 0, n = t->path.n, seen = t->seen.n;
+    char match = 0, index[24];
+    j->at = t->path.p;
+    if (!map_add(&t->seen, str_span(&t->path), 0)) {
+        json_fail(j, "is there twice");
+        return;
+    }
+    while (i < t->n && !(match = path_match(t->rows[i].path, str_span(&t->path)))) i++;
+    if (match && json_null(j)) return;
+    t->seen.entries[seen].value = match != 0;
+    if (!match) json_skip(j);
+    else if (match == '=') field_read(&t->rows[i], j, t->to);
+    else if (match == '.') table_object(t, j);
+    else for (i = 0, json_array(j); json_item(j); i++) {
+        snprintf(index, sizeof index, "[%zu]", i);
+        str_puts(&t->path, index);
+        table_value(t, j);
+        t->path.p[t->path.n = n] = 0;
+    }
+}
+
+static void table_object(Table *t, Json *j) {
+    size_t n = t->path.n;
+    Str key = { 0 };
+    for (json_object(j); json_member(j, &key);) {
+        for (size_t i = 0; i < key.n; i++) if (strchr(".[*", key.p[i])) key.p[i] = '?';    // no path of ours
+        str_puts(&t->path, n ? "." : "");
+        str_add(&t->path, key.p, key.n);
+        table_value(t, j);
+        t->path.p[t->path.n = n] = 0;
+    }
+    free(key.p);
+}
+
+static bool table_has(const Table *t, Span path) {
+    const MapEntry *e = map_find(&t->seen, path);
+    return e && e->value;
+}
+
+// Reads an object into *to by a table of n rows. An error names path, value and byte.
+static bool table_read(Json *j, const Field *rows, size_t n, void *to) {
+    Table t = { .rows = rows, .n = n, .to = to };
+    const char *outer = j->at;
+    table_object(&t, j);
+    j->at = outer;
+    for (size_t i = 0; i < n; i++) {
+        const char *path = rows[i].path, *dot = strrchr(path, '.');
+        bool need = rows[i].need == NEEDED ||
+                    (rows[i].need == WITHIN && table_has(&t, (Span){ path, (size_t)(dot - path) }));
+        if (need && !table_has(&t, span_of(path))) json_fail(j, "no key %s", path);
+    }
+    free(t.path.p);
+    map_free(&t.seen);
     return !j->bad;
 }
+
+// The same for a whole file; name is its path, for errors.
+static bool table_file(Span text, const char *name, const Field *rows, size_t n, void *to, Err *e) {
+    Json j = json_open(text, name, e);
+    return table_read(&j, rows, n, to) && json_end(&j);
+}
+
 // ---------------------------------------------------------------------------
 // safetensors: u64 length, JSON header, data. A checkpoint is one file, or shards and an index.
-// Nothing is copied: names and data stay in the mapped files. The rules are safetensors' own.
+// The data stay in the mapped files. The rules are safetensors' own.
 
 const DtypeInfo dtypes[N_DTYPES] = {
     { "BOOL", 8 }, { "F4", 4 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "U8", 8 }, { "I8", 8 },
@@ -812,25 +839,13 @@ const char *tensor_kind(const Tensor *t, char out[static 256]) {
     return out;
 }
 
-// Where a name is in the open-addressing table, or the empty slot where it belongs.
-static uint32_t *store_slot(const Store *s, Span name) {
-    for (size_t i = hash_bytes(name) >> 20;; i++) {
-        uint32_t *slot = &s->slots[i & (s->n_slots - 1)];
-        if (!*slot) return slot;
-        Span other = s->tensors[*slot - 1].name;
-        if (other.n == name.n && !memcmp(other.p, name.p, name.n)) return slot;
-    }
-}
-
 const Tensor *store_find_span(const Store *s, Span name) {
-    uint32_t *slot = s->n_slots ? store_slot(s, name) : NULL;
-    return slot && *slot ? &s->tensors[*slot - 1] : NULL;
+    const MapEntry *e = map_find(&s->names, name);
+    return e ? &s->tensors[e - s->names.entries] : NULL;
 }
 
 // The tensor of that name, or NULL.
-static const Tensor *store_find(const Store *s, const char *name) {
-    return store_find_span(s, span_of(name));
-}
+static const Tensor *store_find(const Store *s, const char *name) { return store_find_span(s, span_of(name)); }
 
 static const Store *open_store;     // the last one opened: for the handler of SIGBUS
 
@@ -846,615 +861,372 @@ static const char *store_find_address(const Store *s, const void *addr) {
 
 void store_close(Store *s) {
     for (int i = 0; i < s->n_shards; i++) {
-        if (s->shards[i].map.n) munmap((void *)(uintptr_t)s->shards[i].map.p, s->shards[i].map.n);
+        unmap_file(s->shards[i].map);
         free(s->shards[i].path);
     }
-    for (int i = 0; i < s->n_owned; i++) free(s->owned[i]);
-    free(s->owned);
     free(s->shards);
     free(s->tensors);
-    free(s->slots);
+    map_free(&s->names);
     *s = (Store){ 0 };
     if (open_store == s) open_store = NULL;
 }
 
-// One array and one table for all tensors; both double. A table is at most half full.
-static void store_grow(Store *s) {
-    s->cap = s->cap ? cmul(s->cap, 2) : 1024;
-    s->n_slots = s->cap * 2;
-    if (s->n_slots > UINT32_MAX) die(1, "more than %zu tensors", s->n);
-    s->tensors = realloc(s->tensors, cmul(s->cap, sizeof *s->tensors));
-    free(s->slots);
-    s->slots = calloc(s->n_slots, sizeof *s->slots);
-    if (!s->tensors || !s->slots) die(1, "out of memory: %zu tensors", s->cap);
-    for (size_t i = 0; i < s->n; i++) *store_slot(s, s->tensors[i].name) = (uint32_t)i + 1;
-}
-
-// The key that was just read, where the file spells it: it ends at the quote before the colon. With
-// escapes the file does not hold its bytes, and it is copied.
-static Span store_name(Store *s, const Json *j, const Str *key) {
-    const char *end = j->p - 1;
-    while (*end != '"') end--;
-    if ((size_t)(end - j->start) > key->n && !memcmp(end - key->n, key->p, key->n))
-        return (Span){ end - key->n, key->n };
-    s->owned = realloc(s->owned, cmul((size_t)s->n_owned + 1, sizeof *s->owned));
-    if (!s->owned) die(1, "out of memory: tensor names");
-    char *copy = s->owned[s->n_owned++] = xalloc(key->n + 1, 1);
-    memcpy(copy, key->p, key->n);
-    return (Span){ copy, key->n };
-}
-
 // The three fields of a header entry. Each says what is wrong and where (the byte in the file).
-static bool tensor_dtype(Json *j, Tensor *t) {
+static void tensor_dtype(Json *j, Tensor *t) {
     Str name = { 0 };
-    bool ok = json_string(j, &name);
-    for (t->dtype = 0; ok && t->dtype < N_DTYPES; t->dtype++)
-        if (span_is(str_span(&name), dtypes[t->dtype].name)) break;
-    if (ok && t->dtype == N_DTYPES)
-        ok = json_fail(j, "%.*s: unknown dtype %.40s", SHOWN(t->name), name.p);
+    json_string(j, &name);
+    while (t->dtype < N_DTYPES && !str_is(&name, dtypes[t->dtype].name)) t->dtype++;
+    if (t->dtype == N_DTYPES) json_fail(j, "%.*s: unknown dtype %.*s", SHOWN(t->name), SHOWN(name));
     free(name.p);
-    return ok;
 }
 
-static bool tensor_shape(Json *j, Tensor *t) {
-    for (json_array(j); json_item(j);) {
-        if (t->rank == TENSOR_RANK)
-            return json_fail(j, "%.*s: more than %d dimensions", SHOWN(t->name), TENSOR_RANK);
-        json_int(j, 0, INT64_MAX, &t->shape[t->rank++]);
-    }
-    return !j->bad;
+static void tensor_shape(Json *j, Tensor *t) {
+    for (json_array(j); json_item(j);)
+        if (t->rank < TENSOR_RANK) json_int(j, 0, INT64_MAX, &t->shape[t->rank++]);
+        else json_fail(j, "%.*s: more than %d dimensions", SHOWN(t->name), TENSOR_RANK);
 }
 
-static bool tensor_offsets(Json *j, const Tensor *t, int64_t at[2]) {
+static void tensor_offsets(Json *j, Tensor *t) {
+    int64_t at[3] = { 0 };
     int n = 0;
-    for (json_array(j); json_item(j); n++) json_int(j, 0, INT64_MAX, &at[n < 2 ? n : 1]);
-    if (j->bad || (n == 2 && at[0] <= at[1])) return !j->bad;
-    return json_fail(j, "%.*s: data_offsets must be [begin, end], begin <= end", (int)t->name.n,
-                     t->name.p);
+    for (json_array(j); json_item(j); n++) json_int(j, 0, INT64_MAX, &at[n < 2 ? n : 2]);
+    if (n != 2 || at[0] > at[1])
+        json_fail(j, "%.*s: data_offsets must be [begin, end], begin <= end", SHOWN(t->name));
+    t->at = (size_t)at[0];
+    t->bytes = (size_t)(at[1] - at[0]);
 }
 
 // One entry of a header: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}. Checks that
-// dtype and shape need exactly that many bytes; *begin is not checked yet.
-static bool tensor_read(Json *j, Tensor *t, int64_t *begin) {
-    static const char *const fields[3] = { "dtype", "shape", "data_offsets" };
-    int64_t at[2] = { 0 };
+// dtype and shape need exactly that many bytes; t->at, behind the header, is not checked yet.
+static bool tensor_read(Json *j, Tensor *t) {
+    static const char *const fields[] = { "dtype", "shape", "data_offsets" };
     unsigned seen = 0;
     Str key = { 0 };
     for (json_object(j); json_member(j, &key);) {
         unsigned i = 0;
-        while (i < 3 && !span_is(str_span(&key), fields[i])) i++;
+        while (i < 3 && !str_is(&key, fields[i])) i++;
         if (seen >> i & 1 && i < 3) json_fail(j, "%.*s: %s twice", SHOWN(t->name), fields[i]);
         else if (i == 0) tensor_dtype(j, t);
         else if (i == 1) tensor_shape(j, t);
-        else if (i == 2) tensor_offsets(j, t, at);
+        else if (i == 2) tensor_offsets(j, t);
         else json_skip(j);
         seen |= 1u << i;
     }
     free(key.p);
+    for (unsigned i = 0; i < 3; i++)
+        if (!(seen >> i & 1)) json_fail(j, "%.*s: no %s", SHOWN(t->name), fields[i]);
     if (j->bad) return false;
-    for (int i = 0; i < 3; i++)
-        if (!(seen >> i & 1)) return json_fail(j, "%.*s: no %s", SHOWN(t->name), fields[i]);
-    // saturates: a product that overflows can never match, not even when a later dimension is 0
-    size_t bits = (size_t)dtypes[t->dtype].bits;
-    for (int i = 0; i < t->rank && bits != SIZE_MAX; i++) bits = cmul(bits, (size_t)t->shape[i]);
-    t->bytes = (size_t)(at[1] - at[0]);
-    *begin = at[0];
+    size_t bits = 1;
+    bool fits = true;                       // a product that overflows is none, whatever follows
+    for (int i = 0; i < t->rank; i++) fits &= !__builtin_mul_overflow(bits, (size_t)t->shape[i], &bits);
+    fits &= !__builtin_mul_overflow(bits, (size_t)dtypes[t->dtype].bits, &bits);
     char kind[256];
-    if (bits == SIZE_MAX || bits % 8 || bits / 8 != t->bytes)
-        return json_fail(j, "%.*s: %s does not fit data_offsets [%lld, %lld]", SHOWN(t->name),
-                         tensor_kind(t, kind), (long long)at[0], (long long)at[1]);
-    return true;
-}
-
-// Adds a tensor; the name must be new.
-static bool store_add(Store *s, Json *j, const Tensor *t) {
-    if (s->n == s->cap) store_grow(s);
-    uint32_t *slot = store_slot(s, t->name);
-    if (*slot) {
-        const Tensor *other = &s->tensors[*slot - 1];
-        return json_fail(j, "tensor %.*s is there twice, first in %s", SHOWN(t->name),
-                         s->shards[other->shard].path);
-    }
-    s->tensors[s->n++] = *t;
-    *slot = (uint32_t)s->n;
-    return true;
+    return (fits && bits % 8 == 0 && bits / 8 == t->bytes) ||
+           json_fail(j, "%.*s: %s does not fit data_offsets [%zu, %zu]", SHOWN(t->name),
+                     tensor_kind(t, kind), t->at, t->at + t->bytes);
 }
 
 // "__metadata__": an object of strings.
-static bool shard_metadata(Json *j, Shard *sh) {
-    if (sh->metadata.n) return json_fail(j, "__metadata__ twice");
+static void shard_metadata(Json *j, Shard *sh) {
+    if (sh->metadata.n) json_fail(j, "__metadata__ twice");
     json_peek(j);
     const char *from = j->p;
     for (json_object(j); json_member(j, NULL);) json_string(j, NULL);
     sh->metadata = (Span){ from, (size_t)(j->p - from) };
-    return !j->bad;
 }
 
-// Where a tensor's data lie behind the header of its shard.
-typedef struct { int64_t begin; size_t bytes, tensor; } Place;
-
-// By place; of equal places the empty tensor comes first.
-static int by_begin(const void *a, const void *b) {
-    const Place *x = a, *y = b;
-    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
-    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
-}
-
-// The data of a shard must fill the rest of the file: no hole, no overlap, nothing left. Then, and
-// not before, the tensors get their addresses.
-static bool shard_layout(Store *s, const Shard *sh, Place *places, size_t n, Err *e) {
-    size_t at = 0;
-    if (n) qsort(places, n, sizeof *places, by_begin);
-    for (size_t i = 0; i < n; i++) {
-        Span name = s->tensors[places[i].tensor].name;
-        size_t begin = (size_t)places[i].begin;
-        if (begin != at)
-            return fail(e, "%s: tensor %.*s begins at data byte %zu, expected %zu (%s): "
-                        "download again", sh->path, SHOWN(name), begin, at,
-                        begin < at ? "overlap" : "hole");
-        at = cadd(at, places[i].bytes);
-    }
-    size_t need = cadd(sh->header, at);
-    if (need != sh->map.n)
-        return fail(e, "%s: file has %zu bytes, its header needs %zu: download again", sh->path,
-                    sh->map.n, need);
-    const uint8_t *data = (const uint8_t *)sh->map.p + sh->header;
-    for (size_t i = 0; i < n; i++) s->tensors[places[i].tensor].data = data + places[i].begin;
-    return true;
-}
-
-// The JSON of a header, its length checked already. Appends to *places; its caller frees them.
-static bool shard_header(Store *s, int number, Place **places, Err *e) {
+// The JSON of a header, its length checked already: adds its tensors.
+static bool shard_header(Store *s, int number, Err *e) {
     Shard *sh = &s->shards[number];
-    size_t from = s->n, cap = 0;
     Str key = { 0 };
     Json j = json_open((Span){ sh->map.p, sh->header }, sh->path, e);
-    j.p += 8;
-    for (json_object(&j); json_member(&j, &key);) {
-        Tensor t = { .shard = number };
-        int64_t begin = 0;
-        if (span_is(str_span(&key), "__metadata__")) {
-            shard_metadata(&j, sh);
-            continue;
+    for (j.p += 8, json_object(&j); json_member(&j, &key);) {
+        Tensor t = { .name = str_span(&key), .shard = number };
+        const Tensor *twin = store_find_span(s, t.name);
+        if (str_is(&key, "__metadata__")) shard_metadata(&j, sh);
+        else if (twin)
+            json_fail(&j, "tensor %.*s is there twice, first in %s", SHOWN(key), s->shards[twin->shard].path);
+        else if (tensor_read(&j, &t)) {
+            map_add(&s->names, t.name, 0);
+            s->tensors = grow(s->tensors, s->n, sizeof *s->tensors);
+            s->tensors[s->n++] = t;
         }
-        t.name = store_name(s, &j, &key);
-        if (!tensor_read(&j, &t, &begin) || !store_add(s, &j, &t)) break;
-        if (s->n - from > cap) {
-            cap = 2 * cap + 64;
-            *places = realloc(*places, cmul(cap, sizeof **places));
-            if (!*places) die(1, "out of memory: %zu tensors", cap);
-        }
-        (*places)[s->n - 1 - from] = (Place){ begin, t.bytes, s->n - 1 };
     }
     free(key.p);
     for (; !j.bad && j.p < j.end; j.p++)
-        if (*j.p != ' ')
-            json_fail(&j, "0x%02x behind the header: only spaces may pad it", (uint8_t)*j.p);
+        if (*j.p != ' ') json_fail(&j, "0x%02x behind the header: only spaces may pad it", (uint8_t)*j.p);
     return !j.bad;
 }
 
-// Reads the header of shard number `number`, which is mapped already, and adds its tensors.
+// By place; of equal places the empty tensor comes first.
+static int by_offset(const void *a, const void *b) {
+    const Tensor *x = *(Tensor *const *)a, *y = *(Tensor *const *)b;
+    if (x->at != y->at) return x->at < y->at ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
+}
+
+// The data of a shard, of the tensors from number `from` on, must fill the rest of the file: no hole, no
+// overlap, nothing left. Then, and not before, the tensors get their addresses.
+static bool shard_layout(Store *s, const Shard *sh, size_t from, Err *e) {
+    size_t at = 0, n = s->n - from;
+    Tensor **sorted = xalloc(n, sizeof *sorted), *bad = NULL;
+    for (size_t i = 0; i < n; i++) sorted[i] = &s->tensors[from + i];
+    qsort(sorted, n, sizeof *sorted, by_offset);
+    for (size_t i = 0; i < n && !bad; i++) {
+        if (sorted[i]->at == at) at = cadd(at, sorted[i]->bytes);
+        else bad = sorted[i];
+    }
+    free(sorted);
+    if (bad) {
+        Span name = map_key(&s->names, (size_t)(bad - s->tensors));
+        return fail(e, "%s: tensor %.*s begins at data byte %zu, expected %zu (%s): download again", sh->path,
+                    SHOWN(name), bad->at, at, bad->at < at ? "overlap" : "hole");
+    }
+    if (cadd(sh->header, at) != sh->map.n)
+        return fail(e, "%s: file has %zu bytes, its header needs %zu: download again", sh->path, sh->map.n,
+                    cadd(sh->header, at));
+    for (size_t i = from; i < s->n; i++) {
+        s->tensors[i].at += sh->header;
+        s->tensors[i].data = (const uint8_t *)sh->map.p + s->tensors[i].at;
+    }
+    return true;
+}
+
+// Reads the header of shard number `number`, which is mapped already, and adds its tensors. Every claim
+// is checked against the file's own size before anything is allocated for it.
 static bool shard_read(Store *s, int number, Err *e) {
     Shard *sh = &s->shards[number];
     const uint8_t *file = (const uint8_t *)sh->map.p;
-    uint64_t n = 0;
+    size_t length = 0, from = s->n;
     if (sh->map.n < 8)
-        return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again",
-                    sh->path, sh->map.n);
-    for (int i = 0; i < 8; i++) n |= (uint64_t)file[i] << 8 * i;
-    // every claim is checked against the file's own size before anything is allocated for it
-    if (n > SHARD_HEADER)
-        return fail(e, "%s: header length %llu, at most %d allowed: not a safetensors file?",
-                    sh->path, (unsigned long long)n, SHARD_HEADER);
-    if (n > sh->map.n - 8)
-        return fail(e, "%s: file has %zu bytes, its header alone needs %zu: download again",
-                    sh->path, sh->map.n, (size_t)n + 8);
-    if (!n || file[8] != '{')
-        return fail(e, "%s: byte 8: the header must begin with '{': not a safetensors file?",
-                    sh->path);
-    sh->header = (size_t)n + 8;
-    size_t from = s->n;
-    Place *places = NULL;
-    bool ok = shard_header(s, number, &places, e) && shard_layout(s, sh, places, s->n - from, e);
-    free(places);
-    return ok;
+        return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again", sh->path,
+                    sh->map.n);
+    for (int i = 0; i < 8; i++) length |= (size_t)file[i] << 8 * i;
+    if (length > SHARD_HEADER)
+        return fail(e, "%s: header length %zu, at most %d allowed: not a safetensors file?", sh->path, length,
+                    SHARD_HEADER);
+    if (length > sh->map.n - 8)
+        return fail(e, "%s: file has %zu bytes, its header alone needs %zu: download again", sh->path,
+                    sh->map.n, length + 8);
+    if (!length || file[8] != '{')
+        return fail(e, "%s: byte 8: the header must begin with '{': not a safetensors file?", sh->path);
+    sh->header = length + 8;
+    if (!shard_header(s, number, e) || !shard_layout(s, sh, from, e)) return false;
+    for (size_t i = 0; i < s->n; i++) s->tensors[i].name = map_key(&s->names, i);   // they may have moved
+    return true;
 }
 
 // Maps DIR/FILE as the next shard.
-static bool store_add_shard(Store *s, const char *dir, Span file, Err *e) {
-    Str path = { 0 };
-    str_puts(&path, dir);
-    str_puts(&path, "/");
-    str_add(&path, file.p, file.n);
-    Span map;
-    if (!map_shard(path.p, &map, e)) {
-        free(path.p);
+static bool store_add_shard(Store *s, const char *dir, const char *file, Err *e) {
+    Shard sh = { .path = path_join(dir, file) };
+    if (!map_shard(sh.path, &sh.map, e)) {
+        free(sh.path);
         return false;
     }
-    s->shards = realloc(s->shards, cmul((size_t)s->n_shards + 1, sizeof *s->shards));
-    if (!s->shards) die(1, "out of memory: shards");
-    s->shards[s->n_shards] = (Shard){ .path = path.p, .map = map };
-    return shard_read(s, s->n_shards++, e);
+    s->shards = grow(s->shards, (size_t)s->n_shards, sizeof *s->shards);
+    s->shards[s->n_shards++] = sh;
+    return shard_read(s, s->n_shards - 1, e);
 }
 
 // A shard must be a plain file name: an index that came from a stranger opens nothing else.
 static bool shard_name_ok(Span file) {
     bool plain = file.n && file.n < 256 && file.p[0] != '.';
-    for (size_t i = 0; i < file.n; i++)
-        plain = plain && (uint8_t)file.p[i] >= 32 && file.p[i] != '/';
+    for (size_t i = 0; i < file.n; i++) plain = plain && (uint8_t)file.p[i] >= 32 && file.p[i] != '/';
     return plain;
 }
 
-// Passes over weight_map. First (seen = NULL) every shard it names is opened; then (seen [n],
-// zeroed) every entry must be a tensor of that shard.
-static bool index_weight_map(Store *s, Json *j, const char *dir, Map *files, uint8_t *seen) {
+// Opens each shard where the index first names it. Every entry must be a tensor of its shard.
+static void index_weight_map(Json *j, Store *s, const char *dir) {
+    Map files = { 0 };
     Str name = { 0 }, file = { 0 };
-    Err e;
     for (json_object(j); json_member(j, &name) && json_string(j, &file);) {
-        Span f = str_span(&file);
-        if (!seen) {
-            if (!shard_name_ok(f))
-                json_fail(j, "%.*s: bad shard name '%.80s': a plain file name is allowed here",
-                          SHOWN(str_span(&name)), file.p);
-            else if (map_add(files, f, s->n_shards) && !store_add_shard(s, dir, f, &e)) {
-                j->bad = true;
-                *j->e = e;
-            }
-            continue;
+        if (!shard_name_ok(str_span(&file))) {
+            json_fail(j, "%.*s: bad shard name '%.80s': a plain file name is allowed here", SHOWN(name), file.p);
+            break;
         }
-        const Tensor *t = store_find_span(s, str_span(&name));
-        const MapEntry *shard = map_find(files, f);
-        if (!t || !shard || t->shard != shard->value)
-            json_fail(j, "tensor %.*s is not in %s: download again", SHOWN(str_span(&name)),
-                      file.p);
-        else if (seen[t - s->tensors]++)
-            json_fail(j, "tensor %.*s twice", SHOWN(str_span(&name)));
+        if (map_add(&files, str_span(&file), s->n_shards) && !store_add_shard(s, dir, file.p, j->e)) {
+            j->bad = true;
+            break;
+        }
+        MapEntry *e = map_find(&s->names, str_span(&name));
+        if (!e || s->tensors[e - s->names.entries].shard != map_find(&files, str_span(&file))->value)
+            json_fail(j, "tensor %.*s is not in %s: download again", SHOWN(name), file.p);
+        else if (e->value++) json_fail(j, "tensor %.*s twice", SHOWN(name));
     }
     free(name.p);
     free(file.p);
-    return !j->bad;
-}
-
-// The whole index: weight_map once, everything else passed over.
-static bool index_read(Store *s, Span text, const char *path, const char *dir, Map *files,
-                       uint8_t *seen, Err *e) {
-    bool found = false;
-    Str key = { 0 };
-    Json j = json_open(text, path, e);
-    for (json_object(&j); json_member(&j, &key);) {
-        if (!span_is(str_span(&key), "weight_map")) json_skip(&j);
-        else if (found) json_fail(&j, "weight_map twice");
-        else found = index_weight_map(s, &j, dir, files, seen);
-    }
-    free(key.p);
-    return json_end(&j) && (found || fail(e, "%s: no weight_map", path));
+    map_free(&files);
 }
 
 static bool store_open_index(Store *s, Span text, const char *path, const char *dir, Err *e) {
-    Map files = { 0 };
-    uint8_t *seen = NULL;
-    bool ok = index_read(s, text, path, dir, &files, NULL, e);
-    if (ok) {
-        seen = xalloc(s->n, 1);
-        ok = index_read(s, text, path, dir, &files, seen, e);
-    }
-    // harmless (nothing looks for them), but a sign that index and shards are not of one release
+    bool found = false;
     size_t surplus = 0;
-    for (size_t i = 0; ok && i < s->n; i++) surplus += !seen[i];
+    Str key = { 0 };
+    Json j = json_open(text, path, e);
+    for (json_object(&j); json_member(&j, &key);) {
+        if (!str_is(&key, "weight_map")) json_skip(&j);
+        else if (found) json_fail(&j, "weight_map twice");
+        else index_weight_map(&j, s, dir), found = true;
+    }
+    free(key.p);
+    if (!json_end(&j)) return false;
+    if (!found) return fail(e, "%s: no weight_map", path);
+    // harmless (nothing looks for them), but a sign that index and shards are not of one release
+    for (size_t i = 0; i < s->n; i++) surplus += !s->names.entries[i].value;
     if (surplus) note("%s: %zu tensors in the shards are not in the index", path, surplus);
-    map_free(&files);
-    free(seen);
-    return ok;
+    return true;
 }
 
 // Opens the checkpoint in a directory: what model.safetensors.index.json lists, else
 // model.safetensors. On an error *s is empty.
 bool store_open(Store *s, const char *dir, Err *e) {
+    Span text = { 0 };
+    char *index = path_join(dir, "model.safetensors.index.json"), *single = path_join(dir, "model.safetensors");
+    bool ok;
     *s = (Store){ 0 };
     open_store = s;
-    Str path = { 0 };
-    Span text = { 0 };
-    str_puts(&path, dir);
-    str_puts(&path, "/model.safetensors.index.json");
-    bool ok;
-    if (file_exists(path.p)) {
-        ok = map_file(path.p, &text, e) && store_open_index(s, text, path.p, dir, e);
-    } else {
-        path.n = strlen(dir);
-        str_puts(&path, "/model.safetensors");
-        ok = file_exists(path.p) ? store_add_shard(s, dir, span_of("model.safetensors"), e)
-            : fail(e, "%s: no model.safetensors.index.json and no model.safetensors here", dir);
-    }
-    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
-    free(path.p);
+    if (file_exists(index)) ok = map_file(index, &text, e) && store_open_index(s, text, index, dir, e);
+    else if (file_exists(single)) ok = store_add_shard(s, dir, "model.safetensors", e);
+    else ok = fail(e, "%s: no model.safetensors.index.json and no model.safetensors here", dir);
+    unmap_file(text);
+    free(index);
+    free(single);
     if (!ok) store_close(s);
     return ok;
 }
+
 // ---------------------------------------------------------------------------
 // config.json -> Config. Known keys with values that are not supported are refused by name; keys
 // that say nothing about inference (dropout, dtype, versions ...) and unknown ones are ignored.
 
-// The bounds keep every product of two dimensions that belong together (H*K, S*D, G*L, I*J, M*c*K)
-// below 2^31; V4-Pro's shape lies well inside. All of these keys are required but the last three.
-enum { CONFIG_OPTIONAL_INTS = 3, MAX_RATIOS = 4096 };
-static const struct { const char *key; size_t at; int lo, hi; } config_ints[] = {
-    { "hidden_size", offsetof(Config, dim), 1, 1 << 16 },
-    { "num_hidden_layers", offsetof(Config, n_layers), 1, 1024 },
-    { "num_attention_heads", offsetof(Config, n_heads), 1, 1024 },
-    { "head_dim", offsetof(Config, head_dim), 2, 4096 },
-    { "qk_rope_head_dim", offsetof(Config, rope_dim), 2, 4096 },
-    { "q_lora_rank", offsetof(Config, q_lora_rank), 1, 1 << 16 },
-    { "o_groups", offsetof(Config, o_groups), 1, 1024 },
-    { "o_lora_rank", offsetof(Config, o_lora_rank), 1, 1 << 16 },
-    { "sliding_window", offsetof(Config, window), 1, 1 << 20 },
-    { "n_routed_experts", offsetof(Config, n_experts), 1, 4096 },
-    { "num_experts_per_tok", offsetof(Config, n_active), 1, 64 },
-    { "moe_intermediate_size", offsetof(Config, expert_dim), 1, 1 << 18 },
-    { "num_hash_layers", offsetof(Config, n_hash_layers), 0, 1024 },
-    { "index_n_heads", offsetof(Config, index_heads), 1, 1024 },
-    { "index_head_dim", offsetof(Config, index_dim), 2, 4096 },
-    { "index_topk", offsetof(Config, index_topk), 1, 1 << 20 },
-    { "hc_mult", offsetof(Config, hc_mult), 1, 16 },
-    { "hc_sinkhorn_iters", offsetof(Config, hc_iters), 1, 1000 },
-    { "vocab_size", offsetof(Config, vocab), 1, 1 << 24 },
-    { "max_position_embeddings", offsetof(Config, max_ctx), 1, 1 << 24 },
-    { "num_nextn_predict_layers", offsetof(Config, n_mtp), 0, 16 },     // default 0
-    { "bos_token_id", offsetof(Config, bos), 0, 1 << 24 },              // default -1: none
-    { "eos_token_id", offsetof(Config, eos), 0, 1 << 24 },              // default -1: none
-};
-
-static const struct { const char *key; size_t at; double lo, hi; } config_floats[] = {
-    { "hc_eps", offsetof(Config, hc_eps), 1e-12, 1 },
-    { "rms_norm_eps", offsetof(Config, norm_eps), 1e-12, 1 },
-    { "routed_scaling_factor", offsetof(Config, route_scale), 1e-6, 1e6 },
-    { "swiglu_limit", offsetof(Config, swiglu_limit), 1e-6, 1e30 },
-    { "rope_theta", offsetof(Config, rope_theta), 1.001, 1e12 },
-    { "compress_rope_theta", offsetof(Config, compress_theta), 1.001, 1e12 },
-};
-
-// rope_scaling; all but original_max_position_embeddings, which is in whole positions.
-static const struct { const char *key; size_t at; double lo, hi; } yarn_floats[] = {
-    { "factor", offsetof(Config, yarn_factor), 1, 1e6 },
-    { "beta_fast", offsetof(Config, yarn_beta_fast), 1e-6, 1e6 },
-    { "beta_slow", offsetof(Config, yarn_beta_slow), 1e-6, 1e6 },
-};
-
-// Keys of which the engine supports these values only (JSON texts); absent is as good as the first.
-typedef struct { const char *key, *values[6]; } Fixed;
-static const Fixed fixed_top[] = {
-    { "attention_bias", { "false" } },
-    { "expert_dtype", { "\"fp4\"", "\"int4\"", "\"fp8\"", "\"int8\"", "\"bf16\"", "null" } },
-    { "hidden_act", { "\"silu\"" } },
-    { "model_type", { "\"deepseek_v4\"" } },
-    { "n_shared_experts", { "1" } },
-    { "norm_topk_prob", { "true" } },
-    { "num_key_value_heads", { "1" } },
-    { "scoring_func", { "\"sqrtsoftplus\"" } },
-    { "tie_word_embeddings", { "false" } },
-    { "topk_method", { "\"noaux_tc\"" } },
-};
-static const Fixed fixed_rope[] = {
-    { "type", { "\"yarn\"" } },
-    { "rope_type", { "\"yarn\"" } },
-};
-static const Fixed fixed_quant[] = {
-    { "quant_method", { "\"dsv4_int\"", "\"fp8\"" } },
-    { "format", { "\"int_packed\"" } },
-    { "fmt", { "\"e4m3\"" } },
-    { "scale_fmt", { "\"ue8m0\"" } },
-    { "weight_block_size", { "[128, 128]" } },
-};
-static const Fixed fixed_group[] = {        // quantization_config.config_groups.*.weights
-    { "num_bits", { "4", "8" } },
-    { "type", { "\"int\"" } },
-    { "symmetric", { "true" } },
-    { "group_size", { "32", "null" } },
-    { "block_size", { "[128, 128]", "null" } },
-    { "strategy", { "\"group\"", "\"block\"" } },
-};
-
-// Moves to the next member of an object; a key that was seen before is an error.
-static bool config_member(Json *j, Map *seen, Str *key) {
-    if (!json_member(j, key)) return false;
-    return map_add(seen, str_span(key), 0) || json_fail(j, "key %.200s twice", key->p);
-}
-
-// Takes the value if key is in the table; false leaves it to the caller.
-static bool config_fixed(Json *j, const Fixed *table, size_t n, const Str *key) {
-    const Fixed *f = table;
-    while (f < table + n && !span_is(str_span(key), f->key)) f++;
-    if (f == table + n) return false;
-    Str value = { 0 }, wanted = { 0 };
-    bool ok = false;
-    Json at = *j;
-    json_dump(j, &value);
-    for (size_t i = 0; i < COUNT(f->values) && f->values[i]; i++) {
-        ok = ok || span_is(str_span(&value), f->values[i]);
-        if (i) str_puts(&wanted, " or ");
-        str_puts(&wanted, f->values[i]);
-    }
-    if (!ok && !j->bad) {
-        j->p = at.p;
-        json_fail(j, "%s: %.80s is not supported, expected %s", f->key, value.p, wanted.p);
-    }
-    free(value.p);
-    free(wanted.p);
-    return true;
-}
-
-// Says which key an error that has no name in it is about.
-static void config_blame(Json *j, const char *key) {
-    Err plain = *j->e;
-    if (j->bad && !strstr(plain.text, key)) fail(j->e, "%.400s (%.80s)", plain.text, key);
-}
-
-// An int or a float of the tables; an error names the key.
-static void config_number(Json *j, const char *key, bool whole, double lo, double hi, void *to) {
-    double v = 0;
-    int64_t i = 0;
-    Json at = *j;
-    bool ok = whole ? json_int(j, (int64_t)lo, (int64_t)hi, &i) : json_double(j, &v);
-    if (ok && !whole && (v < lo || v > hi)) {
-        j->p = at.p;
-        ok = json_fail(j, "expected a number from %g to %g, found %g", lo, hi, v);
-    }
-    if (!ok && !at.bad) config_blame(j, key);
-    if (whole) *(int *)to = (int)i;
-    else *(float *)to = (float)v;
-}
-
-// rope_scaling: YaRN, and only YaRN. Its betas have defaults, the rest must be there.
-static void config_rope(Config *c, Json *j) {
-    Map seen = { 0 };
-    Str key = { 0 };
-    for (json_object(j); config_member(j, &seen, &key);) {
-        size_t i = 0;
-        while (i < COUNT(yarn_floats) && !span_is(str_span(&key), yarn_floats[i].key)) i++;
-        if (i < COUNT(yarn_floats))
-            config_number(j, yarn_floats[i].key, false, yarn_floats[i].lo, yarn_floats[i].hi,
-                          (char *)c + yarn_floats[i].at);
-        else if (span_is(str_span(&key), "original_max_position_embeddings"))
-            config_number(j, "original_max_position_embeddings", true, 1, 1 << 24, &c->yarn_ctx);
-        else if (!config_fixed(j, fixed_rope, COUNT(fixed_rope), &key)) json_skip(j);
-    }
-    if (!j->bad && (!map_find(&seen, span_of("factor")) || !c->yarn_ctx))
-        json_fail(j, "rope_scaling: no factor or no original_max_position_embeddings");
-    free(key.p);
-    map_free(&seen);
-}
-
-// config_groups: { name: { "weights": { ... }, ... } }: what we do not know how to read is refused.
-static void config_groups(Json *j) {
-    Str key = { 0 };
-    for (json_object(j); json_member(j, NULL);)
-        for (json_object(j); json_member(j, &key);) {
-            if (!span_is(str_span(&key), "weights")) {
-                json_skip(j);
-                continue;
-            }
-            Map seen = { 0 };
-            for (json_object(j); config_member(j, &seen, &key);)
-                if (!config_fixed(j, fixed_group, COUNT(fixed_group), &key)) json_skip(j);
-            map_free(&seen);
-        }
-    free(key.p);
-}
-
-// quantization_config: which of the formats the weights claim to have. Their dtypes decide later.
-static void config_quant(Config *c, Json *j) {
-    if (json_null(j)) return;
-    Map seen = { 0 };
-    Str key = { 0 }, method = { 0 };
-    for (json_object(j); config_member(j, &seen, &key);) {
-        Json at = *j;
-        if (span_is(str_span(&key), "config_groups")) config_groups(j);
-        else if (!config_fixed(j, fixed_quant, COUNT(fixed_quant), &key)) json_skip(j);
-        else if (!j->bad && span_is(str_span(&key), "quant_method") && json_string(&at, &method))
-            snprintf(c->quant, sizeof c->quant, "%s", method.p);
-    }
-    if (!j->bad && !c->quant[0]) json_fail(j, "quantization_config: no quant_method");
-    free(key.p);
-    free(method.p);
-    map_free(&seen);
-}
-
 // One entry per layer, then one per MTP layer; what is missing at the end is 0.
-static void config_ratios(Json *j, int ratios[static MAX_RATIOS], int *n) {
+static void config_ratios(Json *j, void *to) {
+    Config *c = to;
     int64_t v = 0;
     for (json_array(j); json_item(j);) {
         Json at = *j;
         if (!json_int(j, INT64_MIN, INT64_MAX, &v)) return;
         if (v != 0 && v != 4 && v != 128) {
             j->p = at.p;
-            json_fail(j, "compress_ratios[%d]: expected 0, 4 or 128, found %lld", *n, (long long)v);
-        } else if (*n == MAX_RATIOS) {
-            json_fail(j, "compress_ratios: more than %d entries", MAX_RATIOS);
-        } else {
-            ratios[(*n)++] = (int)v;
+            json_fail(j, "entry %d: expected 0, 4 or 128, found %lld", c->n_ratios, (long long)v);
         }
+        if (c->n_ratios == 4096) json_fail(j, "more than %d entries", c->n_ratios);
+        c->ratio = grow(c->ratio, (size_t)c->n_ratios, sizeof *c->ratio);
+        c->ratio[c->n_ratios++] = (int)v;
     }
 }
 
-// V4.1 is another architecture; say so before its other values can be complained about. Damaged
-// JSON is left to the second reading.
+// The bounds keep every product of two dimensions that belong together (H*K, S*D, G*L, I*J, M*c*K)
+// below 2^31; V4-Pro's shape lies well inside.
+#define C(field) offsetof(Config, field)
+#define QUANT "quantization_config."
+#define GROUP "quantization_config.config_groups.*.weights."
+static const Field config_fields[] = {
+    { "model_type", J_FIXED, NEEDED, .values = { "\"deepseek_v4\"" } },
+    { "hidden_size", J_INT, NEEDED, C(dim), .lo = 1, .hi = 1 << 16 },
+    { "num_hidden_layers", J_INT, NEEDED, C(n_layers), .lo = 1, .hi = 1024 },
+    { "num_attention_heads", J_INT, NEEDED, C(n_heads), .lo = 1, .hi = 1024 },
+    { "head_dim", J_INT, NEEDED, C(head_dim), .lo = 2, .hi = 4096 },
+    { "qk_rope_head_dim", J_INT, NEEDED, C(rope_dim), .lo = 2, .hi = 4096 },
+    { "q_lora_rank", J_INT, NEEDED, C(q_lora_rank), .lo = 1, .hi = 1 << 16 },
+    { "o_groups", J_INT, NEEDED, C(o_groups), .lo = 1, .hi = 1024 },
+    { "o_lora_rank", J_INT, NEEDED, C(o_lora_rank), .lo = 1, .hi = 1 << 16 },
+    { "sliding_window", J_INT, NEEDED, C(window), .lo = 1, .hi = 1 << 20 },
+    { "n_routed_experts", J_INT, NEEDED, C(n_experts), .lo = 1, .hi = 4096 },
+    { "num_experts_per_tok", J_INT, NEEDED, C(n_active), .lo = 1, .hi = 64 },
+    { "moe_intermediate_size", J_INT, NEEDED, C(expert_dim), .lo = 1, .hi = 1 << 18 },
+    { "num_hash_layers", J_INT, NEEDED, C(n_hash_layers), .lo = 0, .hi = 1024 },
+    { "index_n_heads", J_INT, NEEDED, C(index_heads), .lo = 1, .hi = 1024 },
+    { "index_head_dim", J_INT, NEEDED, C(index_dim), .lo = 2, .hi = 4096 },
+    { "index_topk", J_INT, NEEDED, C(index_topk), .lo = 1, .hi = 1 << 20 },
+    { "hc_mult", J_INT, NEEDED, C(hc_mult), .lo = 1, .hi = 16 },
+    { "hc_sinkhorn_iters", J_INT, NEEDED, C(hc_iters), .lo = 1, .hi = 1000 },
+    { "vocab_size", J_INT, NEEDED, C(vocab), .lo = 1, .hi = 1 << 24 },
+    { "max_position_embeddings", J_INT, NEEDED, C(max_ctx), .lo = 1, .hi = 1 << 24 },
+    { "num_nextn_predict_layers", J_INT, OPTIONAL, C(n_mtp), .lo = 0, .hi = 16 },
+    { "bos_token_id", J_INT, OPTIONAL, C(bos), .lo = 0, .hi = 1 << 24 },
+    { "eos_token_id", J_INT, OPTIONAL, C(eos), .lo = 0, .hi = 1 << 24 },
+    { "compress_ratios", J_READ, NEEDED, .read = config_ratios },
+    { "hc_eps", J_FLOAT, NEEDED, C(hc_eps), .lo = 1e-12, .hi = 1 },
+    { "rms_norm_eps", J_FLOAT, NEEDED, C(norm_eps), .lo = 1e-12, .hi = 1 },
+    { "routed_scaling_factor", J_FLOAT, NEEDED, C(route_scale), .lo = 1e-6, .hi = 1e6 },
+    { "swiglu_limit", J_FLOAT, NEEDED, C(swiglu_limit), .lo = 1e-6, .hi = 1e30 },
+    { "rope_theta", J_FLOAT, NEEDED, C(rope_theta), .lo = 1.001, .hi = 1e12 },
+    { "compress_rope_theta", J_FLOAT, NEEDED, C(compress_theta), .lo = 1.001, .hi = 1e12 },
+    { "rope_scaling.type", J_FIXED, .values = { "\"yarn\"" } },
+    { "rope_scaling.rope_type", J_FIXED, .values = { "\"yarn\"" } },
+    { "rope_scaling.factor", J_FLOAT, WITHIN, C(yarn_factor), .lo = 1, .hi = 1e6 },
+    { "rope_scaling.beta_fast", J_FLOAT, OPTIONAL, C(yarn_beta_fast), .lo = 1e-6, .hi = 1e6 },
+    { "rope_scaling.beta_slow", J_FLOAT, OPTIONAL, C(yarn_beta_slow), .lo = 1e-6, .hi = 1e6 },
+    { "rope_scaling.original_max_position_embeddings", J_INT, WITHIN, C(yarn_ctx), .lo = 1, .hi = 1 << 24 },
+    { "dspark_*", J_FOUND, OPTIONAL, .at = C(dspark) },
+    // supported with these values only
+    { "attention_bias", J_FIXED, .values = { "false" } },
+    { "expert_dtype", J_FIXED, .values = { "\"fp4\"", "\"int4\"", "\"fp8\"", "\"int8\"", "\"bf16\"" } },
+    { "hidden_act", J_FIXED, .values = { "\"silu\"" } },
+    { "n_shared_experts", J_FIXED, .values = { "1" } },
+    { "norm_topk_prob", J_FIXED, .values = { "true" } },
+    { "num_key_value_heads", J_FIXED, .values = { "1" } },
+    { "scoring_func", J_FIXED, .values = { "\"sqrtsoftplus\"" } },
+    { "tie_word_embeddings", J_FIXED, .values = { "false" } },
+    { "topk_method", J_FIXED, .values = { "\"noaux_tc\"" } },
+    // which formats the weights claim to have; their dtypes decide later
+    { QUANT "quant_method", J_FIXED, WITHIN, C(quant), .values = { "\"dsv4_int\"", "\"fp8\"" } },
+    { QUANT "format", J_FIXED, .values = { "\"int_packed\"" } },
+    { QUANT "fmt", J_FIXED, .values = { "\"e4m3\"" } },
+    { QUANT "scale_fmt", J_FIXED, .values = { "\"ue8m0\"" } },
+    { QUANT "weight_block_size", J_FIXED, .values = { "[128,128]" } },
+    { GROUP "num_bits", J_FIXED, .values = { "4", "8" } },
+    { GROUP "type", J_FIXED, .values = { "\"int\"" } },
+    { GROUP "symmetric", J_FIXED, .values = { "true" } },
+    { GROUP "group_size", J_FIXED, .values = { "32" } },
+    { GROUP "block_size", J_FIXED, .values = { "[128,128]" } },
+    { GROUP "strategy", J_FIXED, .values = { "\"group\"", "\"block\"" } },
+};
+#undef C
+
+// V4.1 is another architecture; say so before its other values can be complained about.
 static bool config_model_type(Span text, const char *path, Err *e) {
-    Str key = { 0 }, type = { 0 };
-    Json j = json_open(text, path, e);
-    for (json_object(&j); json_member(&j, &key);) {
-        if (span_is(str_span(&key), "model_type") && json_peek(&j) == '"') json_string(&j, &type);
-        else json_skip(&j);
-    }
-    bool ok = true;
-    if (json_end(&j) && !type.n)
-        ok = fail(e, "%s: no model_type: not a model's config.json?", path);
-    if (type.n && (span_is(str_span(&type), "deepseek_v41") || strstr(type.p, "v4_1")))
-        ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported "
-                  "(deepseek_v4 is)", path, type.p);
-    free(key.p);
+    static const Field field = { "model_type", J_TEXT, .need = NEEDED };
+    Str type = { 0 };
+    bool ok = table_file(text, path, &field, 1, &type, e);
+    if (ok && (strstr(type.p, "v41") || strstr(type.p, "v4_1")))
+        ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported (deepseek_v4 is)",
+                  path, type.p);
     free(type.p);
     return ok;
 }
 
-// What a single value cannot show: keys that are missing, and values that do not go together.
-static bool config_check(const Config *c, const Map *seen, int n_ratios, const char *path, Err *e) {
-    size_t required = COUNT(config_ints) - CONFIG_OPTIONAL_INTS;
-    for (size_t i = 0; i < required + COUNT(config_floats); i++) {
-        const char *key = i < required ? config_ints[i].key : config_floats[i - required].key;
-        if (!map_find(seen, span_of(key))) return fail(e, "%s: no key %s", path, key);
-    }
-    if (n_ratios < c->n_layers)
-        return fail(e, "%s: compress_ratios has %d entries, num_hidden_layers is %d", path,
-                    n_ratios, c->n_layers);
-    for (int i = 0; i < c->n_layers && !map_find(seen, span_of("rope_scaling")); i++)
+// What a single value cannot show: values that do not go together.
+static bool config_check(const Config *c, const char *path, Err *e) {
+    if (c->n_ratios < c->n_layers)
+        return fail(e, "%s: compress_ratios has %d entries, num_hidden_layers is %d", path, c->n_ratios,
+                    c->n_layers);
+    for (int i = 0; i < c->n_layers; i++)
+        if (c->ratio[i] && !c->yarn_ctx)
+            return fail(e, "%s: no key rope_scaling, which layer %d with ratio %d needs", path, i, c->ratio[i]);
+    for (int i = c->n_layers; i < c->n_layers + c->n_mtp && !c->dspark; i++)
         if (c->ratio[i])
-            return fail(e, "%s: no key rope_scaling, which layer %d with ratio %d needs", path, i,
-                        c->ratio[i]);
-    for (int i = 0; i < c->n_mtp && !c->dspark; i++)
-        if (c->ratio[c->n_layers + i])
-            return fail(e, "%s: compress_ratios[%d]: an MTP layer with ratio %d is not supported, "
-                        "expected 0", path, c->n_layers + i, c->ratio[c->n_layers + i]);
+            return fail(e, "%s: compress_ratios[%d]: an MTP layer with ratio %d is not supported, expected 0",
+                        path, i, c->ratio[i]);
     if (c->n_heads % c->o_groups)
-        return fail(e, "%s: num_attention_heads %d is not a multiple of o_groups %d", path,
-                    c->n_heads, c->o_groups);
+        return fail(e, "%s: num_attention_heads %d is not a multiple of o_groups %d", path, c->n_heads,
+                    c->o_groups);
     if (c->rope_dim % 2 || c->rope_dim > c->head_dim || c->rope_dim > c->index_dim)
-        return fail(e, "%s: qk_rope_head_dim %d must be even and at most head_dim %d and "
-                    "index_head_dim %d", path, c->rope_dim, c->head_dim, c->index_dim);
+        return fail(e, "%s: qk_rope_head_dim %d must be even and at most head_dim %d and index_head_dim %d",
+                    path, c->rope_dim, c->head_dim, c->index_dim);
     if (c->n_active > c->n_experts)
-        return fail(e, "%s: num_experts_per_tok %d of only n_routed_experts %d", path, c->n_active,
-                    c->n_experts);
+        return fail(e, "%s: num_experts_per_tok %d of only n_routed_experts %d", path, c->n_active, c->n_experts);
     if (c->n_hash_layers > c->n_layers)
-        return fail(e, "%s: num_hash_layers %d of only num_hidden_layers %d", path,
-                    c->n_hash_layers, c->n_layers);
+        return fail(e, "%s: num_hash_layers %d of only num_hidden_layers %d", path, c->n_hash_layers,
+                    c->n_layers);
     if (c->bos >= c->vocab || c->eos >= c->vocab)
-        return fail(e, "%s: bos_token_id %d or eos_token_id %d is not below vocab_size %d", path,
-                    c->bos, c->eos, c->vocab);
+        return fail(e, "%s: bos_token_id %d or eos_token_id %d is not below vocab_size %d", path, c->bos, c->eos,
+                    c->vocab);
     if (c->yarn_beta_fast < c->yarn_beta_slow)
-        return fail(e, "%s: rope_scaling: beta_fast %g is below beta_slow %g", path,
-                    (double)c->yarn_beta_fast, (double)c->yarn_beta_slow);
+        return fail(e, "%s: rope_scaling: beta_fast %g is below beta_slow %g", path, (double)c->yarn_beta_fast,
+                    (double)c->yarn_beta_slow);
     return true;
-}
-
-// One member of the top level: a number of the tables, an object, a fixed value, or ignored.
-static void config_key(Config *c, Json *j, const Str *key, int ratios[static MAX_RATIOS], int *n) {
-    Span k = str_span(key);
-    if (k.n > 7 && !memcmp(k.p, "dspark_", 7)) c->dspark = true;
-    for (size_t i = 0; i < COUNT(config_ints); i++)
-        if (span_is(k, config_ints[i].key)) {
-            config_number(j, config_ints[i].key, true, config_ints[i].lo, config_ints[i].hi,
-                          (char *)c + config_ints[i].at);
-            return;
-        }
-    for (size_t i = 0; i < COUNT(config_floats); i++)
-        if (span_is(k, config_floats[i].key)) {
-            config_number(j, config_floats[i].key, false, config_floats[i].lo, config_floats[i].hi,
-                          (char *)c + config_floats[i].at);
-            return;
-        }
-    if (span_is(k, "compress_ratios")) config_ratios(j, ratios, n);
-    else if (span_is(k, "rope_scaling")) config_rope(c, j);
-    else if (span_is(k, "quantization_config")) config_quant(c, j);
-    else if (!config_fixed(j, fixed_top, COUNT(fixed_top), key)) json_skip(j);
-    if (j->bad) config_blame(j, key->p);
 }
 
 static void config_free(Config *c) {
@@ -1464,25 +1236,13 @@ static void config_free(Config *c) {
 
 // Reads the text of a config.json; path is for messages. On an error *c holds nothing.
 static bool config_read(Config *c, Span text, const char *path, Err *e) {
-    int n = 0, *ratios = xalloc(MAX_RATIOS, sizeof *ratios);
-    Map seen = { 0 };
-    Str key = { 0 };
-    *c = (Config){ .bos = -1, .eos = -1 };
-    c->yarn_factor = c->yarn_beta_slow = 1;
-    c->yarn_beta_fast = 32;
-    bool ok = config_model_type(text, path, e);
-    if (ok) {
-        Json j = json_open(text, path, e);
-        for (json_object(&j); config_member(&j, &seen, &key);) config_key(c, &j, &key, ratios, &n);
-        ok = json_end(&j);
-    }
+    *c = (Config){ .bos = -1, .eos = -1, .yarn_factor = 1, .yarn_beta_slow = 1, .yarn_beta_fast = 32 };
+    bool ok = config_model_type(text, path, e) &&
+              table_file(text, path, config_fields, COUNT(config_fields), c, e);
+    for (int n = c->n_ratios; ok && n < c->n_layers + c->n_mtp; n++)
+        c->ratio = grow(c->ratio, (size_t)n, sizeof *c->ratio);
+    ok = ok && config_check(c, path, e);
     if (!c->yarn_ctx) c->yarn_ctx = c->max_ctx;     // no rope_scaling: no layer uses it
-    c->ratio = xalloc((size_t)(c->n_layers + c->n_mtp), sizeof *c->ratio);
-    for (int i = 0; i < c->n_layers + c->n_mtp && i < n; i++) c->ratio[i] = ratios[i];
-    ok = ok && config_check(c, &seen, n, path, e);
-    free(ratios);
-    free(key.p);
-    map_free(&seen);
     if (!ok) config_free(c);
     return ok;
 }
@@ -1492,7 +1252,7 @@ static bool config_open(Config *c, const char *dir, Err *e) {
     Span text = { 0 };
     char *path = path_join(dir, "config.json");
     bool ok = map_file(path, &text, e) && config_read(c, text, path, e);
-    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    unmap_file(text);
     free(path);
     return ok;
 }
@@ -1571,7 +1331,6 @@ static void unpack_classes(uint8_t *cls) {      // [N_CLASSES]
     }
 }
 
-typedef struct { uint32_t left, right, result; } Merge;     // ids; its index is its rank
 typedef struct { uint8_t byte; int child, next, id; } Node; // of a trie: next sibling; token or -1
 
 typedef struct {
@@ -1580,10 +1339,7 @@ typedef struct {
     size_t *start;              // [n + 1] where each begins
     uint8_t *flags;             // [n] of enum below
     int byte_id[256];           // the token of each single byte
-    Merge *merges;              // [n_merges] by rank
-    size_t n_merges;
-    uint32_t *pairs;            // [pair_cap] (left, right) -> rank + 1, open addressing, 0 = empty
-    size_t pair_cap;
+    Map merges;                 // left and right id, as 8 bytes -> rank << 32 | id of both together
     Node *nodes;                // added tokens; root 0: not `normalized`, root 1: the others
     int n_nodes;
     uint8_t *cls;               // [N_CLASSES] class of each code point; C_OTHER above
@@ -1601,8 +1357,7 @@ static void tok_free(Tokenizer *t) {
     free(t->bytes.p);
     free(t->start);
     free(t->flags);
-    free(t->merges);
-    free(t->pairs);
+    map_free(&t->merges);
     free(t->nodes);
     free(t->cls);
     *t = (Tokenizer){ 0 };
@@ -1610,39 +1365,110 @@ static void tok_free(Tokenizer *t) {
 
 // ---- loading
 
-// Compares the next value with the one `want` begins with, key order aside; names the difference.
-static void json_expect(Json *j, const char *path, Span want) {
-    Json w = json_open(want, path, j->e);
-    char open = json_peek(&w), sub[200];
-    Str key = { 0 }, found = { 0 }, expected = { 0 };
-    if (open == '{') {
-        Map keys = { 0 };               // key -> where its value stands in `want`, -1 once seen
-        size_t seen = 0;
-        for (json_object(&w); json_member(&w, &key); json_skip(&w))
-            map_add(&keys, str_span(&key), w.p - w.start);
-        for (json_object(j); json_member(j, &key); seen++) {
-            MapEntry *e = map_find(&keys, str_span(&key));
-            snprintf(sub, sizeof sub, "%s.%.60s", path, quoted(str_span(&key)).text);
-            if (!e || e->value < 0) json_fail(j, "%s is not in DeepSeek-V4's tokenizer", sub);
-            else json_expect(j, sub, span_from(want, (size_t)e->value));
-            if (e) e->value = -1;
-        }
-        if (seen < keys.n) json_fail(j, "%s: %zu keys, expected %zu", path, seen, keys.n);
-        map_free(&keys);
-    } else if (open == '[') {
-        json_array(j);
-        for (json_array(&w); json_item(&w); json_skip(&w)) {
-            snprintf(sub, sizeof sub, "%s[]", path);
-            if (!json_item(j)) json_fail(j, "%s has fewer items than DeepSeek-V4's", path);
-            json_expect(j, sub, (Span){ w.p, (size_t)(w.end - w.p) });
-        }
-        if (json_item(j)) json_fail(j, "%s has more items than DeepSeek-V4's", path);
-    } else if (json_dump(j, &found) && json_dump(&w, &expected) && strcmp(found.p, expected.p)) {
-        json_fail(j, "%s: expected %s, found %.100s", path, expected.p, found.p);
+typedef struct {
+    Map vocab;                  // text -> id
+    Map added;                  // text -> id | flags << 32
+    Span merges;                // read when the vocabulary is known
+} TokFile;
+
+// Adds a token's text to one of the two maps.
+static void load_token(Json *j, Map *to, const Str *text, int64_t value) {
+    if (!text->n || text->n > TOKEN_BYTES)
+        json_fail(j, "token \"%.*s\": %zu bytes, expected 1 to %d", SHOWN(*text), text->n, TOKEN_BYTES);
+    else if (!j->bad && !map_add(to, str_span(text), value))
+        json_fail(j, "token \"%.*s\" is there twice", SHOWN(*text));
+}
+
+static void load_vocab(Json *j, void *to) {
+    Str text = { 0 };
+    int64_t id = 0;
+    const char *outer = j->at;
+    for (json_object(j); json_member(j, &text);) {
+        j->at = text.p;                     // an error of the id names its token
+        json_int(j, 0, INT_MAX, &id);
+        j->at = outer;
+        load_token(j, &((TokFile *)to)->vocab, &text, id);
     }
-    free(key.p);
-    free(found.p);
-    free(expected.p);
+    free(text.p);
+}
+
+typedef struct { int id; Str content; bool special, normalized; } Added;
+static const Field added_fields[] = {
+    { "id", J_INT, NEEDED, offsetof(Added, id), .lo = 0, .hi = INT_MAX },
+    { "content", J_TEXT, NEEDED, .at = offsetof(Added, content) },
+    { "special", J_BOOL, NEEDED, .at = offsetof(Added, special) },
+    { "normalized", J_BOOL, NEEDED, .at = offsetof(Added, normalized) },
+    { "single_word", J_FIXED, NEEDED, .values = { "false" } },
+    { "lstrip", J_FIXED, NEEDED, .values = { "false" } },
+    { "rstrip", J_FIXED, NEEDED, .values = { "false" } },
+    { "*", .kind = J_FIXED },           // nothing else
+};
+
+static void load_added(Json *j, void *to) {
+    for (json_array(j); json_item(j);) {
+        Added a = { 0 };
+        table_read(j, added_fields, COUNT(added_fields), &a);
+        int64_t flags = TOK_ADDED | (a.special ? TOK_SPECIAL : 0) | (a.normalized ? TOK_NORMALIZED : 0);
+        load_token(j, &((TokFile *)to)->added, &a.content, a.id | flags << 32);
+        free(a.content.p);
+    }
+}
+
+#define STEP(i) "pre_tokenizer.pretokenizers[" #i "]"
+#define SPLIT(i, regex) \
+    { STEP(i) ".type", J_FIXED, NEEDED, .values = { "\"Split\"" } }, \
+    { STEP(i) ".pattern.Regex", J_FIXED, NEEDED, .values = { "\"" regex "\"" } }, \
+    { STEP(i) ".behavior", J_FIXED, NEEDED, .values = { "\"Isolated\"" } }, \
+    { STEP(i) ".invert", J_FIXED, NEEDED, .values = { "false" } }
+
+// What makes the file DeepSeek-V4's. Vocabulary, merges and added tokens are free.
+static const Field tokenizer_fields[] = {
+    { "added_tokens", J_READ, NEEDED, .read = load_added },
+    { "model.type", J_FIXED, NEEDED, .values = { "\"BPE\"" } },
+    { "model.vocab", J_READ, NEEDED, .read = load_vocab },
+    { "model.merges", J_RAW, NEEDED, .at = offsetof(TokFile, merges) },
+    { "model.*", J_FIXED, .values = { "false", "\"\"" } },      // all other options off
+    { "normalizer.type", J_FIXED, WITHIN, .values = { "\"Sequence\"" } },
+    { "normalizer.normalizers", J_FIXED, WITHIN, .values = { "[]" } },
+    { "normalizer.*", .kind = J_FIXED },
+    { "pre_tokenizer.type", J_FIXED, NEEDED, .values = { "\"Sequence\"" } },
+    SPLIT(0, "\\p{N}{1,3}"),
+    SPLIT(1, "[一-龥\u3040-ゟ゠-ヿ]+"),
+    SPLIT(2, "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
+             "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+             "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"),
+    { STEP(3) ".type", J_FIXED, NEEDED, .values = { "\"ByteLevel\"" } },
+    { STEP(3) ".add_prefix_space", J_FIXED, NEEDED, .values = { "false" } },
+    { STEP(3) ".trim_offsets", J_FIXED, NEEDED, .values = { "true" } },
+    { STEP(3) ".use_regex", J_FIXED, NEEDED, .values = { "false" } },
+    { "pre_tokenizer.*", .kind = J_FIXED },
+    { "decoder.type", J_FIXED, NEEDED, .values = { "\"ByteLevel\"" } },         // its settings and the post-
+    { "post_processor.type", J_FIXED, WITHIN, .values = { "\"ByteLevel\"" } },  // processor's change no byte
+    { "truncation", J_FIXED, .values = { "null" } },
+    { "padding", J_FIXED, .values = { "null" } },
+};
+
+// Who has which id: text [n] as in the file. Ids must be 0 .. n-1 without a gap, each of one text.
+static bool claim_ids(Tokenizer *t, const TokFile *l, Span *text, const char *name, Err *e) {
+    for (size_t i = 0; i < l->vocab.n + l->added.n; i++) {
+        bool is_added = i >= l->vocab.n;
+        const Map *m = is_added ? &l->added : &l->vocab;
+        const MapEntry *own = &m->entries[is_added ? i - l->vocab.n : i];
+        Span key = { m->text.p + own->at, own->n };
+        size_t id = own->value & UINT32_MAX;
+        const MapEntry *twin = is_added ? map_find(&l->vocab, key) : NULL;  // in both lists: one token
+        if (twin && twin->value != (int64_t)id)
+            return fail(e, "%s: added token \"%.*s\" has id %zu, the vocabulary says %lld", name, SHOWN(key),
+                        id, (long long)twin->value);
+        if (id >= (size_t)t->n)
+            return fail(e, "%s: token \"%.*s\" has id %zu of %d tokens: a gap in the ids", name, SHOWN(key), id,
+                        t->n);
+        if (!twin && text[id].p)
+            return fail(e, "%s: id %zu belongs to \"%.*s\" and to \"%.*s\"", name, id, SHOWN(text[id]), SHOWN(key));
+        text[id] = key;
+        t->flags[id] = (uint8_t)(own->value >> 32);
+    }
+    return true;
 }
 
 // The letter that stands for a byte in tokenizer.json: printable Latin-1 for itself, the other 68
@@ -1651,82 +1477,6 @@ static uint32_t byte_letter(uint32_t b) {
     if (b <= 0x20) return 0x100 + b;
     if (b >= 0x7f && b <= 0xa0) return 0x100 + 33 + b - 0x7f;
     return b == 0xad ? 0x143 : b;
-}
-
-static bool json_token_text(Json *j, Span s) {
-    return (s.n > 0 && s.n <= TOKEN_BYTES) ||
-           json_fail(j, "token %s: %zu bytes, expected 1 to %d", quoted(s).text, s.n, TOKEN_BYTES);
-}
-
-// "vocab": text -> id
-static void load_vocab(Json *j, Map *vocab) {
-    Str key = { 0 };
-    int64_t id = 0;
-    for (json_object(j); json_member(j, &key);) {
-        Span text = str_span(&key);
-        if (!json_token_text(j, text)) break;
-        if (!json_int(j, 0, INT_MAX, &id)) {            // says what it found; of which token:
-            size_t n = strlen(j->e->text);
-            snprintf(j->e->text + n, sizeof j->e->text - n, " (token %s)", quoted(text).text);
-        } else if (!map_add(vocab, text, id)) json_fail(j, "token %s twice", quoted(text).text);
-    }
-    free(key.p);
-}
-
-// One entry of "added_tokens": text -> id | flags << 32
-static void load_added_token(Json *j, Map *added) {
-    static const char *const names[] = { "id", "content", "single_word", "lstrip", "rstrip",
-                                         "special", "normalized" };
-    enum { N = sizeof names / sizeof *names };
-    Str key = { 0 }, content = { 0 };
-    bool flag[N] = { 0 };
-    unsigned seen = 0;
-    int64_t id = 0;
-    for (json_object(j); json_member(j, &key);) {
-        int k = 0;
-        while (k < N && !str_is(&key, names[k])) k++;
-        if (k == N || seen >> k & 1)
-            json_fail(j, "added token: unknown or repeated key %s", quoted(str_span(&key)).text);
-        else if (k == 0) json_int(j, 0, INT_MAX, &id);
-        else if (k == 1) json_string(j, &content);
-        else json_bool(j, &flag[k]);
-        seen |= 1u << k;
-    }
-    Span text = str_span(&content);
-    int64_t flags = TOK_ADDED | (flag[5] ? TOK_SPECIAL : 0) | (flag[6] ? TOK_NORMALIZED : 0);
-    if (seen != (1u << N) - 1) json_fail(j, "added token %s: a key is missing", quoted(text).text);
-    else if (flag[2] || flag[3] || flag[4])
-        json_fail(j, "added token %s: single_word, lstrip, rstrip must be false",
-                  quoted(text).text);
-    else if (json_token_text(j, text) && !j->bad && !map_add(added, text, id | flags << 32))
-        json_fail(j, "added token %s twice", quoted(text).text);
-    free(key.p);
-    free(content.p);
-}
-
-// Who has which id: text [n] as in the file. Ids must be 0 .. n-1 without a gap, each of one text.
-static bool claim_ids(Tokenizer *t, const Map *vocab, const Map *added, Span *text,
-                      const char *name, Err *e) {
-    for (size_t i = 0; i < vocab->n + added->n; i++) {
-        bool is_added = i >= vocab->n;
-        const Map *m = is_added ? added : vocab;
-        const MapEntry *own = &m->entries[is_added ? i - vocab->n : i];
-        Span key = { m->text.p + own->at, own->n };
-        size_t id = own->value & UINT32_MAX;
-        const MapEntry *twin = is_added ? map_find(vocab, key) : NULL;  // in both lists: one token
-        if (twin && twin->value != (int64_t)id)
-            return fail(e, "%s: added token %s has id %zu, the vocabulary says %lld", name,
-                        quoted(key).text, id, (long long)twin->value);
-        if (id >= (size_t)t->n)
-            return fail(e, "%s: token %s has id %zu of %d tokens: a gap in the ids", name,
-                        quoted(key).text, id, t->n);
-        if (!twin && text[id].p)
-            return fail(e, "%s: id %zu belongs to %s and to %s", name, id, quoted(text[id]).text,
-                        quoted(key).text);
-        text[id] = key;
-        t->flags[id] = (uint8_t)(own->value >> 32);
-    }
-    return true;
 }
 
 // Gives every id its bytes, and every byte its id.
@@ -1749,8 +1499,7 @@ static bool load_bytes(Tokenizer *t, const Map *vocab, const Span *text, const c
             int32_t cp;
             i += utf8_next(s.p + i, s.n - i, &cp);
             if (cp >= 0x144 || letter[cp] < 0)
-                return fail(e, "%s: token %s holds U+%04X, which stands for no byte", name,
-                            quoted(s).text, cp);
+                return fail(e, "%s: token \"%.*s\" holds U+%04X, which stands for no byte", name, SHOWN(s), cp);
             str_add(&t->bytes, &(char){ (char)letter[cp] }, 1);
         }
         t->start[id + 1] = t->bytes.n;
@@ -1758,57 +1507,43 @@ static bool load_bytes(Tokenizer *t, const Map *vocab, const Span *text, const c
     return true;
 }
 
-// The slot of a pair, or the empty one where it belongs.
-static uint32_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t h = ((uint64_t)left << 32 | right) * 0x9e3779b97f4a7c15u;
-    for (size_t i = h >> 32;; i++) {
-        uint32_t *slot = &t->pairs[i & (t->pair_cap - 1)];
-        if (!*slot) return slot;
-        const Merge *m = &t->merges[*slot - 1];
-        if (m->left == left && m->right == right) return slot;
-    }
-}
-
 // One merge, "left right" or ["left", "right"].
 static bool read_merge(Json *j, Str *left, Str *right) {
     right->n = 0;
     if (json_peek(j) == '[')
         return (json_array(j) && json_item(j) && json_string(j, left) && json_item(j) &&
-                json_string(j, right) && !json_item(j) && !j->bad) ||
-               json_expected(j, "two strings");
+                json_string(j, right) && !json_item(j) && !j->bad) || json_expected(j, "two strings");
     if (!json_string(j, left)) return false;
     char *space = memchr(left->p, ' ', left->n);
-    if (!space) return json_fail(j, "merge %s without a space", quoted(str_span(left)).text);
+    if (!space) return json_fail(j, "merge \"%.*s\" without a space", SHOWN(*left));
     str_add(right, space + 1, left->n - (size_t)(space + 1 - left->p));
     left->n = (size_t)(space - left->p);
     return true;
 }
 
+// The key of a pair of ids in t->merges.
+static Span pair_key(const uint32_t id[static 2]) { return (Span){ (const char *)id, 2 * sizeof *id }; }
+
 // "merges", best rank first. A result is always longer than its parts: no list can loop.
-static void load_merges(Tokenizer *t, Json *j, const Map *vocab) {
+static bool load_merges(Tokenizer *t, Json *j, const Map *vocab) {
     Str part[3] = { { 0 } };                // left, right, both
     for (json_array(j); json_item(j) && read_merge(j, &part[0], &part[1]);) {
-        uint32_t id[3];
+        uint32_t id[3] = { 0 };
+        size_t rank = t->merges.n;
         part[2].n = 0;
         str_add(&part[2], part[0].p, part[0].n);
         str_add(&part[2], part[1].p, part[1].n);
         for (int i = 0; i < 3; i++) {
             const MapEntry *e = map_find(vocab, str_span(&part[i]));
-            id[i] = e ? (uint32_t)e->value : 0;
-            if (!e) json_fail(j, "merge %zu: %s is not in the vocabulary", t->n_merges,
-                              quoted(str_span(&part[i])).text);
+            if (e) id[i] = (uint32_t)e->value;
+            else json_fail(j, "merge %zu: \"%.*s\" is not in the vocabulary", rank, SHOWN(part[i]));
         }
-        t->merges = grow(t->merges, t->n_merges, sizeof *t->merges);
-        t->merges[t->n_merges++] = (Merge){ id[0], id[1], id[2] };
+        if (!map_add(&t->merges, pair_key(id), (int64_t)(rank << 32 | id[2])))
+            json_fail(j, "merge %zu repeats merge %lld", rank,
+                      (long long)map_find(&t->merges, pair_key(id))->value >> 32);
     }
     for (int i = 0; i < 3; i++) free(part[i].p);
-    for (t->pair_cap = 32; t->pair_cap < t->n_merges * 2;) t->pair_cap *= 2;
-    t->pairs = xalloc(t->pair_cap, sizeof *t->pairs);
-    for (size_t i = 0; i < t->n_merges && !j->bad; i++) {
-        uint32_t *slot = pair_slot(t, t->merges[i].left, t->merges[i].right);
-        if (*slot) json_fail(j, "merge %zu repeats merge %u", i, *slot - 1);
-        else *slot = (uint32_t)i + 1;
-    }
+    return !j->bad;
 }
 
 static void trie_add(Tokenizer *t, int node, Span text, int id) {
@@ -1836,153 +1571,53 @@ static int trie_find(const Tokenizer *t, int root, Span s) {
     return id;
 }
 
-// The id of an added token, -1 if there is no such token.
-static int tok_find(const Tokenizer *t, const char *content) {
-    for (int root = 0; root < 2; root++) {
-        int id = trie_find(t, root, span_of(content));
-        if (id >= 0 && span_is(tok_bytes(t, id), content)) return id;
-    }
-    return -1;
-}
-
-static bool load_added(Tokenizer *t, const Map *added, const char *name, Err *e) {
+// Fills the tries, and finds the tokens that the program itself needs.
+static bool load_tries(Tokenizer *t, const Map *added, const char *name, Err *e) {
     const struct { const char *content; int *id; } wanted[] = {
-        { "<｜begin▁of▁sentence｜>", &t->bos }, { "<｜end▁of▁sentence｜>", &t->eos },
-        { "<｜User｜>", &t->user }, { "<｜Assistant｜>", &t->assistant },
-        { "<think>", &t->think }, { "</think>", &t->end_think },
+        { BOS_TEXT, &t->bos }, { EOS_TEXT, &t->eos }, { "<｜User｜>", &t->user },
+        { "<｜Assistant｜>", &t->assistant }, { "<think>", &t->think }, { "</think>", &t->end_think },
     };
     t->nodes = xalloc(cadd(added->text.n, 2), sizeof *t->nodes);
     t->nodes[0].id = t->nodes[1].id = -1;
     t->n_nodes = 2;
     for (size_t i = 0; i < added->n; i++) {
         int64_t value = added->entries[i].value;
-        int root = value >> 32 & TOK_NORMALIZED ? 1 : 0;
-        trie_add(t, root, map_key(added, i), (int)(value & INT_MAX));
+        trie_add(t, value >> 32 & TOK_NORMALIZED ? 1 : 0, map_key(added, i), (int)(value & INT_MAX));
     }
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
-        *wanted[i].id = tok_find(t, wanted[i].content);
-        if (*wanted[i].id < 0)
-            return fail(e, "%s: the added token %s is missing", name, wanted[i].content);
+    for (size_t i = 0; i < COUNT(wanted); i++) {
+        const MapEntry *found = map_find(added, span_of(wanted[i].content));
+        if (!found) return fail(e, "%s: the added token %s is missing", name, wanted[i].content);
+        *wanted[i].id = (int)(found->value & INT_MAX);
     }
     return true;
 }
 
-// "model": BPE without any of its options.
-static void load_model(Json *j, Map *vocab, Span *merges) {
-    Str key = { 0 }, text = { 0 };
-    Map seen = { 0 };
-    for (json_object(j); json_member(j, &key);) {
-        Span k = str_span(&key);
-        if (!map_add(&seen, k, 0)) json_fail(j, "model: key %s twice", quoted(k).text);
-        if (span_is(k, "type")) json_expect(j, "model.type", span_of("\"BPE\""));
-        else if (span_is(k, "vocab")) load_vocab(j, vocab);
-        else if (span_is(k, "merges")) json_raw(j, merges);
-        else {
-            text.n = 0;
-            Span v = json_dump(j, &text) ? str_span(&text) : span_of("");
-            if (!span_is(v, "null") && !span_is(v, "false") && !span_is(v, "\"\""))
-                json_fail(j, "model.%s: %.60s is not supported", quoted(k).text, v.p);
-        }
-    }
-    if (!vocab->n || !merges->p || !map_find(&seen, span_of("type")))
-        json_fail(j, "model: type, vocab or merges is missing");
-    map_free(&seen);
-    free(key.p);
-    free(text.p);
-}
-
-static const char *const v4_pre_tokenizer =
-    "{\"type\": \"Sequence\", \"pretokenizers\": ["
-    "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{N}{1,3}\"},"
-    " \"behavior\": \"Isolated\", \"invert\": false},"
-    "{\"type\": \"Split\", \"pattern\": {\"Regex\": \"[一-龥\\u3040-ゟ゠-ヿ]+\"},"
-    " \"behavior\": \"Isolated\", \"invert\": false},"
-    "{\"type\": \"Split\", \"pattern\": {\"Regex\": "
-    "\"[!\\\"#$%&'()*+,\\\\-./:;<=>?@\\\\[\\\\\\\\\\\\]^_`{|}~]"
-    "[A-Za-z]+|[^\\r\\n\\\\p{L}\\\\p{P}\\\\p{S}]?[\\\\p{L}\\\\p{M}]+| ?[\\\\p{P}\\\\p{S}]+[\\r\\n]*"
-    "|\\\\s*[\\r\\n]+|\\\\s+(?!\\\\S)|\\\\s+\"}, \"behavior\": \"Isolated\", \"invert\": false},"
-    "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true,"
-    " \"use_regex\": false}]}";
-
-static const char *const v4_normalizer = "{\"type\": \"Sequence\", \"normalizers\": []}";
-
-// The decoder and the post-processor: ByteLevel, whose settings change neither ids nor bytes.
-static void load_byte_level(Json *j, const char *path) {
-    Str key = { 0 };
-    bool typed = false;
-    for (json_object(j); json_member(j, &key);) {
-        if (!str_is(&key, "type")) json_skip(j);
-        else json_expect(j, path, span_of("\"ByteLevel\"")), typed = true;
-    }
-    if (!typed) json_fail(j, "%s: no type", path);
-    free(key.p);
-}
-
-// Reads tokenizer.json; `name` is its path, for errors. Whatever is not DeepSeek-V4's structure is
-// refused by name; vocabulary, merges and added tokens are free. Release with tok_free.
+// Reads tokenizer.json; `name` is its path, for errors. Release with tok_free.
 static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
+    TokFile l = { 0 };
     Json j = json_open(file, name, e);
-    Str key = { 0 };
-    Map seen = { 0 }, vocab = { 0 }, added = { 0 };
-    Span merges = { 0 };
     *t = (Tokenizer){ 0 };
-    for (json_object(&j); json_member(&j, &key);) {
-        Span k = str_span(&key);
-        if (!map_add(&seen, k, 0)) json_fail(&j, "key %s twice", quoted(k).text);
-        bool optional = span_is(k, "normalizer") || span_is(k, "post_processor");
-        if (optional && json_null(&j)) continue;
-        if (span_is(k, "pre_tokenizer")) json_expect(&j, key.p, span_of(v4_pre_tokenizer));
-        else if (span_is(k, "normalizer")) json_expect(&j, key.p, span_of(v4_normalizer));
-        else if (span_is(k, "decoder") || optional) load_byte_level(&j, key.p);
-        else if (span_is(k, "model")) load_model(&j, &vocab, &merges);
-        else if (span_is(k, "added_tokens"))
-            for (json_array(&j); json_item(&j);) load_added_token(&j, &added);
-        else if (span_is(k, "truncation") || span_is(k, "padding"))
-            json_expect(&j, key.p, span_of("null"));
-        else json_skip(&j);
-    }
-    const char *const needed[] = { "model", "pre_tokenizer", "decoder", "added_tokens" };
-    for (int i = 0; i < 4 && json_end(&j); i++)
-        if (!map_find(&seen, span_of(needed[i]))) json_fail(&j, "%s is missing", needed[i]);
-    bool ok = !j.bad;
+    bool ok = table_read(&j, tokenizer_fields, COUNT(tokenizer_fields), &l) && json_end(&j);
+    t->n = (int)l.vocab.n;
+    for (size_t i = 0; i < l.added.n; i++) t->n += !map_find(&l.vocab, map_key(&l.added, i));
     if (ok) {
-        Json in = json_inside(&j, merges);
-        t->n = (int)vocab.n;
-        for (size_t i = 0; i < added.n; i++) t->n += !map_find(&vocab, map_key(&added, i));
+        Json merges = json_inside(&j, l.merges);
+        Span *text = xalloc((size_t)t->n, sizeof *text);
         t->start = xalloc((size_t)t->n + 1, sizeof *t->start);
         t->flags = xalloc((size_t)t->n, 1);
         t->cls = xalloc(N_CLASSES, 1);
         unpack_classes(t->cls);
-        Span *text = xalloc((size_t)t->n, sizeof *text);
-        ok = claim_ids(t, &vocab, &added, text, name, e) && load_bytes(t, &vocab, text, name, e) &&
-             load_added(t, &added, name, e);
-        if (ok) load_merges(t, &in, &vocab);
-        ok = ok && !in.bad;
+        ok = claim_ids(t, &l, text, name, e) && load_bytes(t, &l.vocab, text, name, e) &&
+             load_tries(t, &l.added, name, e) && load_merges(t, &merges, &l.vocab);
         free(text);
     }
-    map_free(&seen);
-    map_free(&vocab);
-    map_free(&added);
-    free(key.p);
+    map_free(&l.vocab);
+    map_free(&l.added);
     if (!ok) tok_free(t);
     return ok;
 }
 
 // ---- text -> ids
-
-// Appends s with each maximal invalid part replaced by U+FFFD.
-static void utf8_repair(Span s, Str *out) {
-    size_t from = 0;
-    for (size_t i = 0, len; i < s.n; i += len) {
-        int32_t cp;
-        len = utf8_next(s.p + i, s.n - i, &cp);
-        if (cp >= 0) continue;
-        str_add(out, s.p + from, i - from);
-        str_puts(out, "\uFFFD");
-        from = i + len;
-    }
-    if (from < s.n) str_add(out, s.p + from, s.n - from);
-}
 
 typedef struct { int32_t cp; int cls; size_t n; } Char;     // n bytes; cls -1: the piece ends here
 
@@ -2039,41 +1674,52 @@ static size_t part_end(const Tokenizer *t, Span s, size_t i) {
     return j;
 }
 
-// A byte-pair encoding at work: a linked list of symbols and a heap of possible merges, so that a
-// piece of n bytes takes O(n log n).
-enum { NO_RANK = UINT32_MAX, MAX_PIECE = 1 << 30 };
-typedef struct { uint32_t id, prev, next, rank; } Symbol;   // rank: of merging it with the next
+// A heap of numbers, the smallest on top.
+typedef struct { uint64_t *p; size_t n, cap; } Heap;
+
+static void heap_push(Heap *h, uint64_t key) {
+    if (h->n == h->cap) {
+        h->cap = 2 * h->cap + 256;
+        h->p = realloc(h->p, cmul(h->cap, sizeof *h->p));
+        if (!h->p) die(1, "out of memory: a heap of %zu", h->cap);
+    }
+    size_t i = h->n++;
+    for (; i > 0 && h->p[(i - 1) / 2] > key; i = (i - 1) / 2) h->p[i] = h->p[(i - 1) / 2];
+    h->p[i] = key;
+}
+
+static uint64_t heap_pop(Heap *h) {
+    uint64_t top = h->p[0], key = h->p[--h->n];
+    size_t i = 0;
+    for (size_t k; (k = 2 * i + 1) < h->n; i = k) {
+        if (k + 1 < h->n && h->p[k + 1] < h->p[k]) k++;
+        if (h->p[k] >= key) break;
+        h->p[i] = h->p[k];
+    }
+    h->p[i] = key;
+    return top;
+}
+
+// A byte-pair encoding at work: a linked list of symbols and a heap of possible merges (rank << 32 | place
+// of the left symbol), so that a piece of n bytes takes O(n log n).
+enum { NONE = UINT32_MAX, MAX_PIECE = 1 << 30 };
+typedef struct { uint32_t id, prev, next, rank, result; } Symbol;    // of merging it with the next; NONE: none
 typedef struct {
     const Tokenizer *t;
     Ids *out;
     Symbol *sym;        // [cap]
-    uint64_t *heap;     // [3 * cap] rank << 32 | position of the left symbol; the smallest first
-    size_t cap, n_heap;
+    size_t cap;
+    Heap heap;
 } Bpe;
-
-static void heap_push(Bpe *b, uint64_t key) {
-    size_t i = b->n_heap++;
-    for (; i > 0 && b->heap[(i - 1) / 2] > key; i = (i - 1) / 2) b->heap[i] = b->heap[(i - 1) / 2];
-    b->heap[i] = key;
-}
-
-static uint64_t heap_pop(Bpe *b) {
-    uint64_t top = b->heap[0], key = b->heap[--b->n_heap];
-    size_t i = 0;
-    for (size_t k; (k = 2 * i + 1) < b->n_heap; i = k) {
-        if (k + 1 < b->n_heap && b->heap[k + 1] < b->heap[k]) k++;
-        if (b->heap[k] >= key) break;
-        b->heap[i] = b->heap[k];
-    }
-    b->heap[i] = key;
-    return top;
-}
 
 // Looks up the pair of symbol i and the one after it, n = past the last one.
 static void bpe_pair(Bpe *b, uint32_t i, uint32_t n) {
     Symbol *s = &b->sym[i];
-    s->rank = s->next == n ? NO_RANK : *pair_slot(b->t, s->id, b->sym[s->next].id) - 1;
-    if (s->rank != NO_RANK) heap_push(b, (uint64_t)s->rank << 32 | i);
+    const MapEntry *e = s->next == n ? NULL : map_find(&b->t->merges, pair_key((uint32_t[]){ s->id, b->sym[s->next].id }));
+    s->rank = e ? (uint32_t)(e->value >> 32) : NONE;
+    if (!e) return;
+    s->result = (uint32_t)e->value;
+    heap_push(&b->heap, (uint64_t)s->rank << 32 | i);
 }
 
 static void bpe(Bpe *b, Span piece) {
@@ -2082,24 +1728,22 @@ static void bpe(Bpe *b, Span piece) {
     uint32_t n = (uint32_t)piece.n;
     if (n > b->cap) {
         free(b->sym);
-        free(b->heap);
         b->cap = n < 256 ? 256 : n;
         b->sym = xalloc(b->cap, sizeof *b->sym);
-        b->heap = xalloc(cmul(b->cap, 3), sizeof *b->heap);
     }
     for (uint32_t i = 0; i < n; i++)
-        b->sym[i] = (Symbol){ (uint32_t)b->t->byte_id[(uint8_t)piece.p[i]], i - 1, i + 1, NO_RANK };
+        b->sym[i] = (Symbol){ (uint32_t)b->t->byte_id[(uint8_t)piece.p[i]], i - 1, i + 1, NONE, 0 };
     for (uint32_t i = 0; i < n; i++) bpe_pair(b, i, n);
-    while (b->n_heap) {
-        uint64_t key = heap_pop(b);
-        uint32_t i = (uint32_t)key, rank = (uint32_t)(key >> 32), j = b->sym[i].next;
-        if (b->sym[i].rank != rank) continue;           // one of the two has been merged since
-        b->sym[i].id = b->t->merges[rank].result;
-        b->sym[i].next = b->sym[j].next;
-        b->sym[j].rank = NO_RANK;
-        if (b->sym[i].next < n) b->sym[b->sym[i].next].prev = i;
-        bpe_pair(b, i, n);
-        if (i > 0) bpe_pair(b, b->sym[i].prev, n);
+    while (b->heap.n) {
+        uint64_t key = heap_pop(&b->heap);
+        Symbol *s = &b->sym[(uint32_t)key];
+        if (s->rank != key >> 32) continue;             // one of the two has been merged since
+        b->sym[s->next].rank = NONE;
+        s->id = s->result;
+        s->next = b->sym[s->next].next;
+        if (s->next < n) b->sym[s->next].prev = (uint32_t)key;
+        bpe_pair(b, (uint32_t)key, n);
+        if ((uint32_t)key > 0) bpe_pair(b, s->prev, n);
     }
     for (uint32_t i = 0; i < n; i = b->sym[i].next) ids_add(b->out, (int)b->sym[i].id);
 }
@@ -2138,25 +1782,10 @@ static void encode_added(Bpe *b, Span s, int root) {
     encode_added(b, span_from(s, from), root + 1);
 }
 
-// Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
-// in front. With `special`, added tokens are recognised wherever they are, else they are just text.
-// Needs 40 bytes of memory for each byte of the longest word.
-static void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out) {
-    Bpe b = { .t = t, .out = out };
-    Str fixed = { 0 };
-    utf8_repair(text, &fixed);
-    encode_added(&b, str_span(&fixed), special ? 0 : 2);
-    free(fixed.p);
-    free(b.sym);
-    free(b.heap);
-}
-
-// ---- ids -> text
-
 // A stream of bytes that may be cut anywhere. Start with { 0 }.
 typedef struct { char tail[4]; size_t n; } Utf8;
 
-// Appends what is certain; at most 3 bytes are held back.
+// Appends what is certain, each maximal invalid part as U+FFFD; at most 3 bytes are held back.
 static void utf8_feed(Utf8 *u, Span s, Str *out) {
     for (size_t i = 0; i < s.n; i++) {
         u->tail[u->n++] = s.p[i];
@@ -2175,10 +1804,28 @@ static void utf8_finish(Utf8 *u, Str *out) {
     u->n = 0;
 }
 
+// Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
+// in front. With `special`, added tokens are recognised wherever they are, else they are just text.
+// Needs some 50 bytes of memory for each byte of the longest word.
+static void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out) {
+    Bpe b = { .t = t, .out = out };
+    Str fixed = { 0 };
+    Utf8 u = { 0 };
+    utf8_feed(&u, text, &fixed);
+    utf8_finish(&u, &fixed);
+    encode_added(&b, str_span(&fixed), special ? 0 : 2);
+    free(fixed.p);
+    free(b.sym);
+    free(b.heap.p);
+}
+
+// ---- ids -> text
+
 // Streams one token; with `skip_special` those marked so (BOS, EOS, not <think>) are left out.
 static void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out) {
     if (!(skip_special && t->flags[id] & TOK_SPECIAL)) utf8_feed(u, tok_bytes(t, id), out);
 }
+
 // ---------------------------------------------------------------------------
 // sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what
 // top-k left, min-p relative to the likeliest token. Ties go to the lower id.
@@ -2195,17 +1842,19 @@ typedef struct {
     uint64_t state;         // of the random numbers: any seed will do
     int n;                  // vocabulary
     double *p;              // [n] exp((logit - max) / temperature)
-    int *order;             // [n] ids, as a heap with the likeliest on top
+    int *kept;              // [n] what top-k and top-p leave, the likeliest first
+    Heap heap;
 } Sampler;
 
 static void sampler_init(Sampler *s, int n, Sampling how, uint64_t seed) {
     size_t v = (size_t)n;
-    *s = (Sampler){ how, seed, n, xalloc(v, sizeof *s->p), xalloc(v, sizeof *s->order) };
+    *s = (Sampler){ how, seed, n, xalloc(v, sizeof *s->p), xalloc(v, sizeof *s->kept), { 0 } };
 }
 
 static void sampler_free(Sampler *s) {
     free(s->p);
-    free(s->order);
+    free(s->kept);
+    free(s->heap.p);
     *s = (Sampler){ 0 };
 }
 
@@ -2217,109 +1866,86 @@ static double random_unit(uint64_t *state) {
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
 }
 
-static bool likelier(const Sampler *s, int a, int b) {
-    return s->p[a] > s->p[b] || (s->p[a] == s->p[b] && a < b);
+// Orders tokens on a heap: the larger logit first, of equal ones the lower id.
+static uint64_t by_likelihood(float logit, int id) {
+    uint32_t bits;
+    logit += 0.0f;                          // -0 is 0
+    memcpy(&bits, &logit, 4);
+    return (uint64_t)(bits >> 31 ? bits : ~bits & INT32_MAX) << 32 | (uint32_t)id;
 }
 
-static void sift_down(Sampler *s, int i, int n) {
-    int id = s->order[i];
-    for (int k; (k = 2 * i + 1) < n; i = k) {
-        if (k + 1 < n && likelier(s, s->order[k + 1], s->order[k])) k++;
-        if (!likelier(s, s->order[k], id)) break;
-        s->order[i] = s->order[k];
-    }
-    s->order[i] = id;
-}
-
-// Takes the likeliest tokens off a heap until top-k or top-p is satisfied and returns how many.
-// They lie before *end, the likeliest last. total: the sum of all p.
-static int take_likeliest(Sampler *s, double total, int **end) {
-    bool top_k = s->how.top_k > 0 && s->how.top_k < s->n;
-    int n = 0, kept = 0, most = top_k ? s->how.top_k : s->n;
+// Fills `kept` and returns how many tokens it holds. total: the sum of all p.
+static int apply_top_k_p(Sampler *s, const float *logits, double total) {
+    bool top_k = s->how.top_k > 0 && s->how.top_k < s->n, top_p = s->how.top_p < 1;
+    int most = top_k ? s->how.top_k : s->n, n = 0, left = 0;
     double sum = 0, wanted = top_k ? INFINITY : s->how.top_p * total;
     double cut = top_k ? 0 : (1 - s->how.top_p) * total / s->n;    // below: 1 - top_p at most
+    s->heap.n = 0;
     for (int i = 0; i < s->n; i++)
-        if (s->p[i] >= cut) s->order[n++] = i;
-    *end = s->order + n;
-    for (int i = n / 2; i-- > 0;) sift_down(s, i, n);
-    while (kept < most && kept < n && sum < wanted) {
-        int last = n - ++kept, id = s->order[0];
-        s->order[0] = s->order[last];
-        if (last > 0) sift_down(s, 0, last);
-        s->order[last] = id;
-        sum += s->p[id];
+        if (!top_k && !top_p) s->kept[n++] = i;
+        else if (s->p[i] >= cut) heap_push(&s->heap, by_likelihood(logits[i], i));
+    while (n < most && s->heap.n && sum < wanted) {
+        s->kept[n] = (int)(uint32_t)heap_pop(&s->heap);
+        sum += s->p[s->kept[n++]];
     }
-    if (!top_k) return kept;
+    if (!top_k || !top_p) return n;
     wanted = s->how.top_p * sum;            // top-p counts within what top-k left
-    n = 0;
-    for (sum = 0; n < kept && sum < wanted; n++) sum += s->p[(*end)[-1 - n]];
-    return n;
+    for (sum = 0; left < n && sum < wanted; left++) sum += s->p[s->kept[left]];
+    return left;
 }
 
 // logits [n] -> a token, -1 with an error if one of them is not finite.
 static int sample(Sampler *s, const float *logits, Err *e) {
     int best = 0;
     for (int i = 0; i < s->n; i++) {
-        if (!isfinite(logits[i])) {
-            fail(e, "logit of token %d is %f", i, (double)logits[i]);
-            return -1;
-        }
+        if (!isfinite(logits[i])) return fail(e, "logit of token %d is %f", i, (double)logits[i]) - 1;
         if (logits[i] > logits[best]) best = i;
     }
     if (s->how.temperature <= 0) return best;
-    double total = 0;
+    double total = 0, left = 0, sum = 0;    // left: what min-p leaves of it; the best has p = 1
     for (int i = 0; i < s->n; i++)
         total += s->p[i] = exp(((double)logits[i] - (double)logits[best]) / s->how.temperature);
-    bool sorted = (s->how.top_k > 0 && s->how.top_k < s->n) || s->how.top_p < 1;
-    int *end = NULL, kept = sorted ? take_likeliest(s, total, &end) : s->n, last = best;
-    double left = 0;                        // what min-p leaves of the total; the best has p = 1
-    for (int k = 0; k < kept; k++) {
-        double p = s->p[sorted ? end[-1 - k] : k];
-        left += p >= s->how.min_p ? p : 0;
-    }
-    double mark = random_unit(&s->state) * left, sum = 0;
-    for (int k = 0; k < kept; k++) {
-        int id = sorted ? end[-1 - k] : k;
-        if (s->p[id] < s->how.min_p || s->p[id] == 0) continue;
-        last = id;
-        sum += s->p[id];
-        if (sum > mark) break;
+    int n = apply_top_k_p(s, logits, total), last = best;
+    for (int k = 0; k < n; k++) left += s->p[s->kept[k]] >= s->how.min_p ? s->p[s->kept[k]] : 0;
+    double mark = random_unit(&s->state) * left;
+    for (int k = 0; k < n && sum <= mark; k++) {
+        double p = s->p[s->kept[k]];
+        if (p < s->how.min_p || p == 0) continue;
+        last = s->kept[k];
+        sum += p;
     }
     return last;
 }
 
-// Reads generation_config.json: temperature, top_p, top_k, min_p and do_sample into *how, the ids
-// that end a text (eos_token_id, a number or a list) into *eos. What is absent or null stays.
-static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
-                                   Err *e) {
-    Json j = json_open(text, name, e);
-    Str key = { 0 };
-    int64_t n = how->top_k, id = 0;
-    bool do_sample = true;
-    for (json_object(&j); json_member(&j, &key);) {
-        Span k = str_span(&key);
-        if (json_null(&j)) continue;
-        if (span_is(k, "do_sample")) json_bool(&j, &do_sample);
-        else if (span_is(k, "top_k")) json_int(&j, 0, INT_MAX, &n);
-        else if (span_is(k, "temperature")) json_double(&j, &how->temperature);
-        else if (span_is(k, "top_p")) json_double(&j, &how->top_p);
-        else if (span_is(k, "min_p")) json_double(&j, &how->min_p);
-        else if (!span_is(k, "eos_token_id")) json_skip(&j);
-        else if (json_peek(&j) == '[') {
-            for (json_array(&j); json_item(&j);)
-                if (json_int(&j, 0, vocab - 1, &id)) ids_add(eos, (int)id);
-        } else if (json_int(&j, 0, vocab - 1, &id)) ids_add(eos, (int)id);
-    }
-    free(key.p);
-    if (!(how->temperature >= 0)) json_fail(&j, "temperature %g, expected >= 0", how->temperature);
-    if (!(how->top_p > 0 && how->top_p <= 1))
-        json_fail(&j, "top_p %g, expected above 0, at most 1", how->top_p);
-    if (!(how->min_p >= 0 && how->min_p <= 1))
-        json_fail(&j, "min_p %g, expected 0 to 1", how->min_p);
-    how->top_k = (int)n;
-    if (!do_sample) how->temperature = 0;
-    return json_end(&j);
+// generation_config.json. What is absent or null stays.
+typedef struct { Sampling how; bool do_sample; Ids *eos; int vocab; } Generation;
+
+static void read_eos(Json *j, void *to) {           // a number or a list
+    Generation *g = to;
+    int64_t id = 0;
+    bool list = json_peek(j) == '[';
+    for (bool more = list ? json_array(j) && json_item(j) : true; more; more = list && json_item(j))
+        if (json_int(j, 0, g->vocab - 1, &id)) ids_add(g->eos, (int)id);
 }
+
+static const Field generation_fields[] = {
+    { "do_sample", J_BOOL, OPTIONAL, .at = offsetof(Generation, do_sample) },
+    { "temperature", J_DOUBLE, OPTIONAL, offsetof(Generation, how.temperature), .lo = 0, .hi = 1e6 },
+    { "top_k", J_INT, OPTIONAL, offsetof(Generation, how.top_k), .lo = 0, .hi = INT_MAX },
+    { "top_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.top_p), .lo = 1e-9, .hi = 1 },
+    { "min_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.min_p), .lo = 0, .hi = 1 },
+    { "eos_token_id", J_READ, .read = read_eos },
+};
+
+// Reads it into *how, and the ids that end a text into *eos.
+static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos, Err *e) {
+    Generation g = { *how, true, eos, vocab };
+    bool ok = table_file(text, name, generation_fields, COUNT(generation_fields), &g, e);
+    *how = g.how;
+    if (!g.do_sample) how->temperature = 0;
+    return ok;
+}
+
 // ---------------------------------------------------------------------------
 // threads: one pool; a parallel region hands out ranges of items, large ones first
 
@@ -3591,29 +3217,16 @@ static const Bind model_table[] = {
 
 static int shape_of(char letter, const Config *c, int ratio) {
     int S = c->hc_mult, overlap = ratio == 4 ? 2 : 1;
-    switch (letter) {
-    case 'D': return c->dim;
-    case 'S': return S;
-    case 's': return S * c->dim;
-    case 'm': return (2 + S) * S;
-    case 'Q': return c->q_lora_rank;
-    case 'H': return c->n_heads;
-    case 'K': return c->head_dim;
-    case 'h': return c->n_heads * c->head_dim;
-    case 'g': return c->n_heads / c->o_groups * c->head_dim;
-    case 'o': return c->o_groups * c->o_lora_rank;
-    case 'M': return ratio;
-    case 'c': return overlap * c->head_dim;
-    case 'I': return c->index_heads;
-    case 'J': return c->index_dim;
-    case 'i': return c->index_heads * c->index_dim;
-    case 'j': return overlap * c->index_dim;
-    case 'E': return c->n_experts;
-    case 'F': return c->expert_dim;
-    case 'V': return c->vocab;
-    case 'A': return c->n_active;
-    default: return letter - '0';
-    }
+    const int size[128] = {
+        ['1'] = 1, ['3'] = 3, ['D'] = c->dim, ['V'] = c->vocab,
+        ['S'] = S, ['s'] = S * c->dim, ['m'] = (2 + S) * S,
+        ['H'] = c->n_heads, ['K'] = c->head_dim, ['h'] = c->n_heads * c->head_dim, ['Q'] = c->q_lora_rank,
+        ['g'] = c->n_heads / c->o_groups * c->head_dim, ['o'] = c->o_groups * c->o_lora_rank,
+        ['M'] = ratio, ['c'] = overlap * c->head_dim, ['j'] = overlap * c->index_dim,
+        ['I'] = c->index_heads, ['J'] = c->index_dim, ['i'] = c->index_heads * c->index_dim,
+        ['E'] = c->n_experts, ['A'] = c->n_active, ['F'] = c->expert_dim,
+    };
+    return size[(unsigned char)letter];
 }
 
 typedef struct {
@@ -3625,77 +3238,71 @@ typedef struct {
     int format[N_FORMATS];          // matrices of each format
 } Binder;
 
-static bool tensor_is(const Tensor *t, int dtype, int64_t rows, int64_t cols) {
-    return t->dtype == dtype && t->shape[0] == rows && t->rank == (cols ? 2 : 1) &&
+// Sets of dtypes.
+enum { F32 = 1 << DT_F32, BF16 = 1 << DT_BF16, I8 = 1 << DT_I8, FP8 = 1 << DT_F8_E4M3, E8M0 = 1 << DT_F8_E8M0,
+       I64 = 1 << DT_I64 };
+
+// cols 0: a vector.
+static bool tensor_is(const Tensor *t, int types, int rows, int cols) {
+    return types >> t->dtype & 1 && t->rank == (cols ? 2 : 1) && t->shape[0] == rows &&
            (!cols || t->shape[1] == cols);
 }
 
-static const char *tensor_file(const Binder *b, const Tensor *t) {
-    return b->store->shards[t->shard].path;
-}
-
-static const Tensor *need(Binder *b, const char *name) {
+// The tensor of that name. NULL and an error if it is missing or is something else.
+static const Tensor *need(Binder *b, const char *name, int types, int rows, int cols) {
     const Tensor *t = store_find(b->store, name);
-    if (t) b->bound++, b->bytes += t->bytes;
-    else
-        fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name,
-             b->store->n);
+    char want[80], found[256], *p = want;
+    if (!t)
+        fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name, b->store->n);
+    else if (!tensor_is(t, types, rows, cols)) {
+        for (int i = 0; i < N_DTYPES; i++)
+            if (types >> i & 1) p += sprintf(p, "%s%s", p > want ? " or " : "", dtypes[i].name);
+        sprintf(p, cols ? " [%d, %d]" : " [%d]", rows, cols);
+        fail(b->e, "%s: tensor %s: expected %s, found %s", b->store->shards[t->shard].path, name, want,
+             tensor_kind(t, found));
+        t = NULL;
+    } else {
+        b->bound++;
+        b->bytes += t->bytes;
+    }
     return t;
-}
-
-static bool mismatch(Binder *b, const Tensor *t, const char *expected) {
-    char found[256];
-    return fail(b->e, "%s: tensor %.*s: expected %s, found %s", tensor_file(b, t), SHOWN(t->name),
-                expected, tensor_kind(t, found));
 }
 
 // Data at an address that does not suit its element type is copied (legal in a file, slow and
 // undefined in C).
-static const void *aligned_data(const Tensor *t, size_t align) {
-    if ((uintptr_t)t->data % align == 0) return t->data;
-    return memcpy(xalloc(t->bytes, 1), t->data, t->bytes);
+static const void *aligned_data(const Tensor *t) {
+    size_t align = (size_t)dtypes[t->dtype].bits / 8;
+    return (uintptr_t)t->data % align ? memcpy(xalloc(t->bytes, 1), t->data, t->bytes) : t->data;
 }
 
 static bool bind_vec(Binder *b, const char *name, int rows, int cols, float **to) {
-    char want[80];
-    const Tensor *t = need(b, name);
+    const Tensor *t = need(b, name, F32 | BF16, rows, cols);
     if (!t) return false;
-    if (!tensor_is(t, DT_F32, rows, cols) && !tensor_is(t, DT_BF16, rows, cols)) {
-        snprintf(want, sizeof want, cols ? "F32 or BF16 [%d, %d]" : "F32 or BF16 [%d]", rows, cols);
-        return mismatch(b, t, want);
-    }
     size_t n = (size_t)rows * (cols ? cols : 1);
     float *x = *to = xalloc(n, sizeof *x);
+    if (t->dtype == DT_F32) memcpy(x, t->data, t->bytes);
     for (size_t i = 0; i < n; i++) {
         bf16 h;
-        if (t->dtype == DT_F32) memcpy(x + i, t->data + 4 * i, 4);
-        else memcpy(&h, t->data + 2 * i, 2), x[i] = f32_of_bf16(h);
+        if (t->dtype == DT_BF16) memcpy(&h, t->data + 2 * i, 2), x[i] = f32_of_bf16(h);
         if (!isfinite(x[i]))
-            return fail(b->e, "%s: tensor %s: element %zu is not finite", tensor_file(b, t), name,
-                        i);
+            return fail(b->e, "%s: tensor %s: element %zu is not finite", b->store->shards[t->shard].path, name, i);
     }
     return true;
 }
 
 static bool bind_table(Binder *b, const char *name, int rows, int cols, const int64_t **to) {
-    char want[80];
-    const Tensor *t = need(b, name);
-    if (!t) return false;
-    snprintf(want, sizeof want, "I64 [%d, %d]", rows, cols);
-    if (!tensor_is(t, DT_I64, rows, cols)) return mismatch(b, t, want);
-    *to = aligned_data(t, 8);
-    return true;
+    const Tensor *t = need(b, name, I64, rows, cols);
+    if (t) *to = aligned_data(t);
+    return t;
 }
 
-// Every token's experts must exist. Reads the whole table (1 to 6 MB), so only before
-// running.
+// Every token's experts must exist. Reads the whole table (1 to 6 MB), so only before running.
 static bool check_table(const Config *c, const Layer *l, Err *e) {
     for (size_t i = 0; l->tid2eid && i < (size_t)c->vocab * c->n_active; i++) {
         int64_t x = l->tid2eid[i];
         if (x < 0 || x >= c->n_experts)
-            return fail(e,
-                        "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d do)",
-                        l->name, i / c->n_active, (long long)x, c->n_experts - 1);
+            return fail(e, "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d do)", l->name,
+                        i / c->n_active, (long long)x, c->n_experts - 1);
     }
     return true;
 }
@@ -3703,53 +3310,35 @@ static bool check_table(const Config *c, const Layer *l, Err *e) {
 // Finds out a matrix's format from the dtypes and shapes of `name`.weight and `name`.scale (a name
 // that ends in _fn is the tensor itself).
 static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
-    char full[160], want[200];
-    size_t len = strlen(name);
-    bool bare = len > 3 && !strcmp(name + len - 3, "_fn");
-    snprintf(full, sizeof full, bare ? "%s" : "%s.weight", name);
-    const Tensor *t = need(b, full), *s = NULL;
-    if (!t) return false;
+    char full[160];
+    bool bare = strlen(name) > 3 && !strcmp(name + strlen(name) - 3, "_fn");
+    snprintf(full, sizeof full, "%s%s", name, bare ? "" : ".weight");
+    const Tensor *t = store_find(b->store, full), *s;
+    bool nibbles = !bare && k % 32 == 0 && t && tensor_is(t, I8, n, k / 2);
+    int types = nibbles ? I8 : bare ? F32 | BF16 : F32 | BF16 | I8 | FP8;
+    if (!(t = need(b, full, types, n, nibbles ? k / 2 : k))) return false;
     m->n = n;
     m->k = k;
-    snprintf(want, sizeof want, "BF16, F32, I8 or F8_E4M3 [%d, %d] or I8 [%d, %d]", n, k, n, k / 2);
-    if (tensor_is(t, DT_F32, n, k) || tensor_is(t, DT_BF16, n, k)) {
-        m->fmt = t->dtype == DT_F32 ? W_F32 : W_BF16;
-        m->w = aligned_data(t, t->dtype == DT_F32 ? 4 : 2);
-        b->format[m->fmt]++;
-        return true;
+    m->w = aligned_data(t);
+    m->fmt = t->dtype == DT_F32 ? W_F32 : t->dtype == DT_BF16 ? W_BF16 : t->dtype == DT_I8 ? W_INT8 : W_FP8;
+    if (m->fmt == W_INT8 || m->fmt == W_FP8) {
+        snprintf(full, sizeof full, "%s.scale", name);
+        if (nibbles) s = need(b, full, BF16 | E8M0, n, k / 32);
+        else s = need(b, full, m->fmt == W_INT8 ? BF16 : E8M0, (n + 127) / 128, (k + 127) / 128);
+        if (!s) return false;
+        if (nibbles) m->fmt = s->dtype == DT_BF16 ? W_INT4 : W_FP4;
+        m->s = aligned_data(s);
     }
-    bool bytes = tensor_is(t, DT_I8, n, k), fp8 = tensor_is(t, DT_F8_E4M3, n, k);
-    bool nibbles = !bytes && k % 32 == 0 && tensor_is(t, DT_I8, n, k / 2);
-    if (bare || (!bytes && !fp8 && !nibbles)) return mismatch(b, t, want);
-    snprintf(full, sizeof full, "%s.scale", name);
-    if (!(s = need(b, full))) return false;
-    int rows = nibbles ? n : (n + 127) / 128, cols = nibbles ? k / 32 : (k + 127) / 128;
-    bool e8m0 = tensor_is(s, DT_F8_E8M0, rows, cols), bf = tensor_is(s, DT_BF16, rows, cols);
-    if (nibbles ? !e8m0 && !bf : fp8 ? !e8m0 : !bf) {
-        snprintf(want, sizeof want, "%s [%d, %d]",
-                 nibbles ? "BF16 or F8_E8M0"
-                 : fp8   ? "F8_E8M0"
-                         : "BF16",
-                 rows, cols);
-        return mismatch(b, s, want);
-    }
-    m->fmt = fp8 ? W_FP8 : bytes ? W_INT8 : e8m0 ? W_FP4 : W_INT4;
-    m->w = t->data;
-    m->s = bf ? aligned_data(s, 2) : s->data;
     b->format[m->fmt]++;
     return true;
 }
 
 static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, void *to) {
     char name[120];
-    int rows = shape_of(row->rows, b->c, ratio),
-        cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
+    int rows = shape_of(row->rows, b->c, ratio), cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
     snprintf(name, sizeof name, "%s%s", prefix, row->name);
-    switch (row->kind) {
-    case VEC: return bind_vec(b, name, rows, cols, to);
-    case TABLE: return bind_table(b, name, rows, cols, to);
-    default: return bind_mat(b, name, rows, cols, to);
-    }
+    return row->kind == VEC ? bind_vec(b, name, rows, cols, to) :
+           row->kind == MAT ? bind_mat(b, name, rows, cols, to) : bind_table(b, name, rows, cols, to);
 }
 
 static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool hashed) {
@@ -3763,10 +3352,7 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     l->icomp.out = b->c->index_dim;
     for (size_t i = 0; i < COUNT(layer_table); i++) {
         const Bind *row = layer_table + i;
-        bool has[] = { [ALL] = true,
-                       [COMPRESSED] = ratio > 0,
-                       [CSA] = ratio == 4,
-                       [HASHED] = hashed,
+        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4, [HASHED] = hashed,
                        [SCORED] = !hashed };
         if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
     }
@@ -3791,23 +3377,20 @@ static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix
 }
 
 static bool store_has(const Store *s, const char *prefix) {
+    size_t n = strlen(prefix);
     for (size_t i = 0; i < s->n; i++)
-        if (s->tensors[i].name.n > strlen(prefix) &&
-            !memcmp(s->tensors[i].name.p, prefix, strlen(prefix)))
-            return true;
+        if (s->tensors[i].name.n > n && !memcmp(s->tensors[i].name.p, prefix, n)) return true;
     return false;
 }
 
 // A layer that config.json does not know of means that the two do not belong together.
 static bool check_layers(const Binder *b) {
     for (size_t i = 0; i < b->store->n; i++) {
-        int layer = 0;
+        char start[16];             // "layers.", and at most 8 digits
+        int layer;
         Span name = b->store->tensors[i].name;
-        if (name.n < 8 || memcmp(name.p, "layers.", 7)) continue;
-        for (size_t k = 7; k < name.n && name.p[k] >= '0' && name.p[k] <= '9' && layer < 1 << 20;
-             k++)
-            layer = layer * 10 + name.p[k] - '0';
-        if (layer >= b->c->n_layers)
+        snprintf(start, sizeof start, "%.*s", SHOWN(name));
+        if (sscanf(start, "layers.%d", &layer) == 1 && layer >= b->c->n_layers)
             return fail(b->e, "config.json: num_hidden_layers is %d, but the checkpoint has %.*s",
                         b->c->n_layers, SHOWN(name));
     }
@@ -3870,48 +3453,30 @@ static float *rope_frequencies(const Config *c, bool compressed) {
 
 typedef struct Device Device;
 
-// Every operation works on the T rows given to begin(), in the device's own buffers. In brackets:
-// the section of the model's description; -> names the buffers written. Errors end the process
-// (fail-stop).
+// Every operation works on the T rows given to begin(), in the device's own buffers. -> names the buffers
+// written; in brackets: the section of the model's description. Errors end the process (fail-stop).
 typedef struct {
-    // the batch of the calls that follow
-    void (*begin)(Device *d, const Row *rows, int T);
-    // X[t,s] = embed[token]            (1)
-    void (*embed)(Device *d);
-    void (*streams_in)(Device *d, const float *X);              // host X [T, S, D] -> X
-    // X -> host X; waits until it is there
-    void (*streams_out)(Device *d, float *X);
-    // X -> x = rms(mix), post, comb    (2)
-    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);
-    // X[k] = post[k] y + sum_j comb[j][k] X[j]
-    void (*hc_post)(Device *d);
-    // x -> qr, kv, compressor inputs, index weights
-    void (*attn_project)(Device *d, const Layer *l);
-    // norms; kv -> window ring; compress  (4, 5)
-    void (*attn_latent)(Device *d, const Layer *l, int i);
-    // qr -> q, index q: head norm, rope  (4, 6)
-    void (*attn_query)(Device *d, const Layer *l);
-    // index q, keys -> chosen rows       (6)
-    void (*index_topk)(Device *d, const Layer *l, int i);
-    // q, caches -> o, inverse rope       (4.3-4.6)
-    void (*attend)(Device *d, const Layer *l, int i);
-    // o -> u -> y                        (4.7)
-    void (*attn_out)(Device *d, const Layer *l);
-    // x -> experts and weights per row   (7.1-7.3)
-    void (*route)(Device *d, const Layer *l);
-    // x -> y: routed and shared experts  (7.4, 7.5)
-    void (*experts)(Device *d, const Layer *l);
-    // X, next -> X                       (10)
-    void (*mtp_in)(Device *d, const Mtp *m);
-    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n,
-                 float *logits);
-    // rows want[n] -> host logits [n,
-    // V] (1, 2.5)
-    void (*cache_new)(Device *d, int slot);                     // empty caches of a new session
+    void (*begin)(Device *d, const Row *rows, int T);               // the batch of the calls that follow
+    void (*embed)(Device *d);                                       // X[t,s] = embed[token]  (1)
+    void (*streams_in)(Device *d, const float *X);                  // host X [T, S, D] -> X
+    void (*streams_out)(Device *d, float *X);                       // X -> host X; waits until it is there
+    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);   // X -> x = rms(mix), post, comb  (2)
+    void (*hc_post)(Device *d);                                     // X[k] = post[k] y + sum_j comb[j][k] X[j]
+    void (*attn_project)(Device *d, const Layer *l);        // x -> qr, kv, compressor inputs, index weights
+    void (*attn_latent)(Device *d, const Layer *l, int i);  // norms; kv -> window ring; compress  (4, 5)
+    void (*attn_query)(Device *d, const Layer *l);          // qr -> q, index q: head norm, rope  (4, 6)
+    void (*index_topk)(Device *d, const Layer *l, int i);   // index q, keys -> chosen rows  (6)
+    void (*attend)(Device *d, const Layer *l, int i);       // q, caches -> o, inverse rope  (4.3-4.6)
+    void (*attn_out)(Device *d, const Layer *l);            // o -> u -> y  (4.7)
+    void (*route)(Device *d, const Layer *l);               // x -> experts and weights per row  (7.1-7.3)
+    void (*experts)(Device *d, const Layer *l);             // x -> y: routed and shared experts  (7.4, 7.5)
+    void (*mtp_in)(Device *d, const Mtp *m);                // X, next -> X  (10)
+    // rows want[n] -> host logits [n, V]  (1, 2.5)
+    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits);
+    void (*cache_new)(Device *d, int slot);                 // empty caches of a new session
     void (*cache_free)(Device *d, int slot);
-    // rings at pos; to NULL: the size
-    size_t (*cache_save)(Device *d, int slot, int pos, void *to);
-    void (*cache_load)(Device *d, int slot, int pos, const void *from);   // compressed rows stay
+    size_t (*cache_save)(Device *d, int slot, int pos, void *to);           // rings at pos; to NULL: the size
+    void (*cache_load)(Device *d, int slot, int pos, const void *from);     // compressed rows stay
 } Ops;
 
 // A stage: the layers [first, last) on one device, with everything they need there. i in the calls
@@ -6614,8 +6179,6 @@ static const Option options[] = {
     { "plain", 0, FLAG, TOKENIZE, &opt.plain, 0, 0, "", "special tokens in the text are text" },
     { "decode", 0, FLAG, TOKENIZE, &opt.decode, 0, 0, "", "ids -> bytes" },
     { "chat", 0, WORD, TOKENIZE, &opt.chat, 0, 0, "FILE", "a messages file -> its ids" },
-    { "scale-dtype", 0, WORD, CONVERT, &opt.convert.scale_dtype, 0, 0, "bf16|f16",
-      "dtype of the scales written" },
     { "layer-remap", 0, WORD, CONVERT, &opt.convert.layer_remap, 0, 0, "LIST",
       "layers to keep, in their new order" },
     { "verify", 0, FLAG, CONVERT, &opt.convert.verify, 0, 0, "",

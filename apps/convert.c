@@ -57,7 +57,6 @@ static int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 // the rules (FP32 throughout, rounded half to even), tabulated for every scale byte
 
 static float f32_from(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
-static uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
 // E8M0: 2^(b - 127); 255 is NaN.
 static float e8m0(int b) { return b == 255 ? NAN : b ? f32_from((uint32_t)b << 23) : 0x1p-127f; }
@@ -73,15 +72,11 @@ static const float e2m1[8] = { 0, .5f, 1, 1.5f, 2, 3, 4, 6 };
 
 enum { SCALE_BAD = 0xffff };    // a NaN, which no finite scale becomes
 
-// A scale as it is stored: BF16 or F16, nearest even. Not finite (or too large for F16): SCALE_BAD.
-static uint16_t stored_scale(float s, bool f16) {
-    if (!isfinite(s)) return SCALE_BAD;
-    uint32_t u = bits_of(s);
-    if (!f16) return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-    if (s >= 65520) return SCALE_BAD;
-    if (s < 0x1p-14f) return (uint16_t)nearbyintf(s * 0x1p24f);         // subnormal halves
-    u -= 112u << 23;
-    return (uint16_t)((u + 0xfff + (u >> 13 & 1)) >> 13);
+// A scale as it is stored: BF16, nearest even. Not finite: SCALE_BAD.
+static uint16_t stored_scale(float s) {
+    uint32_t u;
+    memcpy(&u, &s, 4);
+    return isfinite(s) ? (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16) : SCALE_BAD;
 }
 
 // FP4 -> INT4, in a group of 32 with scale byte b and largest magnitude code c:
@@ -90,16 +85,14 @@ static uint16_t stored_scale(float s, bool f16) {
 typedef struct {
     uint8_t nibble[256][8][16];
     uint16_t scale4[256][8];
-    bool f16;
 } Tables;
 
-static Tables *tables_new(bool f16) {
+static Tables *tables_new(void) {
     Tables *t = xalloc(1, sizeof *t);
-    t->f16 = f16;
     for (int b = 0; b < 256; b++)
         for (int c = 0; c < 8; c++) {
             float scale = e8m0(b), s = fmaxf(e2m1[c] * scale, 0x1p-126f) / 7;
-            t->scale4[b][c] = b == 255 ? SCALE_BAD : stored_scale(s, f16);
+            t->scale4[b][c] = b == 255 ? SCALE_BAD : stored_scale(s);
             for (int x = 0; x < 16 && isfinite(s); x++) {
                 float q = rintf(e2m1[x & 7] * scale / s);
                 int i = (int)fminf(fmaxf(x & 8 ? -q : q, -8), 7);
@@ -111,12 +104,12 @@ static Tables *tables_new(bool f16) {
 
 // FP8 -> INT8: of a block of 128 x 128, scale byte b, largest magnitude byte m:
 // s = max(absmax, FLT_MIN) / 127, q = rint(x / s) in [-128, 127]. map [128]: q of every magnitude.
-static uint16_t table8(int b, int m, bool f16, int8_t map[static 128]) {
+static uint16_t table8(int b, int m, int8_t map[static 128]) {
     float scale = e8m0(b), absmax = e4m3(m) * scale, s = fmaxf(absmax, 0x1p-126f) / 127;
     memset(map, 0, 128);
     if (!isfinite(absmax)) return SCALE_BAD;
     for (int x = 0; x <= m; x++) map[x] = (int8_t)fminf(rintf(e4m3(x) * scale / s), 127);
-    return stored_scale(s, f16);
+    return stored_scale(s);
 }
 
 // ---------------------------------------------------------------------------
@@ -346,7 +339,7 @@ static bool plan_item(Job *job, const Tensor *t, Item *it, Err *e) {
     if (rule == COPY) return true;
     it->rule = (Rule)(rule + is_scale);
     it->together = it->pair->shard == t->shard;
-    it->dtype = !is_scale ? DT_I8 : job->tables->f16 ? DT_F16 : DT_BF16;
+    it->dtype = is_scale ? DT_BF16 : DT_I8;
     if (is_scale) it->bytes *= 2;
     return true;
 }
@@ -483,8 +476,7 @@ static bool read_fd(int fd, const char *path, uint64_t at, void *to, size_t n, E
     return true;
 }
 
-static bool write_fd(int fd, const char *path, uint64_t at, const void *from, size_t n,
-                     Err *e) {
+static bool write_fd(int fd, const char *path, uint64_t at, const void *from, size_t n, Err *e) {
     for (size_t put = 0; put < n;) {
         ssize_t k = pwrite(fd, (const char *)from + put, n - put, (off_t)(at + put));
         if (k < 0 && errno == EINTR) continue;
@@ -499,12 +491,10 @@ static bool write_fd(int fd, const char *path, uint64_t at, const void *from, si
 // Not through the mapping: a disk error shall be an error and not a signal, and memory stays flat.
 static bool fetch(Worker *w, const Piece *p, const Tensor *t, uint64_t from, void *to, size_t n) {
     const char *path = w->job->files[t->shard].from;
-    const char *base = w->job->store.shards[t->shard].map.p;
-    uint64_t at = (uint64_t)((const char *)t->data - base) + from;
     bool here = t->shard == p->it->t->shard;
     int fd = here ? p->file->in : open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return fail(&w->error, "%s: %s", path, strerror(errno));
-    bool ok = read_fd(fd, path, at, to, n, &w->error);
+    bool ok = read_fd(fd, path, t->at + from, to, n, &w->error);
     if (!here) close(fd);
     return ok;
 }
@@ -529,9 +519,8 @@ static bool emit(Worker *w, const Piece *p, uint64_t at, const void *bytes, size
 
 static bool not_finite(Worker *w, const Piece *p, int64_t row, int64_t column, int scale) {
     return fail(&w->error, "%s: tensor %.*s: the block at [%lld, %lld] (scale byte 0x%02x) is not "
-                "finite%s: download again", p->file->from, SHOWN(p->it->t->name),
-                (long long)row, (long long)column, scale,
-                w->job->tables->f16 ? " or too large for F16" : "");
+                "finite: download again", p->file->from, SHOWN(p->it->t->name), (long long)row,
+                (long long)column, scale);
 }
 
 // A tensor that stays as it is.
@@ -581,7 +570,7 @@ static bool do_int8(Worker *w, const Piece *p) {
         const uint8_t *in = w->in + 128 * b;
         int width = cols - 128 * b < 128 ? (int)(cols - 128 * b) : 128;
         int top = fp8_max(in, cols, rows, width);
-        w->scale_out[b] = table8(w->scale_in[b], top, w->job->tables->f16, map);
+        w->scale_out[b] = table8(w->scale_in[b], top, map);
         if (w->scale_out[b] == SCALE_BAD)
             return not_finite(w, p, row0, col0 + 128 * (int64_t)b, w->scale_in[b]);
         for (int r = 0; r < rows; r++)
@@ -914,7 +903,7 @@ static bool rewrite(const Job *job, const char *name, Place place, Str *out, Err
         else write_value(&w, place, &j);
         ok = json_end(&j);
     }
-    if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+    unmap_file(text);
     free(path);
     return ok;
 }
@@ -926,7 +915,7 @@ static bool rewrite(const Job *job, const char *name, Place place, Str *out, Err
 static bool identity(Job *job, Err *e) {
     bool ok = true;
     Str *s = &job->identity;
-    put(s, "dsv4 convert 1, scales %s, layers ", job->tables->f16 ? "f16" : "bf16");
+    str_puts(s, "dsv4 convert 2, layers ");
     str_puts(s, job->o->layer_remap ? job->o->layer_remap : "all");
     for (int i = -1; i < job->n_files && ok; i++) {
         struct stat st;
@@ -983,7 +972,7 @@ static bool carry_over(const char *src, const char *dst, int depth, Err *e) {
             ok = ok && carry_over(from, to, depth + 1, e);
         } else if (S_ISREG(st.st_mode)) {
             ok = map_file(from, &text, e) && write_whole(dst, name, text, e);
-            if (text.n) munmap((void *)(uintptr_t)text.p, text.n);
+            unmap_file(text);
         }
         free(from);
         free(to);
@@ -998,20 +987,27 @@ static bool same_text(const Job *job, const char *name, Span text, bool *same, E
     Span found = { 0 };
     bool ok = map_file(path, &found, e);
     *same = ok && found.n == text.n && !memcmp(found.p, text.p, text.n);
-    if (found.n) munmap((void *)(uintptr_t)found.p, found.n);
+    unmap_file(found);
     free(path);
     return ok;
+}
+
+// The nearest part of a path that exists; release with free().
+static char *existing(const char *path) {
+    struct stat st;
+    char *up = text_of("%s", path);
+    while (stat(up, &st)) {
+        char *slash = strrchr(up, '/');
+        if (slash && slash != up) *slash = 0;
+        else strcpy(up, slash ? "/" : ".");
+    }
+    return up;
 }
 
 // True if path, or a directory above it, is the directory `of`.
 static bool lies_inside(const char *path, const struct stat *of) {
     struct stat st, last = { 0 };
-    char *up = text_of("%s", path);
-    while (stat(up, &st)) {             // the nearest part of the path that exists
-        char *slash = strrchr(up, '/');
-        if (slash && slash != up) *slash = 0;
-        else strcpy(up, slash ? "/" : ".");
-    }
+    char *up = existing(path);
     bool inside = false;
     for (; !stat(up, &st) && !inside && (st.st_dev != last.st_dev || st.st_ino != last.st_ino);
          last = st) {
@@ -1069,12 +1065,7 @@ static bool check_space(Job *job, bool fresh, Err *e) {
     struct statvfs fs;
     Err ignored;
     uint64_t need_bytes = 0;
-    char *parent = text_of("%s", job->o->dst);
-    while (stat(parent, &st)) {         // the nearest directory that exists
-        char *slash = strrchr(parent, '/');
-        if (slash && slash != parent) *slash = 0;
-        else strcpy(parent, slash ? "/" : ".");
-    }
+    char *parent = existing(job->o->dst);
     for (int i = 0; i < job->n_files; i++) {
         OutFile *file = &job->files[i];
         int fd = fresh || !file->n ? -1 : open(file->path, O_RDONLY | O_CLOEXEC);
@@ -1145,17 +1136,13 @@ static bool read_remap(Job *job, const char *list, Err *e) {
 // Everything that can be said without looking at DST.
 static bool prepare(Job *job, Err *e) {
     const Dsv4Convert *o = job->o;
-    bool f16 = o->scale_dtype && !strcmp(o->scale_dtype, "f16");
-    if (o->scale_dtype && !f16 && strcmp(o->scale_dtype, "bf16"))
-        return fail(e, "--scale-dtype: expected bf16 or f16, found '%s'", o->scale_dtype);
     if (!config_brief(&job->config, o->src, e)) return false;
     if (strcmp(job->config.quant, "fp8"))
         return fail(e, "%s/config.json: quant_method is '%s', the original release has 'fp8'",
                     o->src, job->config.quant);
     if (o->layer_remap && !read_remap(job, o->layer_remap, e)) return false;
     if (!store_open(&job->store, o->src, e)) return false;
-    job->tables = tables_new(f16);
-    if (f16) note("scales in F16: for other software, this engine reads BF16");
+    job->tables = tables_new();
     return plan(job, e) && identity(job, e);
 }
 

@@ -35,6 +35,10 @@ bool span_is(Span s, const char *z);
 Span span_of(const char *z);
 Span span_from(Span s, size_t i);
 bool map_file(const char *path, Span *out, Err *e);         // read-only; an empty file gives n = 0
+void unmap_file(Span map);
+
+// The arguments of a %.*s that shows a name from a file (Span or Str), up to a sane length.
+#define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
 
 size_t utf8_next(const char *p, size_t n, int32_t *cp);
 void utf8_put(Str *out, uint32_t c);
@@ -67,6 +71,7 @@ enum { JSON_DEPTH = 64, JSON_NUMBER = 4300 };
 typedef struct {
     const char *start, *p, *end;
     const char *name;           // what the text is, for errors
+    const char *at;             // and which value is being read, or NULL
     Err *e;
     bool bad;
     int depth;                  // containers open
@@ -81,8 +86,8 @@ bool json_member(Json *j, Str *key);                        // false after the l
 bool json_array(Json *j);
 bool json_item(Json *j);
 bool json_string(Json *j, Str *out);
-bool json_number(Json *j, Span *raw, bool *whole);
-bool json_double(Json *j, double *out);
+bool json_number(Json *j, char text[static JSON_NUMBER + 1], bool *whole);
+bool json_double(Json *j, double lo, double hi, double *out);
 bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out);
 bool json_bool(Json *j, bool *out);
 bool json_null(Json *j);                                    // takes a null if one is next
@@ -90,12 +95,11 @@ bool json_skip(Json *j);
 bool json_raw(Json *j, Span *out);                          // the next value as it stands
 Json json_inside(const Json *j, Span raw);                  // reads such a value
 bool json_end(Json *j);
-void json_put_string(Str *out, Span s);
-bool json_dump(Json *j, Str *out);                          // the next value as Python's json.dumps writes it
-typedef struct { char text[400]; } Quoted;
-Quoted quoted(Span s);                                      // text from a file, for an error message
 
-// --- chat format (apps/chat.c)
+// --- JSON as Python writes it, and the chat format (apps/chat.c)
+
+void json_put_string(Str *out, Span s);
+bool json_dump(Json *j, Str *out);                          // the next value, as json.dumps gives it
 
 #define BOS_TEXT "<｜begin▁of▁sentence｜>"
 #define EOS_TEXT "<｜end▁of▁sentence｜>"
@@ -168,11 +172,11 @@ extern const DtypeInfo dtypes[N_DTYPES];
 enum { TENSOR_RANK = 8 };
 
 typedef struct {
-    Span name;                  // in the mapped header
+    Span name;                  // in the store's names
     int dtype, rank, shard;
     int64_t shape[TENSOR_RANK];
-    const uint8_t *data;        // in the mapped file, at any address
-    size_t bytes;
+    size_t at, bytes;           // the data's place in the file
+    const uint8_t *data;        // there, at any address
 } Tensor;
 
 typedef struct {
@@ -185,15 +189,11 @@ typedef struct {
 // Valid until store_close; a zeroed Store is empty.
 typedef struct {
     Tensor *tensors;            // [n], shard by shard, each in the order of its header
-    uint32_t *slots;            // [n_slots] tensor + 1, 0 = empty; n_slots is a power of two
+    Map names;                  // entry i is tensor i's name; its value: lines of the index that list it
     Shard *shards;              // [n_shards]
-    char **owned;               // [n_owned] names that the file spells with escapes
-    size_t n, cap, n_slots;
-    int n_shards, n_owned;
+    size_t n;
+    int n_shards;
 } Store;
-
-// The arguments of a %.*s that shows a name from a file, up to a sane length.
-#define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
 
 const char *tensor_kind(const Tensor *t, char out[static 256]);        // "BF16 [64, 128]"
 bool store_open(Store *s, const char *dir, Err *e);         // on an error *s is empty
@@ -207,7 +207,6 @@ bool config_brief(ConfigBrief *b, const char *dir, Err *e);
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
 typedef struct {
     const char *src, *dst;
-    const char *scale_dtype;    // "bf16" (NULL: too) or "f16"
     const char *layer_remap;    // NULL, or the layers to keep, in their new order: "0,2,40-42"
     int threads;                // 0: all cores
     bool verify;                // re-read the result and compare it with the source

@@ -35,9 +35,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         chat_free(&c);
     } else {
         Reply r = { 0 };
+        Utf8 u = { 0 };
         Str told[2][3] = { { { 0 } } };
         bool thinking = data[0] & 4, ok[2];
-        utf8_repair(text, &out);
+        utf8_feed(&u, text, &out);
+        utf8_finish(&u, &out);
         reply_parse(str_span(&out), thinking, &r, &e);
         reply_free(&r);
         for (int i = 0; i < 2; i++) ok[i] = stream(str_span(&out), thinking, i ? 1 + data[0] / 8 : SIZE_MAX, told[i]);

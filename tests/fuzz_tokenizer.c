@@ -10,8 +10,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     for (int special = 0; special < 2; special++) {
         Ids ids = { 0 };
         Str fixed = { 0 }, text = { 0 };
-        Utf8 u = { 0 };
-        utf8_repair(file, &fixed);
+        Utf8 u = { 0 }, whole = { 0 };
+        utf8_feed(&whole, file, &fixed);
+        utf8_finish(&whole, &fixed);
         tok_encode(&t, file, special, &ids);
         for (size_t i = 0; i < ids.n; i++) tok_decode(&t, ids.p[i], false, &u, &text);
         utf8_finish(&u, &text);

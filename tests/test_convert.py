@@ -23,7 +23,7 @@ import numpy as np
 from common import fault_library, GOLDEN, SANITIZERS, Tally, run
 
 INDEX = "model.safetensors.index.json"
-BITS = {"I64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E8M0": 8, "F8_E4M3": 8, "I8": 8}
+BITS = {"I64": 64, "F32": 32, "BF16": 16, "F8_E8M0": 8, "F8_E4M3": 8, "I8": 8}
 ORDER = list(BITS)                      # the order of a file: wide types first, then by name
 f32 = np.float32
 
@@ -50,11 +50,7 @@ def to_bf16(x):
     return ((bits >> 16) + up).astype(np.uint16)
 
 
-def stored(s, f16):
-    return s.astype(np.float16).view(np.uint16) if f16 else to_bf16(s)
-
-
-def int4(w, b, f16=False):
+def int4(w, b):
     """FP4 [N, K/2] with scale bytes [N, K/32] -> INT4 of the same shape, scales."""
     codes = np.array([0, .5, 1, 1.5, 2, 3, 4, 6], f32)
     n, half = w.shape
@@ -63,10 +59,10 @@ def int4(w, b, f16=False):
     x = np.where(q >= 8, -codes[q % 8], codes[q % 8]).astype(f32).reshape(n, -1, 32) * powers(b)[:, :, None]
     s = np.maximum(np.abs(x).max(2), f32(2.0 ** -126)) / f32(7)
     v = np.clip(np.rint((x / s[:, :, None]).astype(f32)), -8, 7).astype(np.int32).reshape(n, -1) + 8
-    return (v[:, 0::2] + 16 * v[:, 1::2]).astype(np.uint8), stored(s, f16)
+    return (v[:, 0::2] + 16 * v[:, 1::2]).astype(np.uint8), to_bf16(s)
 
 
-def int8(w, b, f16=False):
+def int8(w, b):
     """FP8 [N, K] with scale bytes per 128 x 128 -> INT8, scales."""
     out, scales = np.empty(w.shape, np.int8), np.empty(b.shape, f32)
     for i in range(b.shape[0]):
@@ -75,7 +71,7 @@ def int8(w, b, f16=False):
             x = fp8_value(w[at]) * powers(b[i, j])
             s = np.maximum(np.abs(x).max(), f32(2.0 ** -126)) / f32(127)
             out[at], scales[i, j] = np.clip(np.rint((x / s).astype(f32)), -128, 127), s
-    return out.view(np.uint8), stored(scales, f16)
+    return out.view(np.uint8), to_bf16(scales)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -132,9 +128,9 @@ def pair(base, w, s, kind):
     return {base + ".weight": (kind, w.shape, w.tobytes()), base + ".scale": ("F8_E8M0", s.shape, s.tobytes())}
 
 
-def converted(base, w, s, rule, f16=False):
-    q, t = rule(w, s, f16)
-    return {base + ".weight": ("I8", w.shape, q.tobytes()), base + ".scale": ("F16" if f16 else "BF16", s.shape, t.tobytes())}
+def converted(base, w, s, rule):
+    q, t = rule(w, s)
+    return {base + ".weight": ("I8", w.shape, q.tobytes()), base + ".scale": ("BF16", s.shape, t.tobytes())}
 
 
 def adversarial(rng):
@@ -226,30 +222,25 @@ class Suite:
     def requantised(self):
         rng = np.random.default_rng(5)
         cases, other = list(adversarial(rng)), passed_over(rng)
-        for f16 in (False, True):
-            src, dst = self.new("random"), self.new("random-out")
-            shards, want = {"model-1.safetensors": dict(other), "model-2.safetensors": {}}, [dict(other), {}]
-            for i, (base, w, s, four) in enumerate(cases):
-                if f16 and not (len(s) == 70 or "wo_b" in base):
-                    continue            # most of these scales are beyond F16
-                if f16:
-                    s = np.clip(s, 112, 130)
-                new = converted(base, w, s, int4 if four else int8, f16)
-                old = pair(base, w, s, "I8" if four else "F8_E4M3")
-                for j, name in enumerate(old):      # every third pair is split over the shards
-                    k = (i + j) % 2 if i % 3 == 0 else i % 2
-                    shards[f"model-{k + 1}.safetensors"][name], want[k][name] = old[name], new[name]
-            write_checkpoint(src, shards, metadata={"format": "pt"})
-            before = tree(src)
-            r = self.convert(src, dst, "--verify", *(["--scale-dtype", "f16"] if f16 else []))
-            self.t.check(r.code == 0 and not r.lines() and not r.sanitizer(), f"requantised f16={f16}", r.tail())
-            got = tree(dst)
-            for k in (0, 1):
-                self.t.check(got.get(f"model-{k + 1}.safetensors") == file_bytes(want[k], {"format": "pt"}),
-                             f"requantised f16={f16}: shard {k + 1} as the independent requantiser makes it",
-                             self.first_difference(got.get(f"model-{k + 1}.safetensors", b""), want[k]))
-            self.t.check(set(got) == set(before) and all(got[f] == before[f] for f in ("tokenizer.json", "encoding/a.py")), "other files carried over")
-            self.t.check(tree(src) == before, "the source is as it was")
+        src, dst = self.new("random"), self.new("random-out")
+        shards, want = {"model-1.safetensors": dict(other), "model-2.safetensors": {}}, [dict(other), {}]
+        for i, (base, w, s, four) in enumerate(cases):
+            new = converted(base, w, s, int4 if four else int8)
+            old = pair(base, w, s, "I8" if four else "F8_E4M3")
+            for j, name in enumerate(old):      # every third pair is split over the shards
+                k = (i + j) % 2 if i % 3 == 0 else i % 2
+                shards[f"model-{k + 1}.safetensors"][name], want[k][name] = old[name], new[name]
+        write_checkpoint(src, shards, metadata={"format": "pt"})
+        before = tree(src)
+        r = self.convert(src, dst, "--verify")
+        self.t.check(r.code == 0 and not r.lines() and not r.sanitizer(), "requantised", r.tail())
+        got = tree(dst)
+        for k in (0, 1):
+            self.t.check(got.get(f"model-{k + 1}.safetensors") == file_bytes(want[k], {"format": "pt"}),
+                         f"requantised: shard {k + 1} as the independent requantiser makes it",
+                         self.first_difference(got.get(f"model-{k + 1}.safetensors", b""), want[k]))
+        self.t.check(set(got) == set(before) and all(got[f] == before[f] for f in ("tokenizer.json", "encoding/a.py")), "other files carried over")
+        self.t.check(tree(src) == before, "the source is as it was")
 
     def first_difference(self, got, want):
         if len(got) < 8:
@@ -289,7 +280,6 @@ class Suite:
         self.t.check(len(names) == 5 and all(n.startswith("layers.1.") for n in names), "remap: names in the shard")
         for bad in ("0,0", "3", "1,0", "x", "", "2-1", "0,,1", "-1"):
             self.refused(f"remap {bad!r}", self.convert(src, self.new("bad"), "--layer-remap=" + bad), "layer")
-        self.refused("scale-dtype", self.convert(src, self.new("bad"), "--scale-dtype", "f64"), "f64")
         one, dst = self.new("single"), self.new("single-out")
         rng = np.random.default_rng(1)
         w, s = fp4(rng, 8, 64)
@@ -370,7 +360,7 @@ class Suite:
         p = subprocess.run([self.binary, "convert", src, dst], capture_output=True, preexec_fn=cap, env={**os.environ, **SANITIZERS})
         err = p.stderr.decode()
         self.t.check(p.returncode == 1 and "model-0000" in err and not any(f.endswith("safetensors.part") for f in os.listdir(dst)), "write error: one line, no part left", err)
-        r = self.convert(src, dst, "--scale-dtype", "f16")
+        r = self.convert(src, dst, "--layer-remap", "0")
         self.refused("other options in a begun DST", r, "other options")
         r = self.convert(src, dst)
         ref = self.new("ref")
