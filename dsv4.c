@@ -6,9 +6,9 @@
 // The file reads from top to bottom; nothing is used before it is shown:
 //     small tools      errors, checked sizes, strings, files
 //     types            Config, Mat, Layer, Cache: every field with its shape
-//     files            JSON, safetensors, config.json
+//     files            safetensors, config.json (JSON is read by apps/json.c)
 //     text             tokenizer, sampler (the chat encoding is in apps/chat.c)
-//     products         thread pool, number formats, matrix products for INT4, INT8, FP4, FP8, BF16, FP32
+//     products         thread pool, number formats, matrix products (INT4, INT8, FP4, FP8, BF16, FP32)
 //     weights          the table of tensors
 //     devices          the list of operations that a device must offer
 //     forward          these operations on the CPU: the model's specification in code
@@ -16,8 +16,8 @@
 //     command line     the option table
 //     model            the forward pass over stages of layers, sessions, snapshots, placement
 //     programs         generate, chat, tokenize, info, bench, ppl, verify; main
-// Sections in brackets, like (4.3), point into the model's description: 2 hyper-connections, 3 rope, 4 attention,
-// 5 compressor, 6 indexer, 7 mixture of experts, 8 weight formats, 10 MTP.
+// Sections in brackets, like (4.3), point into the model's description: 2 hyper-connections, 3 rope,
+// 4 attention, 5 compressor, 6 indexer, 7 mixture of experts, 8 weight formats, 10 MTP.
 
 #define _GNU_SOURCE
 #include <assert.h>
@@ -69,7 +69,8 @@ bool fail(Err *e, const char *fmt, ...) {
     return one_line(e->text), false;
 }
 
-// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that fail, one speaks.
+// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that
+// fail, one speaks.
 void die(int code, const char *fmt, ...) {
     static atomic_flag dying = ATOMIC_FLAG_INIT;
     char line[2048];
@@ -93,9 +94,9 @@ void note(const char *fmt, ...) {
     va_end(ap);
 }
 
-// Sizes from files saturate: an overflow becomes SIZE_MAX, which no file and no allocation can satisfy.
-size_t cmul(size_t a, size_t b) { size_t r; return __builtin_mul_overflow(a, b, &r) ? SIZE_MAX : r; }
-size_t cadd(size_t a, size_t b) { size_t r; return __builtin_add_overflow(a, b, &r) ? SIZE_MAX : r; }
+// Sizes from files saturate: an overflow becomes SIZE_MAX, which no file and no allocation satisfies.
+size_t cmul(size_t a, size_t b) { return __builtin_mul_overflow(a, b, &a) ? SIZE_MAX : a; }
+size_t cadd(size_t a, size_t b) { return __builtin_add_overflow(a, b, &a) ? SIZE_MAX : a; }
 
 // Zeroed memory for n items of `size` bytes, 64-byte aligned; never NULL. Free with free().
 void *xalloc(size_t n, size_t size) {
@@ -134,7 +135,8 @@ Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
 // sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
 size_t utf8_next(const char *p, size_t n, int32_t *cp) {
     const uint8_t *s = (const uint8_t *)p;
-    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
+    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
+                 s[0] < 0xf0 ? 3 : 4;
     *cp = len == 0 ? -1 : len == 1 ? s[0] : s[0] & (0x7f >> len);
     for (size_t i = 1; i < len; i++) {
         // the second byte excludes overlong forms, surrogates and what lies above U+10FFFF
@@ -163,7 +165,9 @@ static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
     return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
 }
 
-Span map_key(const Map *m, size_t i) { return (Span){ m->text.p + m->entries[i].at, m->entries[i].n }; }
+Span map_key(const Map *m, size_t i) {
+    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
+}
 
 // The slot that holds key, or the empty one where it belongs. cap > 0.
 static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
@@ -171,7 +175,8 @@ static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
         uint32_t *slot = &m->slots[i & (m->cap - 1)];
         if (!*slot) return slot;
         const MapEntry *e = &m->entries[*slot - 1];
-        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n)) return slot;
+        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n))
+            return slot;
     }
 }
 
@@ -180,7 +185,8 @@ static void map_rehash(Map *m) {
     if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
     free(m->slots);
     m->slots = xalloc(m->cap, sizeof *m->slots);
-    for (size_t i = 0; i < m->n; i++) *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
+    for (size_t i = 0; i < m->n; i++)
+        *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
 }
 
 // The entry of key, or NULL. The pointer is good until the next map_add.
@@ -294,8 +300,8 @@ double now(void) {
 void progress(const char *what, int64_t done, int64_t total) {
     if (!isatty(2)) return;
     int width = 30, full = total ? (int)(width * done / total) : width;
-    fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################", width - full, "",
-            total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
+    fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################",
+            width - full, "", total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
     fflush(stderr);
 }
 
@@ -417,407 +423,6 @@ typedef struct {
 } Row;
 
 // ---------------------------------------------------------------------------
-// JSON: a pull parser (apps/dsv4.h shows its use). Strict RFC 8259: valid UTF-8, no lone surrogates, no
-// trailing commas, no NaN.
-
-Json json_open(Span text, const char *name, Err *e) {
-    return (Json){ .start = text.p, .p = text.p, .end = text.p + text.n, .name = name, .e = e };
-}
-
-// Keeps the first error of a text, with its place; callers use it too. Returns false.
-bool json_fail(Json *j, const char *fmt, ...) {
-    char what[400];
-    if (j->bad) return false;
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(what, sizeof what, fmt, ap);
-    va_end(ap);
-    j->bad = true;
-    bool named = j->at && *j->at;
-    return fail(j->e, "%s: byte %zu: %.100s%s%s", j->name, (size_t)(j->p - j->start), named ? j->at : "",
-                named ? ": " : "", what);
-}
-
-// The first byte of the next token, 0 at the end of the text or after an error.
-char json_peek(Json *j) {
-    while (j->p < j->end && *j->p && strchr(" \n\r\t", *j->p)) j->p++;
-    return j->bad || j->p == j->end ? 0 : *j->p;
-}
-
-bool json_expected(Json *j, const char *what) {
-    char c = json_peek(j);
-    if (j->p == j->end) return json_fail(j, "expected %s, found the end of the text", what);
-    if (c < 33 || c > 126) return json_fail(j, "expected %s, found byte 0x%02x", what, (uint8_t)c);
-    return json_fail(j, "expected %s, found '%c'", what, c);
-}
-
-static bool json_begin(Json *j, char open, const char *what) {
-    if (json_peek(j) != open) return json_expected(j, what);
-    if (j->depth == JSON_DEPTH) return json_fail(j, "nested deeper than %d levels", JSON_DEPTH);
-    uint64_t bit = 1ull << j->depth++;
-    j->objects = open == '{' ? j->objects | bit : j->objects & ~bit;
-    j->begun &= ~bit;
-    j->p++;
-    return true;
-}
-bool json_object(Json *j) { return json_begin(j, '{', "an object"); }
-bool json_array(Json *j) { return json_begin(j, '[', "an array"); }
-
-// Moves to the next item of the innermost array. False after the last one (and ']') or on error.
-bool json_item(Json *j) {
-    if (j->bad || !j->depth) return false;
-    uint64_t bit = 1ull << (j->depth - 1);
-    char close = j->objects & bit ? '}' : ']', c = json_peek(j);
-    if (c == close) {
-        j->p++;
-        j->depth--;
-        return false;
-    }
-    if (j->begun & bit) {
-        if (c != ',') return json_expected(j, close == ']' ? "',' or ']'" : "',' or '}'");
-        j->p++;
-        if (json_peek(j) == close) return json_fail(j, "trailing comma");
-    }
-    j->begun |= bit;
-    return true;
-}
-
-static bool json_hex4(Json *j, uint32_t *out) {
-    char hex[5] = "";
-    memcpy(hex, j->p, j->end - j->p < 4 ? (size_t)(j->end - j->p) : 4);
-    if (strspn(hex, "0123456789abcdefABCDEF") < 4) return json_fail(j, "expected four hex digits after \\u");
-    *out = (uint32_t)strtoul(hex, NULL, 16);
-    j->p += 4;
-    return true;
-}
-
-// p is behind a backslash. Surrogates must come in pairs.
-static bool json_escape(Json *j, uint32_t *out) {
-    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-    char c = j->p < j->end ? *j->p : 0;
-    const char *at = c ? strchr(from, c) : NULL;
-    if (!at && c != 'u') return json_fail(j, "bad escape in a string");
-    j->p++;
-    if (at) {
-        *out = (uint8_t)to[at - from];
-        return true;
-    }
-    uint32_t high, low = 0;
-    if (!json_hex4(j, out)) return false;
-    if ((high = *out) < 0xd800 || high > 0xdfff) return true;
-    if (high > 0xdbff || j->end - j->p < 2 || memcmp(j->p, "\\u", 2))
-        return json_fail(j, "lone surrogate \\u%04x", high);
-    j->p += 2;
-    if (!json_hex4(j, &low)) return false;
-    if (low < 0xdc00 || low > 0xdfff) return json_fail(j, "lone surrogate \\u%04x", high);
-    *out = 0x10000 + ((high & 0x3ff) << 10) + (low & 0x3ff);
-    return true;
-}
-
-// Replaces *out by the decoded string; out = NULL only checks it.
-bool json_string(Json *j, Str *out) {
-    if (json_peek(j) != '"') return json_expected(j, "a string");
-    if (out) out->n = 0, str_add(out, "", 0);
-    for (j->p++;;) {
-        const char *from = j->p;
-        int32_t cp = 0;
-        while (j->p < j->end && *j->p != '"' && *j->p != '\\' && (uint8_t)*j->p >= 32 && cp >= 0)
-            if ((uint8_t)*j->p < 0x80) j->p++;
-            else j->p += utf8_next(j->p, (size_t)(j->end - j->p), &cp);
-        if (out) str_add(out, from, (size_t)(j->p - from));
-        if (cp < 0) return json_fail(j, "invalid UTF-8 in a string");
-        if (j->p == j->end) return json_fail(j, "string without an end");
-        if (*j->p == '"') break;
-        if (*j->p != '\\') return json_fail(j, "control byte 0x%02x in a string", (uint8_t)*j->p);
-        uint32_t c = 0;
-        j->p++;
-        if (!json_escape(j, &c)) return false;
-        if (out) utf8_put(out, c);
-    }
-    j->p++;
-    return true;
-}
-
-// Moves to the next member of the innermost object and puts its name in *key (NULL: not wanted).
-// False after the last one (and '}') or on error. Duplicates are the caller's business: map_add.
-bool json_member(Json *j, Str *key) {
-    if (!json_item(j) || !json_string(j, key)) return false;
-    if (json_peek(j) != ':') return json_expected(j, "':'");
-    j->p++;
-    return true;
-}
-
-static void json_digits(Json *j) {
-    if (j->p == j->end || *j->p < '0' || *j->p > '9') json_expected(j, "a digit");
-    while (j->p < j->end && *j->p >= '0' && *j->p <= '9') j->p++;
-}
-
-// A copy of a number's text; *whole: it has neither fraction nor exponent.
-bool json_number(Json *j, char text[static JSON_NUMBER + 1], bool *whole) {
-    char c = json_peek(j);
-    if (c != '-' && (c < '0' || c > '9')) return json_expected(j, "a number");
-    const char *from = j->p;
-    if (c == '-') j->p++;
-    if (j->p < j->end && *j->p == '0') j->p++;
-    else json_digits(j);
-    const char *int_end = j->p;
-    if (j->p < j->end && *j->p == '.') j->p++, json_digits(j);
-    if (j->p < j->end && (*j->p == 'e' || *j->p == 'E')) {
-        j->p++;
-        if (j->p < j->end && (*j->p == '+' || *j->p == '-')) j->p++;
-        json_digits(j);
-    }
-    size_t n = (size_t)(j->p - from);
-    if (n > JSON_NUMBER) json_fail(j, "expected a number of %d bytes at most", JSON_NUMBER);
-    if (j->bad) return false;
-    memcpy(text, from, n);
-    text[n] = 0;
-    *whole = j->p == int_end;
-    return true;
-}
-
-// lo <= *out <= hi. strtod is safe: this program never leaves the "C" locale.
-bool json_double(Json *j, double lo, double hi, double *out) {
-    char text[JSON_NUMBER + 1];
-    bool whole;
-    if (!json_number(j, text, &whole)) return false;
-    double v = strtod(text, NULL);          // infinite for 1e999 and the like
-    if (v >= lo && v <= hi) return *out = v, true;
-    j->p -= strlen(text);
-    return json_fail(j, "expected a number from %g to %g, found %.40s", lo, hi, text);
-}
-
-// An integer written without fraction or exponent, lo <= *out <= hi.
-bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out) {
-    char text[JSON_NUMBER + 1];
-    bool whole;
-    if (!json_number(j, text, &whole)) return false;
-    errno = 0;
-    long long v = strtoll(text, NULL, 10), low = lo, high = hi;
-    if (whole && !errno && v >= lo && v <= hi) return *out = v, true;
-    j->p -= strlen(text);
-    return json_fail(j, "expected an integer from %lld to %lld, found %.40s", low, high, text);
-}
-
-static bool json_word(Json *j, const char *word) {
-    size_t n = strlen(word);
-    bool same = json_peek(j) && (size_t)(j->end - j->p) >= n && !memcmp(j->p, word, n);
-    if (same) j->p += n;
-    return same;
-}
-
-// Consumes a null if that is what comes next.
-bool json_null(Json *j) { return json_word(j, "null"); }
-
-bool json_bool(Json *j, bool *out) {
-    bool yes = json_word(j, "true");
-    if (!yes && !json_word(j, "false")) return json_expected(j, "true or false");
-    *out = yes;
-    return true;
-}
-
-// Passes over the next value, whatever it is, and checks it.
-bool json_skip(Json *j) {
-    char number[JSON_NUMBER + 1];
-    int base = j->depth;
-    do {
-        if (j->depth > base) {
-            bool object = j->objects >> (j->depth - 1) & 1;
-            if (!(object ? json_member(j, NULL) : json_item(j))) continue;      // it was the last
-        }
-        char c = json_peek(j);
-        bool b;
-        if (c == '{') json_object(j);
-        else if (c == '[') json_array(j);
-        else if (c == '"') json_string(j, NULL);
-        else if (c == 't' || c == 'f') json_bool(j, &b);
-        else if (c == '-' || (c >= '0' && c <= '9')) json_number(j, number, &b);
-        else if (!json_null(j)) json_expected(j, "a value");
-    } while (!j->bad && j->depth > base);
-    return !j->bad;
-}
-
-// The text of the next value, checked, as it stands: json_inside reads it later.
-bool json_raw(Json *j, Span *out) {
-    json_peek(j);
-    const char *from = j->p;
-    if (!json_skip(j)) return false;
-    *out = (Span){ from, (size_t)(j->p - from) };
-    return true;
-}
-
-// Reads a value that json_raw gave; places in errors still count from the start of the whole text.
-Json json_inside(const Json *j, Span raw) {
-    Json in = json_open(raw, j->name, j->e);
-    in.start = j->start;
-    return in;
-}
-
-// True if the whole text was read without an error and nothing but white space is left.
-bool json_end(Json *j) {
-    json_peek(j);
-    return !j->bad && (j->p == j->end || json_expected(j, "the end of the text"));
-}
-
-// ---------------------------------------------------------------------------
-// JSON by table: each row names a value by its path from the top, says what it may be and where it goes.
-// What no row names is passed over; null is as good as absent; a key that stands twice is an error.
-
-typedef enum {
-    J_INT, J_FLOAT, J_DOUBLE,   // int, float, double; from lo to hi
-    J_BOOL, J_TEXT, J_RAW,      // bool, Str, Span (the value as it stands)
-    J_FOUND,                    // bool: there is such a key
-    J_FIXED,                    // one of `values`, JSON texts; a string goes to char[32] if at > 0
-    J_READ,                     // whatever `read` takes
-} FieldKind;
-
-typedef enum { OPTIONAL, NEEDED, WITHIN } Need;      // WITHIN: needed if the object it is in is there
-
-typedef struct {
-    // keys joined by dots, [i] the items of a list; * any one key, at the end whatever begins so
-    const char *path;
-    FieldKind kind;
-    Need need;
-    size_t at;                  // where it goes: offset in the struct to fill
-    double lo, hi;
-    const char *values[5];
-    void (*read)(Json *j, void *to);
-} Field;
-
-typedef struct {
-    const Field *rows;
-    size_t n;
-    void *to;
-    Str path;                   // of the value being read
-    Map seen;                   // the paths so far: 1 if a row knows it and the value is not null
-} Table;
-
-// How a path goes with a row's: '=' it is the row's value, '.' and '[' the object or the list that holds
-// it, 0 none of these.
-static char path_match(const char *row, Span path) {
-    for (size_t i = 0; i < path.n; i++, row++) {
-        if (*row == '*' && !row[1]) return '=';
-        if (*row == '*') {
-            while (i < path.n && path.p[i] != '.') i++;
-            row++;
-            if (i == path.n) break;
-        }
-        if (!*row || *row != path.p[i]) return 0;
-    }
-    return !*row ? '=' : *row == '.' || *row == '[' ? *row : 0;
-}
-
-static void field_fixed(const Field *f, Json *j, char *to) {
-    Str text = { 0 }, found = { 0 }, wanted = { 0 };
-    Span raw = { "", 0 };
-    bool string = json_peek(j) == '"', ok = false;
-    Json at = *j;
-    json_raw(j, &raw);
-    if (string && !j->bad) json_string(&at, &text);
-    str_puts(&found, string ? "\"" : "");
-    str_add(&found, text.p, text.n);
-    str_puts(&found, string ? "\"" : "");
-    for (size_t i = 0; i < raw.n && !string; i++)               // other values: without white space
-        if (!strchr(" \n\r\t", raw.p[i])) str_add(&found, raw.p + i, 1);
-    for (size_t i = 0; i < COUNT(f->values) && f->values[i]; i++) {
-        ok = ok || str_is(&found, f->values[i]);
-        str_puts(&wanted, i ? " or " : "");
-        str_puts(&wanted, f->values[i]);
-    }
-    if (ok && f->at) snprintf(to, 32, "%s", text.p);
-    if (!ok && !j->bad) {
-        j->p = raw.p;
-        json_fail(j, "%.80s is not supported, expected %s", found.p, wanted.n ? wanted.p : "no such key");
-    }
-    free(text.p);
-    free(found.p);
-    free(wanted.p);
-}
-
-static void field_read(const Field *f, Json *j, void *base) {
-    void *to = (char *)base + f->at;
-    int64_t whole = 0;
-    double v = 0;
-    switch (f->kind) {
-    case J_INT: if (json_int(j, (int64_t)f->lo, (int64_t)f->hi, &whole)) *(int *)to = (int)whole; return;
-    case J_FLOAT: if (json_double(j, f->lo, f->hi, &v)) *(float *)to = (float)v; return;
-    case J_DOUBLE: json_double(j, f->lo, f->hi, to); return;
-    case J_BOOL: json_bool(j, to); return;
-    case J_TEXT: json_string(j, to); return;
-    case J_RAW: json_raw(j, to); return;
-    case J_FOUND: *(bool *)to = json_skip(j); return;
-    case J_FIXED: field_fixed(f, j, to); return;
-    case J_READ: f->read(j, base); return;
-    }
-}
-
-static void table_object(Table *t, Json *j);
-
-// The next value, which stands at t->path.
-static void table_value(Table *t, Json *j) {
-    size_t i = 0, n = t->path.n, seen = t->seen.n;
-    char match = 0, index[24];
-    j->at = t->path.p;
-    if (!map_add(&t->seen, str_span(&t->path), 0)) {
-        json_fail(j, "is there twice");
-        return;
-    }
-    while (i < t->n && !(match = path_match(t->rows[i].path, str_span(&t->path)))) i++;
-    if (match && json_null(j)) return;
-    t->seen.entries[seen].value = match != 0;
-    if (!match) json_skip(j);
-    else if (match == '=') field_read(&t->rows[i], j, t->to);
-    else if (match == '.') table_object(t, j);
-    else for (i = 0, json_array(j); json_item(j); i++) {
-        snprintf(index, sizeof index, "[%zu]", i);
-        str_puts(&t->path, index);
-        table_value(t, j);
-        t->path.p[t->path.n = n] = 0;
-    }
-}
-
-static void table_object(Table *t, Json *j) {
-    size_t n = t->path.n;
-    Str key = { 0 };
-    for (json_object(j); json_member(j, &key);) {
-        for (size_t i = 0; i < key.n; i++) if (strchr(".[*", key.p[i])) key.p[i] = '?';    // no path of ours
-        str_puts(&t->path, n ? "." : "");
-        str_add(&t->path, key.p, key.n);
-        table_value(t, j);
-        t->path.p[t->path.n = n] = 0;
-    }
-    free(key.p);
-}
-
-static bool table_has(const Table *t, Span path) {
-    const MapEntry *e = map_find(&t->seen, path);
-    return e && e->value;
-}
-
-// Reads an object into *to by a table of n rows. An error names path, value and byte.
-static bool table_read(Json *j, const Field *rows, size_t n, void *to) {
-    Table t = { .rows = rows, .n = n, .to = to };
-    const char *outer = j->at;
-    table_object(&t, j);
-    j->at = outer;
-    for (size_t i = 0; i < n; i++) {
-        const char *path = rows[i].path, *dot = strrchr(path, '.');
-        bool need = rows[i].need == NEEDED ||
-                    (rows[i].need == WITHIN && table_has(&t, (Span){ path, (size_t)(dot - path) }));
-        if (need && !table_has(&t, span_of(path))) json_fail(j, "no key %s", path);
-    }
-    free(t.path.p);
-    map_free(&t.seen);
-    return !j->bad;
-}
-
-// The same for a whole file; name is its path, for errors.
-static bool table_file(Span text, const char *name, const Field *rows, size_t n, void *to, Err *e) {
-    Json j = json_open(text, name, e);
-    return table_read(&j, rows, n, to) && json_end(&j);
-}
-
-// ---------------------------------------------------------------------------
 // safetensors: u64 length, JSON header, data. A checkpoint is one file, or shards and an index.
 // The data stay in the mapped files. The rules are safetensors' own.
 
@@ -845,7 +450,9 @@ const Tensor *store_find_span(const Store *s, Span name) {
 }
 
 // The tensor of that name, or NULL.
-static const Tensor *store_find(const Store *s, const char *name) { return store_find_span(s, span_of(name)); }
+static const Tensor *store_find(const Store *s, const char *name) {
+    return store_find_span(s, span_of(name));
+}
 
 static const Store *open_store;     // the last one opened: for the handler of SIGBUS
 
@@ -918,7 +525,8 @@ static bool tensor_read(Json *j, Tensor *t) {
     if (j->bad) return false;
     size_t bits = 1;
     bool fits = true;                       // a product that overflows is none, whatever follows
-    for (int i = 0; i < t->rank; i++) fits &= !__builtin_mul_overflow(bits, (size_t)t->shape[i], &bits);
+    for (int i = 0; i < t->rank; i++)
+        fits &= !__builtin_mul_overflow(bits, (size_t)t->shape[i], &bits);
     fits &= !__builtin_mul_overflow(bits, (size_t)dtypes[t->dtype].bits, &bits);
     char kind[256];
     return (fits && bits % 8 == 0 && bits / 8 == t->bytes) ||
@@ -945,7 +553,8 @@ static bool shard_header(Store *s, int number, Err *e) {
         const Tensor *twin = store_find_span(s, t.name);
         if (str_is(&key, "__metadata__")) shard_metadata(&j, sh);
         else if (twin)
-            json_fail(&j, "tensor %.*s is there twice, first in %s", SHOWN(key), s->shards[twin->shard].path);
+            json_fail(&j, "tensor %.*s is there twice, first in %s", SHOWN(key),
+                      s->shards[twin->shard].path);
         else if (tensor_read(&j, &t)) {
             map_add(&s->names, t.name, 0);
             s->tensors = grow(s->tensors, s->n, sizeof *s->tensors);
@@ -954,7 +563,8 @@ static bool shard_header(Store *s, int number, Err *e) {
     }
     free(key.p);
     for (; !j.bad && j.p < j.end; j.p++)
-        if (*j.p != ' ') json_fail(&j, "0x%02x behind the header: only spaces may pad it", (uint8_t)*j.p);
+        if (*j.p != ' ') json_fail(&j, "0x%02x behind the header: only spaces may pad it",
+                                   (uint8_t)*j.p);
     return !j.bad;
 }
 
@@ -965,8 +575,8 @@ static int by_offset(const void *a, const void *b) {
     return (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
-// The data of a shard, of the tensors from number `from` on, must fill the rest of the file: no hole, no
-// overlap, nothing left. Then, and not before, the tensors get their addresses.
+// The data of a shard, of the tensors from number `from` on, must fill the rest of the file: no
+// hole, no overlap, nothing left. Then, and not before, the tensors get their addresses.
 static bool shard_layout(Store *s, const Shard *sh, size_t from, Err *e) {
     size_t at = 0, n = s->n - from;
     Tensor **sorted = xalloc(n, sizeof *sorted), *bad = NULL;
@@ -979,12 +589,12 @@ static bool shard_layout(Store *s, const Shard *sh, size_t from, Err *e) {
     free(sorted);
     if (bad) {
         Span name = map_key(&s->names, (size_t)(bad - s->tensors));
-        return fail(e, "%s: tensor %.*s begins at data byte %zu, expected %zu (%s): download again", sh->path,
-                    SHOWN(name), bad->at, at, bad->at < at ? "overlap" : "hole");
+        return fail(e, "%s: tensor %.*s begins at data byte %zu, expected %zu (%s): download again",
+                    sh->path, SHOWN(name), bad->at, at, bad->at < at ? "overlap" : "hole");
     }
     if (cadd(sh->header, at) != sh->map.n)
-        return fail(e, "%s: file has %zu bytes, its header needs %zu: download again", sh->path, sh->map.n,
-                    cadd(sh->header, at));
+        return fail(e, "%s: file has %zu bytes, its header needs %zu: download again", sh->path,
+                    sh->map.n, cadd(sh->header, at));
     for (size_t i = from; i < s->n; i++) {
         s->tensors[i].at += sh->header;
         s->tensors[i].data = (const uint8_t *)sh->map.p + s->tensors[i].at;
@@ -992,27 +602,28 @@ static bool shard_layout(Store *s, const Shard *sh, size_t from, Err *e) {
     return true;
 }
 
-// Reads the header of shard number `number`, which is mapped already, and adds its tensors. Every claim
-// is checked against the file's own size before anything is allocated for it.
+// Reads the header of shard number `number`, which is mapped already, and adds its tensors. Every
+// claim is checked against the file's own size before anything is allocated for it.
 static bool shard_read(Store *s, int number, Err *e) {
     Shard *sh = &s->shards[number];
     const uint8_t *file = (const uint8_t *)sh->map.p;
     size_t length = 0, from = s->n;
     if (sh->map.n < 8)
-        return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again", sh->path,
-                    sh->map.n);
+        return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again",
+                    sh->path, sh->map.n);
     for (int i = 0; i < 8; i++) length |= (size_t)file[i] << 8 * i;
     if (length > SHARD_HEADER)
-        return fail(e, "%s: header length %zu, at most %d allowed: not a safetensors file?", sh->path, length,
-                    SHARD_HEADER);
+        return fail(e, "%s: header length %zu, at most %d allowed: not a safetensors file?",
+                    sh->path, length, SHARD_HEADER);
     if (length > sh->map.n - 8)
-        return fail(e, "%s: file has %zu bytes, its header alone needs %zu: download again", sh->path,
-                    sh->map.n, length + 8);
+        return fail(e, "%s: file has %zu bytes, its header alone needs %zu: download again",
+                    sh->path, sh->map.n, length + 8);
     if (!length || file[8] != '{')
-        return fail(e, "%s: byte 8: the header must begin with '{': not a safetensors file?", sh->path);
+        return fail(e, "%s: byte 8: the header must begin with '{': not a safetensors file?",
+                    sh->path);
     sh->header = length + 8;
     if (!shard_header(s, number, e) || !shard_layout(s, sh, from, e)) return false;
-    for (size_t i = 0; i < s->n; i++) s->tensors[i].name = map_key(&s->names, i);   // they may have moved
+    for (size_t i = 0; i < s->n; i++) s->tensors[i].name = map_key(&s->names, i);   // they move
     return true;
 }
 
@@ -1031,7 +642,8 @@ static bool store_add_shard(Store *s, const char *dir, const char *file, Err *e)
 // A shard must be a plain file name: an index that came from a stranger opens nothing else.
 static bool shard_name_ok(Span file) {
     bool plain = file.n && file.n < 256 && file.p[0] != '.';
-    for (size_t i = 0; i < file.n; i++) plain = plain && (uint8_t)file.p[i] >= 32 && file.p[i] != '/';
+    for (size_t i = 0; i < file.n; i++)
+        plain = plain && (uint8_t)file.p[i] >= 32 && file.p[i] != '/';
     return plain;
 }
 
@@ -1041,15 +653,17 @@ static void index_weight_map(Json *j, Store *s, const char *dir) {
     Str name = { 0 }, file = { 0 };
     for (json_object(j); json_member(j, &name) && json_string(j, &file);) {
         if (!shard_name_ok(str_span(&file))) {
-            json_fail(j, "%.*s: bad shard name '%.80s': a plain file name is allowed here", SHOWN(name), file.p);
+            json_fail(j, "%.*s: bad shard name '%.80s': a plain file name is allowed here",
+                      SHOWN(name), file.p);
             break;
         }
-        if (map_add(&files, str_span(&file), s->n_shards) && !store_add_shard(s, dir, file.p, j->e)) {
+        Span f = str_span(&file);
+        if (map_add(&files, f, s->n_shards) && !store_add_shard(s, dir, file.p, j->e)) {
             j->bad = true;
             break;
         }
         MapEntry *e = map_find(&s->names, str_span(&name));
-        if (!e || s->tensors[e - s->names.entries].shard != map_find(&files, str_span(&file))->value)
+        if (!e || s->tensors[e - s->names.entries].shard != map_find(&files, f)->value)
             json_fail(j, "tensor %.*s is not in %s: download again", SHOWN(name), file.p);
         else if (e->value++) json_fail(j, "tensor %.*s twice", SHOWN(name));
     }
@@ -1081,11 +695,13 @@ static bool store_open_index(Store *s, Span text, const char *path, const char *
 // model.safetensors. On an error *s is empty.
 bool store_open(Store *s, const char *dir, Err *e) {
     Span text = { 0 };
-    char *index = path_join(dir, "model.safetensors.index.json"), *single = path_join(dir, "model.safetensors");
+    char *index = path_join(dir, "model.safetensors.index.json");
+    char *single = path_join(dir, "model.safetensors");
     bool ok;
     *s = (Store){ 0 };
     open_store = s;
-    if (file_exists(index)) ok = map_file(index, &text, e) && store_open_index(s, text, index, dir, e);
+    if (file_exists(index))
+        ok = map_file(index, &text, e) && store_open_index(s, text, index, dir, e);
     else if (file_exists(single)) ok = store_add_shard(s, dir, "model.safetensors", e);
     else ok = fail(e, "%s: no model.safetensors.index.json and no model.safetensors here", dir);
     unmap_file(text);
@@ -1121,6 +737,7 @@ static void config_ratios(Json *j, void *to) {
 #define C(field) offsetof(Config, field)
 #define QUANT "quantization_config."
 #define GROUP "quantization_config.config_groups.*.weights."
+#define ROPE "rope_scaling."
 static const Field config_fields[] = {
     { "model_type", J_FIXED, NEEDED, .values = { "\"deepseek_v4\"" } },
     { "hidden_size", J_INT, NEEDED, C(dim), .lo = 1, .hi = 1 << 16 },
@@ -1153,16 +770,17 @@ static const Field config_fields[] = {
     { "swiglu_limit", J_FLOAT, NEEDED, C(swiglu_limit), .lo = 1e-6, .hi = 1e30 },
     { "rope_theta", J_FLOAT, NEEDED, C(rope_theta), .lo = 1.001, .hi = 1e12 },
     { "compress_rope_theta", J_FLOAT, NEEDED, C(compress_theta), .lo = 1.001, .hi = 1e12 },
-    { "rope_scaling.type", J_FIXED, .values = { "\"yarn\"" } },
-    { "rope_scaling.rope_type", J_FIXED, .values = { "\"yarn\"" } },
-    { "rope_scaling.factor", J_FLOAT, WITHIN, C(yarn_factor), .lo = 1, .hi = 1e6 },
-    { "rope_scaling.beta_fast", J_FLOAT, OPTIONAL, C(yarn_beta_fast), .lo = 1e-6, .hi = 1e6 },
-    { "rope_scaling.beta_slow", J_FLOAT, OPTIONAL, C(yarn_beta_slow), .lo = 1e-6, .hi = 1e6 },
-    { "rope_scaling.original_max_position_embeddings", J_INT, WITHIN, C(yarn_ctx), .lo = 1, .hi = 1 << 24 },
+    { ROPE "type", J_FIXED, .values = { "\"yarn\"" } },
+    { ROPE "rope_type", J_FIXED, .values = { "\"yarn\"" } },
+    { ROPE "factor", J_FLOAT, WITHIN, C(yarn_factor), .lo = 1, .hi = 1e6 },
+    { ROPE "beta_fast", J_FLOAT, OPTIONAL, C(yarn_beta_fast), .lo = 1e-6, .hi = 1e6 },
+    { ROPE "beta_slow", J_FLOAT, OPTIONAL, C(yarn_beta_slow), .lo = 1e-6, .hi = 1e6 },
+    { ROPE "original_max_position_embeddings", J_INT, WITHIN, C(yarn_ctx), .lo = 1, .hi = 1 << 24 },
     { "dspark_*", J_FOUND, OPTIONAL, .at = C(dspark) },
     // supported with these values only
     { "attention_bias", J_FIXED, .values = { "false" } },
-    { "expert_dtype", J_FIXED, .values = { "\"fp4\"", "\"int4\"", "\"fp8\"", "\"int8\"", "\"bf16\"" } },
+    { "expert_dtype", J_FIXED,
+      .values = { "\"fp4\"", "\"int4\"", "\"fp8\"", "\"int8\"", "\"bf16\"" } },
     { "hidden_act", J_FIXED, .values = { "\"silu\"" } },
     { "n_shared_experts", J_FIXED, .values = { "1" } },
     { "norm_topk_prob", J_FIXED, .values = { "true" } },
@@ -1191,8 +809,8 @@ static bool config_model_type(Span text, const char *path, Err *e) {
     Str type = { 0 };
     bool ok = table_file(text, path, &field, 1, &type, e);
     if (ok && (strstr(type.p, "v41") || strstr(type.p, "v4_1")))
-        ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported (deepseek_v4 is)",
-                  path, type.p);
+        ok = fail(e, "%s: model_type %.40s: V4.1 is another architecture, not supported "
+                  "(deepseek_v4 is)", path, type.p);
     free(type.p);
     return ok;
 }
@@ -1200,32 +818,34 @@ static bool config_model_type(Span text, const char *path, Err *e) {
 // What a single value cannot show: values that do not go together.
 static bool config_check(const Config *c, const char *path, Err *e) {
     if (c->n_ratios < c->n_layers)
-        return fail(e, "%s: compress_ratios has %d entries, num_hidden_layers is %d", path, c->n_ratios,
-                    c->n_layers);
+        return fail(e, "%s: compress_ratios has %d entries, num_hidden_layers is %d", path,
+                    c->n_ratios, c->n_layers);
     for (int i = 0; i < c->n_layers; i++)
         if (c->ratio[i] && !c->yarn_ctx)
-            return fail(e, "%s: no key rope_scaling, which layer %d with ratio %d needs", path, i, c->ratio[i]);
+            return fail(e, "%s: no key rope_scaling, which layer %d with ratio %d needs", path, i,
+                        c->ratio[i]);
     for (int i = c->n_layers; i < c->n_layers + c->n_mtp && !c->dspark; i++)
         if (c->ratio[i])
-            return fail(e, "%s: compress_ratios[%d]: an MTP layer with ratio %d is not supported, expected 0",
-                        path, i, c->ratio[i]);
+            return fail(e, "%s: compress_ratios[%d]: an MTP layer with ratio %d is not supported, "
+                        "expected 0", path, i, c->ratio[i]);
     if (c->n_heads % c->o_groups)
-        return fail(e, "%s: num_attention_heads %d is not a multiple of o_groups %d", path, c->n_heads,
-                    c->o_groups);
+        return fail(e, "%s: num_attention_heads %d is not a multiple of o_groups %d", path,
+                    c->n_heads, c->o_groups);
     if (c->rope_dim % 2 || c->rope_dim > c->head_dim || c->rope_dim > c->index_dim)
-        return fail(e, "%s: qk_rope_head_dim %d must be even and at most head_dim %d and index_head_dim %d",
-                    path, c->rope_dim, c->head_dim, c->index_dim);
+        return fail(e, "%s: qk_rope_head_dim %d must be even and at most head_dim %d and "
+                    "index_head_dim %d", path, c->rope_dim, c->head_dim, c->index_dim);
     if (c->n_active > c->n_experts)
-        return fail(e, "%s: num_experts_per_tok %d of only n_routed_experts %d", path, c->n_active, c->n_experts);
+        return fail(e, "%s: num_experts_per_tok %d of only n_routed_experts %d", path, c->n_active,
+                    c->n_experts);
     if (c->n_hash_layers > c->n_layers)
-        return fail(e, "%s: num_hash_layers %d of only num_hidden_layers %d", path, c->n_hash_layers,
-                    c->n_layers);
+        return fail(e, "%s: num_hash_layers %d of only num_hidden_layers %d", path,
+                    c->n_hash_layers, c->n_layers);
     if (c->bos >= c->vocab || c->eos >= c->vocab)
-        return fail(e, "%s: bos_token_id %d or eos_token_id %d is not below vocab_size %d", path, c->bos, c->eos,
-                    c->vocab);
+        return fail(e, "%s: bos_token_id %d or eos_token_id %d is not below vocab_size %d", path,
+                    c->bos, c->eos, c->vocab);
     if (c->yarn_beta_fast < c->yarn_beta_slow)
-        return fail(e, "%s: rope_scaling: beta_fast %g is below beta_slow %g", path, (double)c->yarn_beta_fast,
-                    (double)c->yarn_beta_slow);
+        return fail(e, "%s: rope_scaling: beta_fast %g is below beta_slow %g", path,
+                    (double)c->yarn_beta_fast, (double)c->yarn_beta_slow);
     return true;
 }
 
@@ -1236,7 +856,8 @@ static void config_free(Config *c) {
 
 // Reads the text of a config.json; path is for messages. On an error *c holds nothing.
 static bool config_read(Config *c, Span text, const char *path, Err *e) {
-    *c = (Config){ .bos = -1, .eos = -1, .yarn_factor = 1, .yarn_beta_slow = 1, .yarn_beta_fast = 32 };
+    *c = (Config){ .bos = -1, .eos = -1, .yarn_factor = 1, .yarn_beta_fast = 32,
+                   .yarn_beta_slow = 1 };
     bool ok = config_model_type(text, path, e) &&
               table_file(text, path, config_fields, COUNT(config_fields), c, e);
     for (int n = c->n_ratios; ok && n < c->n_layers + c->n_mtp; n++)
@@ -1374,7 +995,8 @@ typedef struct {
 // Adds a token's text to one of the two maps.
 static void load_token(Json *j, Map *to, const Str *text, int64_t value) {
     if (!text->n || text->n > TOKEN_BYTES)
-        json_fail(j, "token \"%.*s\": %zu bytes, expected 1 to %d", SHOWN(*text), text->n, TOKEN_BYTES);
+        json_fail(j, "token \"%.*s\": %zu bytes, expected 1 to %d", SHOWN(*text), text->n,
+                  TOKEN_BYTES);
     else if (!j->bad && !map_add(to, str_span(text), value))
         json_fail(j, "token \"%.*s\" is there twice", SHOWN(*text));
 }
@@ -1408,7 +1030,9 @@ static void load_added(Json *j, void *to) {
     for (json_array(j); json_item(j);) {
         Added a = { 0 };
         table_read(j, added_fields, COUNT(added_fields), &a);
-        int64_t flags = TOK_ADDED | (a.special ? TOK_SPECIAL : 0) | (a.normalized ? TOK_NORMALIZED : 0);
+        int64_t flags = TOK_ADDED;
+        if (a.special) flags |= TOK_SPECIAL;
+        if (a.normalized) flags |= TOK_NORMALIZED;
         load_token(j, &((TokFile *)to)->added, &a.content, a.id | flags << 32);
         free(a.content.p);
     }
@@ -1442,8 +1066,9 @@ static const Field tokenizer_fields[] = {
     { STEP(3) ".trim_offsets", J_FIXED, NEEDED, .values = { "true" } },
     { STEP(3) ".use_regex", J_FIXED, NEEDED, .values = { "false" } },
     { "pre_tokenizer.*", .kind = J_FIXED },
-    { "decoder.type", J_FIXED, NEEDED, .values = { "\"ByteLevel\"" } },         // its settings and the post-
-    { "post_processor.type", J_FIXED, WITHIN, .values = { "\"ByteLevel\"" } },  // processor's change no byte
+    // what else these two hold changes no byte
+    { "decoder.type", J_FIXED, NEEDED, .values = { "\"ByteLevel\"" } },
+    { "post_processor.type", J_FIXED, WITHIN, .values = { "\"ByteLevel\"" } },
     { "truncation", J_FIXED, .values = { "null" } },
     { "padding", J_FIXED, .values = { "null" } },
 };
@@ -1456,15 +1081,17 @@ static bool claim_ids(Tokenizer *t, const TokFile *l, Span *text, const char *na
         const MapEntry *own = &m->entries[is_added ? i - l->vocab.n : i];
         Span key = { m->text.p + own->at, own->n };
         size_t id = own->value & UINT32_MAX;
-        const MapEntry *twin = is_added ? map_find(&l->vocab, key) : NULL;  // in both lists: one token
+        // a text in both lists is one token
+        const MapEntry *twin = is_added ? map_find(&l->vocab, key) : NULL;
         if (twin && twin->value != (int64_t)id)
-            return fail(e, "%s: added token \"%.*s\" has id %zu, the vocabulary says %lld", name, SHOWN(key),
-                        id, (long long)twin->value);
+            return fail(e, "%s: added token \"%.*s\" has id %zu, the vocabulary says %lld", name,
+                        SHOWN(key), id, (long long)twin->value);
         if (id >= (size_t)t->n)
-            return fail(e, "%s: token \"%.*s\" has id %zu of %d tokens: a gap in the ids", name, SHOWN(key), id,
-                        t->n);
+            return fail(e, "%s: token \"%.*s\" has id %zu of %d tokens: a gap in the ids", name,
+                        SHOWN(key), id, t->n);
         if (!twin && text[id].p)
-            return fail(e, "%s: id %zu belongs to \"%.*s\" and to \"%.*s\"", name, id, SHOWN(text[id]), SHOWN(key));
+            return fail(e, "%s: id %zu belongs to \"%.*s\" and to \"%.*s\"", name, id,
+                        SHOWN(text[id]), SHOWN(key));
         text[id] = key;
         t->flags[id] = (uint8_t)(own->value >> 32);
     }
@@ -1499,7 +1126,8 @@ static bool load_bytes(Tokenizer *t, const Map *vocab, const Span *text, const c
             int32_t cp;
             i += utf8_next(s.p + i, s.n - i, &cp);
             if (cp >= 0x144 || letter[cp] < 0)
-                return fail(e, "%s: token \"%.*s\" holds U+%04X, which stands for no byte", name, SHOWN(s), cp);
+                return fail(e, "%s: token \"%.*s\" holds U+%04X, which stands for no byte", name,
+                            SHOWN(s), cp);
             str_add(&t->bytes, &(char){ (char)letter[cp] }, 1);
         }
         t->start[id + 1] = t->bytes.n;
@@ -1512,7 +1140,8 @@ static bool read_merge(Json *j, Str *left, Str *right) {
     right->n = 0;
     if (json_peek(j) == '[')
         return (json_array(j) && json_item(j) && json_string(j, left) && json_item(j) &&
-                json_string(j, right) && !json_item(j) && !j->bad) || json_expected(j, "two strings");
+                json_string(j, right) && !json_item(j) && !j->bad) ||
+               json_expected(j, "two strings");
     if (!json_string(j, left)) return false;
     char *space = memchr(left->p, ' ', left->n);
     if (!space) return json_fail(j, "merge \"%.*s\" without a space", SHOWN(*left));
@@ -1522,7 +1151,9 @@ static bool read_merge(Json *j, Str *left, Str *right) {
 }
 
 // The key of a pair of ids in t->merges.
-static Span pair_key(const uint32_t id[static 2]) { return (Span){ (const char *)id, 2 * sizeof *id }; }
+static Span pair_key(const uint32_t id[static 2]) {
+    return (Span){ (const char *)id, 2 * sizeof *id };
+}
 
 // "merges", best rank first. A result is always longer than its parts: no list can loop.
 static bool load_merges(Tokenizer *t, Json *j, const Map *vocab) {
@@ -1582,7 +1213,8 @@ static bool load_tries(Tokenizer *t, const Map *added, const char *name, Err *e)
     t->n_nodes = 2;
     for (size_t i = 0; i < added->n; i++) {
         int64_t value = added->entries[i].value;
-        trie_add(t, value >> 32 & TOK_NORMALIZED ? 1 : 0, map_key(added, i), (int)(value & INT_MAX));
+        int root = value >> 32 & TOK_NORMALIZED ? 1 : 0;
+        trie_add(t, root, map_key(added, i), (int)(value & INT_MAX));
     }
     for (size_t i = 0; i < COUNT(wanted); i++) {
         const MapEntry *found = map_find(added, span_of(wanted[i].content));
@@ -1700,10 +1332,10 @@ static uint64_t heap_pop(Heap *h) {
     return top;
 }
 
-// A byte-pair encoding at work: a linked list of symbols and a heap of possible merges (rank << 32 | place
-// of the left symbol), so that a piece of n bytes takes O(n log n).
-enum { NONE = UINT32_MAX, MAX_PIECE = 1 << 30 };
-typedef struct { uint32_t id, prev, next, rank, result; } Symbol;    // of merging it with the next; NONE: none
+// A byte-pair encoding at work: a linked list of symbols and a heap of possible merges (rank << 32
+// | place of the left symbol), so that a piece of n bytes takes O(n log n).
+enum { NO_RANK = UINT32_MAX, MAX_PIECE = 1 << 30 };
+typedef struct { uint32_t id, prev, next, rank, result; } Symbol;   // rank, result: with the next
 typedef struct {
     const Tokenizer *t;
     Ids *out;
@@ -1715,8 +1347,9 @@ typedef struct {
 // Looks up the pair of symbol i and the one after it, n = past the last one.
 static void bpe_pair(Bpe *b, uint32_t i, uint32_t n) {
     Symbol *s = &b->sym[i];
-    const MapEntry *e = s->next == n ? NULL : map_find(&b->t->merges, pair_key((uint32_t[]){ s->id, b->sym[s->next].id }));
-    s->rank = e ? (uint32_t)(e->value >> 32) : NONE;
+    uint32_t pair[2] = { s->id, s->next < n ? b->sym[s->next].id : 0 };
+    const MapEntry *e = s->next < n ? map_find(&b->t->merges, pair_key(pair)) : NULL;
+    s->rank = e ? (uint32_t)(e->value >> 32) : NO_RANK;
     if (!e) return;
     s->result = (uint32_t)e->value;
     heap_push(&b->heap, (uint64_t)s->rank << 32 | i);
@@ -1731,14 +1364,16 @@ static void bpe(Bpe *b, Span piece) {
         b->cap = n < 256 ? 256 : n;
         b->sym = xalloc(b->cap, sizeof *b->sym);
     }
-    for (uint32_t i = 0; i < n; i++)
-        b->sym[i] = (Symbol){ (uint32_t)b->t->byte_id[(uint8_t)piece.p[i]], i - 1, i + 1, NONE, 0 };
+    for (uint32_t i = 0; i < n; i++) {
+        int id = b->t->byte_id[(uint8_t)piece.p[i]];
+        b->sym[i] = (Symbol){ (uint32_t)id, i - 1, i + 1, NO_RANK, 0 };
+    }
     for (uint32_t i = 0; i < n; i++) bpe_pair(b, i, n);
     while (b->heap.n) {
         uint64_t key = heap_pop(&b->heap);
         Symbol *s = &b->sym[(uint32_t)key];
         if (s->rank != key >> 32) continue;             // one of the two has been merged since
-        b->sym[s->next].rank = NONE;
+        b->sym[s->next].rank = NO_RANK;
         s->id = s->result;
         s->next = b->sym[s->next].next;
         if (s->next < n) b->sym[s->next].prev = (uint32_t)key;
@@ -1898,7 +1533,8 @@ static int apply_top_k_p(Sampler *s, const float *logits, double total) {
 static int sample(Sampler *s, const float *logits, Err *e) {
     int best = 0;
     for (int i = 0; i < s->n; i++) {
-        if (!isfinite(logits[i])) return fail(e, "logit of token %d is %f", i, (double)logits[i]) - 1;
+        if (!isfinite(logits[i])) return fail(e, "logit of token %d is %f", i,
+                                              (double)logits[i]) - 1;
         if (logits[i] > logits[best]) best = i;
     }
     if (s->how.temperature <= 0) return best;
@@ -1930,7 +1566,7 @@ static void read_eos(Json *j, void *to) {           // a number or a list
 
 static const Field generation_fields[] = {
     { "do_sample", J_BOOL, OPTIONAL, .at = offsetof(Generation, do_sample) },
-    { "temperature", J_DOUBLE, OPTIONAL, offsetof(Generation, how.temperature), .lo = 0, .hi = 1e6 },
+    { "temperature", J_DOUBLE, .at = offsetof(Generation, how.temperature), .lo = 0, .hi = 1e6 },
     { "top_k", J_INT, OPTIONAL, offsetof(Generation, how.top_k), .lo = 0, .hi = INT_MAX },
     { "top_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.top_p), .lo = 1e-9, .hi = 1 },
     { "min_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.min_p), .lo = 0, .hi = 1 },
@@ -1938,7 +1574,8 @@ static const Field generation_fields[] = {
 };
 
 // Reads it into *how, and the ids that end a text into *eos.
-static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos, Err *e) {
+static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
+                                   Err *e) {
     Generation g = { *how, true, eos, vocab };
     bool ok = table_file(text, name, generation_fields, COUNT(generation_fields), &g, e);
     *how = g.how;
@@ -3220,7 +2857,8 @@ static int shape_of(char letter, const Config *c, int ratio) {
     const int size[128] = {
         ['1'] = 1, ['3'] = 3, ['D'] = c->dim, ['V'] = c->vocab,
         ['S'] = S, ['s'] = S * c->dim, ['m'] = (2 + S) * S,
-        ['H'] = c->n_heads, ['K'] = c->head_dim, ['h'] = c->n_heads * c->head_dim, ['Q'] = c->q_lora_rank,
+        ['H'] = c->n_heads, ['K'] = c->head_dim, ['h'] = c->n_heads * c->head_dim,
+        ['Q'] = c->q_lora_rank,
         ['g'] = c->n_heads / c->o_groups * c->head_dim, ['o'] = c->o_groups * c->o_lora_rank,
         ['M'] = ratio, ['c'] = overlap * c->head_dim, ['j'] = overlap * c->index_dim,
         ['I'] = c->index_heads, ['J'] = c->index_dim, ['i'] = c->index_heads * c->index_dim,
@@ -3239,8 +2877,8 @@ typedef struct {
 } Binder;
 
 // Sets of dtypes.
-enum { F32 = 1 << DT_F32, BF16 = 1 << DT_BF16, I8 = 1 << DT_I8, FP8 = 1 << DT_F8_E4M3, E8M0 = 1 << DT_F8_E8M0,
-       I64 = 1 << DT_I64 };
+enum { F32 = 1 << DT_F32, BF16 = 1 << DT_BF16, I8 = 1 << DT_I8, I64 = 1 << DT_I64,
+       FP8 = 1 << DT_F8_E4M3, E8M0 = 1 << DT_F8_E8M0 };
 
 // cols 0: a vector.
 static bool tensor_is(const Tensor *t, int types, int rows, int cols) {
@@ -3253,13 +2891,14 @@ static const Tensor *need(Binder *b, const char *name, int types, int rows, int 
     const Tensor *t = store_find(b->store, name);
     char want[80], found[256], *p = want;
     if (!t)
-        fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name, b->store->n);
+        fail(b->e, "tensor %s is missing (of %zu tensors found): is the download complete?", name,
+             b->store->n);
     else if (!tensor_is(t, types, rows, cols)) {
         for (int i = 0; i < N_DTYPES; i++)
             if (types >> i & 1) p += sprintf(p, "%s%s", p > want ? " or " : "", dtypes[i].name);
         sprintf(p, cols ? " [%d, %d]" : " [%d]", rows, cols);
-        fail(b->e, "%s: tensor %s: expected %s, found %s", b->store->shards[t->shard].path, name, want,
-             tensor_kind(t, found));
+        fail(b->e, "%s: tensor %s: expected %s, found %s", b->store->shards[t->shard].path, name,
+             want, tensor_kind(t, found));
         t = NULL;
     } else {
         b->bound++;
@@ -3285,7 +2924,8 @@ static bool bind_vec(Binder *b, const char *name, int rows, int cols, float **to
         bf16 h;
         if (t->dtype == DT_BF16) memcpy(&h, t->data + 2 * i, 2), x[i] = f32_of_bf16(h);
         if (!isfinite(x[i]))
-            return fail(b->e, "%s: tensor %s: element %zu is not finite", b->store->shards[t->shard].path, name, i);
+            return fail(b->e, "%s: tensor %s: element %zu is not finite",
+                        b->store->shards[t->shard].path, name, i);
     }
     return true;
 }
@@ -3301,8 +2941,8 @@ static bool check_table(const Config *c, const Layer *l, Err *e) {
     for (size_t i = 0; l->tid2eid && i < (size_t)c->vocab * c->n_active; i++) {
         int64_t x = l->tid2eid[i];
         if (x < 0 || x >= c->n_experts)
-            return fail(e, "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d do)", l->name,
-                        i / c->n_active, (long long)x, c->n_experts - 1);
+            return fail(e, "%s.ffn.gate.tid2eid: token %zu: expert %lld does not exist (0 to %d "
+                        "do)", l->name, i / c->n_active, (long long)x, c->n_experts - 1);
     }
     return true;
 }
@@ -3320,7 +2960,8 @@ static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
     m->n = n;
     m->k = k;
     m->w = aligned_data(t);
-    m->fmt = t->dtype == DT_F32 ? W_F32 : t->dtype == DT_BF16 ? W_BF16 : t->dtype == DT_I8 ? W_INT8 : W_FP8;
+    m->fmt = t->dtype == DT_F32 ? W_F32 : t->dtype == DT_BF16 ? W_BF16 :
+             t->dtype == DT_I8 ? W_INT8 : W_FP8;
     if (m->fmt == W_INT8 || m->fmt == W_FP8) {
         snprintf(full, sizeof full, "%s.scale", name);
         if (nibbles) s = need(b, full, BF16 | E8M0, n, k / 32);
@@ -3335,10 +2976,12 @@ static bool bind_mat(Binder *b, const char *name, int n, int k, Mat *m) {
 
 static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, void *to) {
     char name[120];
-    int rows = shape_of(row->rows, b->c, ratio), cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
+    int rows = shape_of(row->rows, b->c, ratio);
+    int cols = row->cols ? shape_of(row->cols, b->c, ratio) : 0;
     snprintf(name, sizeof name, "%s%s", prefix, row->name);
     return row->kind == VEC ? bind_vec(b, name, rows, cols, to) :
-           row->kind == MAT ? bind_mat(b, name, rows, cols, to) : bind_table(b, name, rows, cols, to);
+           row->kind == MAT ? bind_mat(b, name, rows, cols, to) :
+           bind_table(b, name, rows, cols, to);
 }
 
 static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool hashed) {
@@ -3352,8 +2995,8 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     l->icomp.out = b->c->index_dim;
     for (size_t i = 0; i < COUNT(layer_table); i++) {
         const Bind *row = layer_table + i;
-        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4, [HASHED] = hashed,
-                       [SCORED] = !hashed };
+        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4,
+                       [HASHED] = hashed, [SCORED] = !hashed };
         if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
     }
     size_t dense = b->bytes;
@@ -3453,30 +3096,30 @@ static float *rope_frequencies(const Config *c, bool compressed) {
 
 typedef struct Device Device;
 
-// Every operation works on the T rows given to begin(), in the device's own buffers. -> names the buffers
-// written; in brackets: the section of the model's description. Errors end the process (fail-stop).
+// Every operation works on the T rows given to begin(), in the device's own buffers. -> names the
+// buffers written; in brackets: the section of the model's description. Errors end the process.
 typedef struct {
-    void (*begin)(Device *d, const Row *rows, int T);               // the batch of the calls that follow
-    void (*embed)(Device *d);                                       // X[t,s] = embed[token]  (1)
-    void (*streams_in)(Device *d, const float *X);                  // host X [T, S, D] -> X
-    void (*streams_out)(Device *d, float *X);                       // X -> host X; waits until it is there
-    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);   // X -> x = rms(mix), post, comb  (2)
-    void (*hc_post)(Device *d);                                     // X[k] = post[k] y + sum_j comb[j][k] X[j]
-    void (*attn_project)(Device *d, const Layer *l);        // x -> qr, kv, compressor inputs, index weights
-    void (*attn_latent)(Device *d, const Layer *l, int i);  // norms; kv -> window ring; compress  (4, 5)
-    void (*attn_query)(Device *d, const Layer *l);          // qr -> q, index q: head norm, rope  (4, 6)
+    void (*begin)(Device *d, const Row *rows, int T);              // the batch of the next calls
+    void (*embed)(Device *d);                                      // X[t,s] = embed[token]  (1)
+    void (*streams_in)(Device *d, const float *X);                 // host X [T, S, D] -> X
+    void (*streams_out)(Device *d, float *X);                      // X -> host X, and waits for it
+    void (*hc_pre)(Device *d, const Hyper *h, const float *norm);  // X -> x, post, comb  (2)
+    void (*hc_post)(Device *d);             // X[k] = post[k] y + sum_j comb[j][k] X[j]
+    void (*attn_project)(Device *d, const Layer *l);        // x -> qr, kv, compressor, index weights
+    void (*attn_latent)(Device *d, const Layer *l, int i);  // norms; kv -> ring; compress  (4, 5)
+    void (*attn_query)(Device *d, const Layer *l);          // qr -> q, index q: norm, rope  (4, 6)
     void (*index_topk)(Device *d, const Layer *l, int i);   // index q, keys -> chosen rows  (6)
-    void (*attend)(Device *d, const Layer *l, int i);       // q, caches -> o, inverse rope  (4.3-4.6)
+    void (*attend)(Device *d, const Layer *l, int i);       // q, caches -> o, inverse rope  (4.3-6)
     void (*attn_out)(Device *d, const Layer *l);            // o -> u -> y  (4.7)
-    void (*route)(Device *d, const Layer *l);               // x -> experts and weights per row  (7.1-7.3)
-    void (*experts)(Device *d, const Layer *l);             // x -> y: routed and shared experts  (7.4, 7.5)
+    void (*route)(Device *d, const Layer *l);               // x -> experts and weights  (7.1-7.3)
+    void (*experts)(Device *d, const Layer *l);             // x -> y: routed and shared  (7.4, 7.5)
     void (*mtp_in)(Device *d, const Mtp *m);                // X, next -> X  (10)
-    // rows want[n] -> host logits [n, V]  (1, 2.5)
-    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits);
+    void (*head)(Device *d, const Hyper *h, const float *norm, const int *want, int n,
+                 float *logits);                            // rows want[n] -> host [n, V]  (1, 2.5)
     void (*cache_new)(Device *d, int slot);                 // empty caches of a new session
     void (*cache_free)(Device *d, int slot);
-    size_t (*cache_save)(Device *d, int slot, int pos, void *to);           // rings at pos; to NULL: the size
-    void (*cache_load)(Device *d, int slot, int pos, const void *from);     // compressed rows stay
+    size_t (*cache_save)(Device *d, int slot, int pos, void *to);        // rings; to NULL: the size
+    void (*cache_load)(Device *d, int slot, int pos, const void *from);  // compressed rows stay
 } Ops;
 
 // A stage: the layers [first, last) on one device, with everything they need there. i in the calls

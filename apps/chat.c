@@ -4,8 +4,6 @@
 #define _GNU_SOURCE     // memmem
 #include "dsv4.h"
 
-#include <float.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,103 +12,6 @@
 #define CALLS_START "\n\n<" DSML "tool_calls"
 #define CALLS_END "</" DSML "tool_calls>"
 
-
-// ---- JSON as Python writes it
-
-// A string as Python's json.dumps(x, ensure_ascii=False) writes it; s is valid UTF-8.
-void json_put_string(Str *out, Span s) {
-    str_add(out, "\"", 1);
-    for (size_t i = 0; i < s.n; i++) {
-        static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
-        const char *at = s.p[i] ? strchr(from, s.p[i]) : NULL;
-        char esc[8] = { '\\' };
-        if (at) esc[1] = to[at - from];
-        else if ((uint8_t)s.p[i] < 32) snprintf(esc, sizeof esc, "\\u%04x", s.p[i]);
-        else esc[0] = s.p[i];
-        str_add(out, esc, strlen(esc));
-    }
-    str_add(out, "\"", 1);
-}
-
-// Python's repr of a float: the fewest digits that read back the same, an exponent below 1e-4 and
-// from 1e16 on. Doubles are denser below a power of two than above: the next digits above may do.
-static void json_put_double(Str *out, double v) {
-    char sci[40], text[64];
-    long double above = ((long double)v + nextafter(v, v < 0 ? -INFINITY : INFINITY)) / 2;
-    int digits = 1;
-    for (; digits <= 17; digits++) {
-        snprintf(sci, sizeof sci, "%.*e", digits - 1, v);
-        if (strtod(sci, NULL) == v) break;
-        snprintf(sci, sizeof sci, "%.*Le", digits - 1, above);
-        if (strtod(sci, NULL) == v) break;
-    }
-    int exponent = atoi(strchr(sci, 'e') + 1);
-    if (exponent < -4 || exponent > 15) snprintf(text, sizeof text, "%s", sci);
-    else if (exponent < digits - 1) snprintf(text, sizeof text, "%.*f", digits - 1 - exponent, v);
-    else snprintf(text, sizeof text, "%.1f", v);
-    str_puts(out, text);
-}
-
-
-// Of equal keys the last value stands at the first one's place.
-static void json_dump_object(Json *j, Str *out) {
-    Map keys = { 0 };                       // key -> where its value stands in the text
-    Str key = { 0 };
-    json_object(j);
-    while (json_member(j, &key)) {
-        map_add(&keys, str_span(&key), 0);
-        map_find(&keys, str_span(&key))->value = j->p - j->start;
-        json_skip(j);
-    }
-    Json at = *j;
-    str_puts(out, "{");
-    for (size_t i = 0; i < keys.n && !j->bad; i++) {
-        if (i) str_puts(out, ", ");
-        json_put_string(out, map_key(&keys, i));
-        str_puts(out, ": ");
-        at.p = at.start + keys.entries[i].value;
-        j->bad = !json_dump(&at, out);
-    }
-    str_puts(out, "}");
-    free(key.p);
-    map_free(&keys);
-}
-
-static void json_dump_number(Json *j, Str *out) {
-    char text[JSON_NUMBER + 1];
-    bool whole = false;
-    double v = 0;
-    Json at = *j;
-    if (!json_number(j, text, &whole)) return;
-    if (whole) str_puts(out, strcmp(text, "-0") ? text : "0");      // a Python int has no sign of zero
-    else if (json_double(&at, -DBL_MAX, DBL_MAX, &v)) json_put_double(out, v);
-    else j->bad = true;
-}
-
-// Appends the next value as Python's json.dumps(json.loads(text), ensure_ascii=False) writes it.
-// Recursion is bounded by JSON_DEPTH.
-bool json_dump(Json *j, Str *out) {
-    char c = json_peek(j);
-    Str s = { 0 };
-    Span raw;
-    if (c == '{') json_dump_object(j, out);
-    else if (c == '[') {
-        json_array(j);
-        str_puts(out, "[");
-        for (int i = 0; json_item(j); i = 1) {
-            if (i) str_puts(out, ", ");
-            json_dump(j, out);
-        }
-        str_puts(out, "]");
-    } else if (c == '"') {
-        if (json_string(j, &s)) json_put_string(out, str_span(&s));
-    } else if (c == '-' || (c >= '0' && c <= '9')) json_dump_number(j, out);
-    else if (json_raw(j, &raw)) str_add(out, raw.p, raw.n);
-    free(s.p);
-    return !j->bad;
-}
-
-// ---- chats
 
 static const char *const role_names[] = { "system", "user", "assistant", "tool", "developer",
                                           "latest_reminder" };

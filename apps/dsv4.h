@@ -57,7 +57,7 @@ MapEntry *map_find(const Map *m, Span key);                 // or NULL
 bool map_add(Map *m, Span key, int64_t value);              // false if the key is there already
 void map_free(Map *m);
 
-// --- JSON
+// --- JSON (apps/json.c)
 
 // A pull parser: the caller asks for what it expects. The first error is kept in *e with its byte
 // offset; from then on every call returns false, so loops end by themselves, and json_end() tells:
@@ -86,7 +86,7 @@ bool json_member(Json *j, Str *key);                        // false after the l
 bool json_array(Json *j);
 bool json_item(Json *j);
 bool json_string(Json *j, Str *out);
-bool json_number(Json *j, char text[static JSON_NUMBER + 1], bool *whole);
+bool json_number(Json *j, char text[static JSON_NUMBER + 1], bool *whole);      // its text
 bool json_double(Json *j, double lo, double hi, double *out);
 bool json_int(Json *j, int64_t lo, int64_t hi, int64_t *out);
 bool json_bool(Json *j, bool *out);
@@ -96,10 +96,37 @@ bool json_raw(Json *j, Span *out);                          // the next value as
 Json json_inside(const Json *j, Span raw);                  // reads such a value
 bool json_end(Json *j);
 
-// --- JSON as Python writes it, and the chat format (apps/chat.c)
+// An object by table: each row names a value by its path from the top, says what it may be and where
+// it goes. What no row names is passed over; null is as good as absent; a key twice is an error.
+typedef enum {
+    J_INT, J_FLOAT, J_DOUBLE,   // int, float, double; from lo to hi
+    J_BOOL, J_TEXT, J_RAW,      // bool, Str, Span (the value as it stands)
+    J_FOUND,                    // bool: there is such a key
+    J_FIXED,                    // one of `values`, JSON texts; a string goes to char[32] if at > 0
+    J_READ,                     // whatever `read` takes
+} FieldKind;
 
+typedef enum { OPTIONAL, NEEDED, WITHIN } Need;     // WITHIN: needed if the object around it is there
+
+typedef struct {
+    // keys joined by dots, [i] the items of a list; * any one key, at the end whatever begins so
+    const char *path;
+    FieldKind kind;
+    Need need;
+    size_t at;                  // where it goes: offset in the struct to fill
+    double lo, hi;
+    const char *values[5];
+    void (*read)(Json *j, void *to);
+} Field;
+
+bool table_read(Json *j, const Field *rows, size_t n, void *to);        // the next value, into *to
+bool table_file(Span text, const char *name, const Field *rows, size_t n, void *to, Err *e);
+
+// As Python's json.dumps(x, ensure_ascii=False) writes it.
 void json_put_string(Str *out, Span s);
-bool json_dump(Json *j, Str *out);                          // the next value, as json.dumps gives it
+bool json_dump(Json *j, Str *out);                          // the next value
+
+// --- chat format (apps/chat.c)
 
 #define BOS_TEXT "<｜begin▁of▁sentence｜>"
 #define EOS_TEXT "<｜end▁of▁sentence｜>"
@@ -189,7 +216,7 @@ typedef struct {
 // Valid until store_close; a zeroed Store is empty.
 typedef struct {
     Tensor *tensors;            // [n], shard by shard, each in the order of its header
-    Map names;                  // entry i is tensor i's name; its value: lines of the index that list it
+    Map names;                  // entry i: tensor i's name, how many lines of the index list it
     Shard *shards;              // [n_shards]
     size_t n;
     int n_shards;
