@@ -309,7 +309,6 @@ void progress(const char *what, int64_t done, int64_t total) {
 // types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection
 // streams, H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A
 // active experts, F expert hidden dim, V vocabulary, I index heads, J index dim, M compress ratio
-// of a layer
 
 typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4, N_FORMATS } Format;
 
@@ -352,8 +351,7 @@ typedef struct {
     char quant[32];             // quantization_config.quant_method, "" if none
 } Config;
 
-// One hyper-connection: how the S streams are mixed into a sublayer's input and its output back
-// into them.
+// One hyper-connection: how the S streams are mixed into a sublayer's input, and its output back.
 typedef struct {
     Mat fn;         // [(2+S)*S, S*D]   (hc_head: [S, S*D])
     float *base;    // [(2+S)*S]        (hc_head: [S])
@@ -995,8 +993,7 @@ typedef struct {
 // Adds a token's text to one of the two maps.
 static void load_token(Json *j, Map *to, const Str *text, int64_t value) {
     if (!text->n || text->n > TOKEN_BYTES)
-        json_fail(j, "token \"%.*s\": %zu bytes, expected 1 to %d", SHOWN(*text), text->n,
-                  TOKEN_BYTES);
+        json_fail(j, "token \"%.*s\": %zu bytes, not 1 to %d", SHOWN(*text), text->n, TOKEN_BYTES);
     else if (!j->bad && !map_add(to, str_span(text), value))
         json_fail(j, "token \"%.*s\" is there twice", SHOWN(*text));
 }
@@ -1004,8 +1001,8 @@ static void load_token(Json *j, Map *to, const Str *text, int64_t value) {
 static void load_vocab(Json *j, void *to) {
     Str text = { 0 };
     int64_t id = 0;
-    const char *outer = j->at;
     for (json_object(j); json_member(j, &text);) {
+        const char *outer = j->at;
         j->at = text.p;                     // an error of the id names its token
         json_int(j, 0, INT_MAX, &id);
         j->at = outer;
@@ -1559,8 +1556,9 @@ typedef struct { Sampling how; bool do_sample; Ids *eos; int vocab; } Generation
 static void read_eos(Json *j, void *to) {           // a number or a list
     Generation *g = to;
     int64_t id = 0;
-    bool list = json_peek(j) == '[';
-    for (bool more = list ? json_array(j) && json_item(j) : true; more; more = list && json_item(j))
+    bool list = json_peek(j) == '[', one = !list;
+    if (list) json_array(j);
+    for (; list ? json_item(j) : one; one = false)
         if (json_int(j, 0, g->vocab - 1, &id)) ids_add(g->eos, (int)id);
 }
 
@@ -2858,11 +2856,10 @@ static int shape_of(char letter, const Config *c, int ratio) {
         ['1'] = 1, ['3'] = 3, ['D'] = c->dim, ['V'] = c->vocab,
         ['S'] = S, ['s'] = S * c->dim, ['m'] = (2 + S) * S,
         ['H'] = c->n_heads, ['K'] = c->head_dim, ['h'] = c->n_heads * c->head_dim,
-        ['Q'] = c->q_lora_rank,
         ['g'] = c->n_heads / c->o_groups * c->head_dim, ['o'] = c->o_groups * c->o_lora_rank,
         ['M'] = ratio, ['c'] = overlap * c->head_dim, ['j'] = overlap * c->index_dim,
         ['I'] = c->index_heads, ['J'] = c->index_dim, ['i'] = c->index_heads * c->index_dim,
-        ['E'] = c->n_experts, ['A'] = c->n_active, ['F'] = c->expert_dim,
+        ['E'] = c->n_experts, ['A'] = c->n_active, ['F'] = c->expert_dim, ['Q'] = c->q_lora_rank,
     };
     return size[(unsigned char)letter];
 }

@@ -389,7 +389,7 @@ def configs(s):
     s.refused("11 config is {}", lambda d: put(d, "config.json", "{}"), "config.json")
     s.refused("11 config is a directory", both(remove("config.json"), lambda d: os.mkdir(os.path.join(d, "config.json"))), "config.json")
     s.refused("11 config is a FIFO", both(remove("config.json"), lambda d: os.mkfifo(os.path.join(d, "config.json"))), "config.json", "regular")
-    s.accepted("11 an optional key is null", config(num_nextn_predict_layers=1, bos_token_id=None, eos_token_id=None))
+    s.accepted("11 an optional key is null", jsonfile("config.json", lambda c: {**c, "bos_token_id": None, "expert_dtype": None}))
     s.refused("11 V4.1", config(model_type="deepseek_v41", architectures=["DeepseekV41ForCausalLM"]), "config.json", ("V4.1", "deepseek_v41"))
     s.refused("11 num_hidden_layers more than found", config(num_hidden_layers=4, compress_ratios=[0, 4, 128, 0, 0]), "layers.3")
     s.refused("11 num_hidden_layers fewer than found", config(num_hidden_layers=2, compress_ratios=[0, 4, 0]), "num_hidden_layers")

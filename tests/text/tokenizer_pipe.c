@@ -5,7 +5,7 @@
 #define DSV4_NO_MAIN
 #include "../../dsv4.c"
 
-static void answer(const void *p, size_t n, size_t size) {
+static void put_answer(const void *p, size_t n, size_t size) {
     uint32_t count = (uint32_t)n;
     fwrite(&count, sizeof count, 1, stdout);
     if (n) fwrite(p, size, n, stdout);
@@ -28,7 +28,7 @@ int main(int argc, char **argv) {
         ids.n = text.n = 0;
         if (frame[0] < 2) {
             tok_encode(&t, (Span){ in, bytes }, frame[0] == 0, &ids);
-            answer(ids.p, ids.n, sizeof *ids.p);
+            put_answer(ids.p, ids.n, sizeof *ids.p);
         } else {
             Utf8 u = { 0 };
             for (uint32_t i = 0; i < frame[1]; i++) {
@@ -38,7 +38,7 @@ int main(int argc, char **argv) {
                 tok_decode(&t, id, frame[0] == 3, &u, &text);
             }
             utf8_finish(&u, &text);
-            answer(text.p, text.n, 1);
+            put_answer(text.p, text.n, 1);
         }
         fflush(stdout);
     }
