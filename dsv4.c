@@ -4215,10 +4215,11 @@ static void cpu_device(Device *d, Pool *pool) {
 
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
-    X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) X(query_norm) \
-    X(index_scores) X(index_slab) X(index_topk) X(attend) X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) \
-    X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) \
-    X(gather_rows) X(gemm) X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
+    X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) \
+    X(query_norm) X(index_scores) X(index_slab) X(index_topk) X(attend) X(attend_combine) \
+    X(route) X(expert_up_1) X(expert_up_8) X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) X(ffn_in_8) \
+    X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) X(gather_rows) X(gemm) \
+    X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
 #define KERNEL_ID(name) K_##name,
 #define KERNEL_NAME(name) #name,
 enum { KERNELS(KERNEL_ID) N_KERNELS };
@@ -4230,30 +4231,19 @@ typedef struct { int dense, gate, shared, routed; } Formats;
 // The compiler's options for a model, one per line: the dimensions as -D constants. cc: compute
 // capability, 86 for 8.6.
 static void kernel_options(const Config *c, const Formats *f, int cc, Str *s) {
-    const struct { const char *name; int value; } whole[] = {
-        { "DIM", c->dim }, { "STREAMS", c->hc_mult }, { "HEADS", c->n_heads },
-        { "HEAD_DIM", c->head_dim }, { "ROPE_DIM", c->rope_dim }, { "Q_RANK", c->q_lora_rank },
-        { "O_GROUPS", c->o_groups }, { "O_RANK", c->o_lora_rank }, { "WINDOW", c->window },
-        { "EXPERTS", c->n_experts }, { "ACTIVE", c->n_active }, { "EXPERT_DIM", c->expert_dim },
-        { "INDEX_HEADS", c->index_heads }, { "INDEX_DIM", c->index_dim },
-        { "INDEX_TOPK", c->index_topk }, { "HC_ITERS", c->hc_iters }, { "DENSE", f->dense },
-        { "GATE", f->gate }, { "SHARED", f->shared }, { "ROUTED", f->routed },
-    };
-    const struct { const char *name; float value; } real[] = {
-        { "HC_EPS", c->hc_eps }, { "NORM_EPS", c->norm_eps }, { "ROUTE_SCALE", c->route_scale },
-        { "SWIGLU_LIMIT", c->swiglu_limit },
-    };
-    char line[80];
-    snprintf(line, sizeof line, "-arch=compute_%d\n-fmad=false\n--std=c++17\n", cc >= 86 ? 86 : 80);
-    str_puts(s, line);
-    for (size_t i = 0; i < COUNT(whole); i++) {
-        snprintf(line, sizeof line, "-D%s=%d\n", whole[i].name, whole[i].value);
-        str_puts(s, line);
-    }
-    for (size_t i = 0; i < COUNT(real); i++) {
-        snprintf(line, sizeof line, "-D%s=%.9ef\n", real[i].name, (double)real[i].value);
-        str_puts(s, line);
-    }
+    char text[1024];
+    snprintf(text, sizeof text,
+             "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DDIM=%d\n-DSTREAMS=%d\n-DHEADS=%d\n"
+             "-DHEAD_DIM=%d\n-DROPE_DIM=%d\n-DQ_RANK=%d\n-DO_GROUPS=%d\n-DO_RANK=%d\n-DWINDOW=%d\n"
+             "-DEXPERTS=%d\n-DACTIVE=%d\n-DEXPERT_DIM=%d\n-DINDEX_HEADS=%d\n-DINDEX_DIM=%d\n"
+             "-DINDEX_TOPK=%d\n-DHC_ITERS=%d\n-DHC_EPS=%.9ef\n-DNORM_EPS=%.9ef\n"
+             "-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n-DDENSE=%d\n-DGATE=%d\n-DSHARED=%d\n"
+             "-DROUTED=%d\n", cc >= 86 ? 86 : 80, c->dim, c->hc_mult, c->n_heads, c->head_dim,
+             c->rope_dim, c->q_lora_rank, c->o_groups, c->o_lora_rank, c->window, c->n_experts,
+             c->n_active, c->expert_dim, c->index_heads, c->index_dim, c->index_topk, c->hc_iters,
+             (double)c->hc_eps, (double)c->norm_eps, (double)c->route_scale,
+             (double)c->swiglu_limit, f->dense, f->gate, f->shared, f->routed);
+    str_puts(s, text);
 }
 
 // Structures that kernels.cu reads; the fields are explained there.
@@ -4265,7 +4255,9 @@ typedef struct {
     int ring, ring_step, ldx, ldo, seg_n, seg_blocks, ksplit, block0, tile0, seg_tiles;
 } GpuTask;
 typedef struct { CuPtr ape, norm; uint64_t in_at, out_at; int ring, ratio; } GpuPool;
-typedef struct { CuPtr ids, weights, order, place, start, active, n_active, bad, tiles, n_tiles; } GpuRouting;
+typedef struct {
+    CuPtr ids, weights, order, place, start, active, n_active, bad, tiles, n_tiles;
+} GpuRouting;
 typedef struct { CuPtr q, s, x; } GpuHidden;
 
 // Activations in FP32 and INT8 (q, scales s).
@@ -4274,19 +4266,19 @@ typedef struct { CuPtr x, q, s; int k; } GpuAct;
 // Products that share a launch.
 typedef struct { CuPtr tasks; int n, blocks, tiles; } GpuProducts;
 
-// What the kernels need to know of a layer. Offsets are bytes into a session's memory on this device.
+// What the kernels need to know of a layer. Offsets are bytes into a session's memory here.
 typedef struct {
     GpuProducts project, query, wo_a, wo_b, gate;
     CuPtr experts;              // GpuMat [E + 1][w1, w2, w3], the shared expert last
     uint64_t win, comp, ikeys, cin, icin;
 } GpuLayer;
 
-// With graphs on, a stage's step for one row is recorded once and replayed later: the operations then launch nothing.
+// With graphs on, a stage's step for one row is recorded once and replayed later: the operations
+// then launch nothing.
 typedef enum { GRAPH_OFF, GRAPH_RECORDS, GRAPH_REPLAYS } GraphState;
 static bool cuda_graphs;        // off unless asked for: nobody has seen it faster yet
 
 typedef struct {
-    int ordinal;
     CuDevice dev;
     CuContext ctx;
     CuModule module;
@@ -4295,8 +4287,9 @@ typedef struct {
     CuStream stream;
     CuEvent staged;             // the pinned input buffers may be written again
     int T;
+    int kernel;                 // launched last, -1: none
     GraphState graph;
-    CuGraphExec graphs[32];     // [bucket] one decode step of this stage; buckets double the number of index keys
+    CuGraphExec graphs[32];     // [bucket] one decode step; buckets double the number of index keys
     bool post;                  // an hc_post is due: the next kernel that reads X does it
     bool keep_floats;           // self-test: o in FP32 too
     bool count_only;            // only scratch_bytes is wanted
@@ -4307,8 +4300,8 @@ typedef struct {
     GpuProducts head, e_proj, h_proj;
     CuPtr inv_freq[2];
     CuPtr slots, slot[COUNT(((Device *)0)->cache)];
-    CuPtr rows, X, y, post_c, comb, part, kv, q, iq, iw, qh, iqh, scores, chosen, o_part, ml, gate, contribution;
-    CuPtr want, heads, logits, e, ex;
+    CuPtr rows, X, y, post_c, comb, part, kv, q, iq, iw, qh, iqh, scores, chosen, o_part, ml;
+    CuPtr gate, contribution, want, heads, logits, e, ex;
     GpuAct x, qr, o, u;
     GpuHidden h;
     GpuRouting r;
@@ -4321,36 +4314,44 @@ typedef struct {
 } Cuda;
 
 enum {
-    TILE = 8,                   // rows that the streaming kernels take; more go through tensor-core tiles
-    TILE_T = 64, TILE_N = 128,  // rows of the batch and of the matrix in such a tile
+    TILE = 8,                   // rows that the streaming kernels take; more go through tiles
+    TILE_T = 64, TILE_N = 128,  // rows of the batch and of the matrix in a tensor-core tile
     TILE_SHARED = 3 * 16384,    // its shared memory
     HEAD_TILE = 64,             // rows of logits at a time
     MAX_SPLITS = 32,            // parts of attention
     KEY_SLAB = 32768,           // index keys that one block chooses from
 };
 
+// A call's error may be that of a kernel launched before.
 __attribute__((noreturn, cold))
 static void cuda_die(const Device *d, const char *call, CuResult r) {
-    const char *text = NULL;
+    const char *text = NULL, *at = d->at ? d->at : "start";
+    const Cuda *g = d->impl;
+    const char *kernel = g->kernel < 0 ? "none" : kernel_names[g->kernel];
     if (cu.GetErrorString(r, &text) || !text) text = "no description";
-    die(1, "%s: %s failed in %s: %s (%s)", d->name, call, d->at ? d->at : "start", cuda_error(r), text);
+    die(1, "%s: %s failed in %s (last kernel: %s): %s (%s)", d->name, call, at, kernel,
+        cuda_error(r), text);
 }
 
-#define CU(d, call, ...) do { CuResult r_ = cu.call(__VA_ARGS__); if (r_) cuda_die(d, "cu" #call, r_); } while (0)
+#define CU(d, call, ...) do { \
+    CuResult r_ = cu.call(__VA_ARGS__); \
+    if (r_) cuda_die(d, "cu" #call, r_); \
+} while (0)
 
 // Zeroed device memory.
 static CuPtr gpu_alloc(Device *d, size_t bytes, const char *what) {
-    Cuda *g = d->impl;
     CuPtr p = 0;
     size_t left = 0, total = 0;
     bytes = cadd(bytes, 511) & ~(size_t)511;
     CuResult r = cu.MemAlloc(&p, bytes);
-    if (r) {
+    if (r == CUDA_OUT_OF_MEMORY) {
         cu.MemGetInfo(&left, &total);
-        die(1, "%s: out of memory: %s need %.3f GB, %.3f GB are free (try fewer layers here with --layers, a smaller -c, "
-               "or one device more)", d->name, what, bytes / 1e9, left / 1e9);
+        die(1, "%s: out of memory: %s need %.3f GB, %.3f GB are free (try fewer layers here with "
+            "--layers, a smaller -c, or one device more)", d->name, what, (double)bytes / 1e9,
+            (double)left / 1e9);
     }
-    CU(d, MemsetD8Async, p, 0, bytes, g->stream);
+    if (r) cuda_die(d, "cuMemAlloc", r);
+    CU(d, MemsetD8Async, p, 0, bytes, ((Cuda *)d->impl)->stream);
     return p;
 }
 
@@ -4358,8 +4359,7 @@ static CuPtr gpu_alloc(Device *d, size_t bytes, const char *what) {
 static CuPtr gpu_keep(Device *d, size_t bytes, const char *what) {
     Cuda *g = d->impl;
     CuPtr p = gpu_alloc(d, bytes, what);
-    g->owned = realloc(g->owned, sizeof *g->owned * (size_t)(g->n_owned + 1));
-    if (!g->owned) die(1, "out of memory: list of buffers");
+    g->owned = grow(g->owned, (size_t)g->n_owned, sizeof *g->owned);
     return g->owned[g->n_owned++] = p;
 }
 
@@ -4369,10 +4369,15 @@ static CuPtr gpu_buffer(Device *d, size_t n, size_t size) {
     return g->count_only ? 0 : gpu_keep(d, cmul(n, size), "buffers");
 }
 
+// Memory that copies read and write while the host goes on.
 static void *host_pinned(Device *d, size_t bytes) {
     void *p = NULL;
     if (((Cuda *)d->impl)->count_only) return NULL;
-    CU(d, MemHostAlloc, &p, bytes ? bytes : 4, 1);      // 1: usable from every context
+    CuResult r = cu.MemHostAlloc(&p, bytes ? bytes : 4, 1);     // 1: usable from every context
+    if (r == CUDA_OUT_OF_MEMORY)
+        die(1, "%s: cannot pin %.1f MB of host memory (ulimit -l, or too little is free)", d->name,
+            (double)bytes / 1e6);
+    if (r) cuda_die(d, "cuMemHostAlloc", r);
     return p;
 }
 
@@ -4382,17 +4387,17 @@ static void gpu_copy_in(Device *d, CuPtr to, const void *from, size_t bytes) {
 
 static void gpu_wait(Device *d) { CU(d, StreamSynchronize, ((Cuda *)d->impl)->stream); }
 
-static void gpu_launch(Device *d, int kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
-                       void **args) {
+static void gpu_launch(Device *d, int kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
+                       unsigned shared, void **args) {
     Cuda *g = d->impl;
     if (g->graph == GRAPH_REPLAYS) return;
-    CuResult r = cu.LaunchKernel(g->fn[kernel], x, y, z, threads, 1, 1, shared, g->stream, args, NULL);
-    if (r) cuda_die(d, kernel_names[kernel], r);
+    g->kernel = kernel;
+    CU(d, LaunchKernel, g->fn[kernel], x, y, z, threads, 1, 1, shared, g->stream, args, NULL);
 }
 
 #define LAUNCH(d, kernel, x, y, z, threads, shared, ...) \
-    gpu_launch(d, K_##kernel, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), shared, \
-               (void *[]){ __VA_ARGS__ })
+    gpu_launch(d, K_##kernel, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), \
+               shared, (void *[]){ __VA_ARGS__ })
 
 // --- weights: one allocation, filled by threads through pinned buffers while the files are read
 
@@ -4448,9 +4453,11 @@ static void upload_list(Upload *u, const Bind *table, size_t n, int ratio, void 
         size_t rows = (size_t)shape_of(table[i].rows, c, ratio);
         size_t cols = table[i].cols ? (size_t)shape_of(table[i].cols, c, ratio) : 1;
         Mat *m = field;
-        if (table[i].kind != MAT) upload_put(u, field, rows * cols * (table[i].kind == VEC ? 4 : 8));
-        else if (!u->base && m->fmt == W_BF16 && strstr(table[i].name, "_fn")) steering_float(m);
-        if (table[i].kind == MAT) upload_mat(u, m);
+        if (table[i].kind == VEC) upload_put(u, field, 4 * rows * cols);
+        if (table[i].kind == TABLE) upload_put(u, field, 8 * rows * cols);
+        if (table[i].kind != MAT) continue;
+        if (m->fmt == W_BF16 && !u->base && strstr(table[i].name, "_fn")) steering_float(m);
+        upload_mat(u, m);
     }
 }
 
@@ -4559,21 +4566,24 @@ static GpuMat gpu_mat(const Mat *m) {
     return (GpuMat){ (CuPtr)(uintptr_t)m->w, (CuPtr)(uintptr_t)m->s, m->n, m->k, (int)m->fmt, 0 };
 }
 
-// Warps that share a row, so that a matrix with few rows still fills the device. Depends on the shape alone.
+// Warps that share a row, so that a matrix with few rows still fills the device. Depends on the
+// shape alone.
 static int split_columns(const Mat *m, int seg_n) {
     static const int per_chunk[N_FORMATS] = { 4, 8, 16, 32, 16, 32 };   // columns in 16 bytes
-    int chunks = m->k / per_chunk[m->fmt], split = 1;
-    while (split < 8 && m->n / seg_n * ((seg_n + 31) / 32) * split < 512 && chunks >= 64 * split) split *= 2;
+    int chunks = m->k / per_chunk[m->fmt], warps = m->n / seg_n * ((seg_n + 31) / 32), split = 1;
+    while (split < 8 && warps * split < 512 && chunks >= 64 * split) split *= 2;
     return split;
 }
 
 // One product of a launch; in: its rows. Outputs are set by the caller.
-static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuAct *in, int segments) {
+static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuAct *in,
+                         int segments) {
     GpuTask *t = list + p->n++;
     int seg_n = m->n / segments, split = split_columns(m, seg_n);
-    *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = in->k, .ldo = m->n, .seg_n = seg_n,
-                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .ksplit = split, .block0 = p->blocks,
-                    .tile0 = p->tiles, .seg_tiles = (seg_n + 127) / 128 };
+    *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = in->k,
+                    .ldo = m->n, .seg_n = seg_n, .ksplit = split, .block0 = p->blocks,
+                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .tile0 = p->tiles,
+                    .seg_tiles = (seg_n + TILE_N - 1) / TILE_N };
     p->tiles += t->seg_tiles * segments;
     p->blocks += t->seg_blocks * segments;
     return t;
@@ -4590,10 +4600,15 @@ static void products_done(Device *d, GpuProducts *p, const GpuTask *list) {
     p->tasks = gpu_table(d, list, sizeof *list * (size_t)p->n);
 }
 
-static void task_ring(GpuTask *t, uint64_t at, int ring, int step) {
-    t->ring_at = at;
-    t->ring = ring;
-    t->ring_step = step;
+// A compressor's two inputs, which go to its ring at `at`: rows [2, n].
+static void tasks_ring(Device *d, GpuTask *list, GpuProducts *p, const Compressor *m, uint64_t at) {
+    const Mat *w[] = { &m->wkv, &m->wgate };
+    for (int i = 0; i < 2; i++) {
+        GpuTask *t = task_add(list, p, w[i], &((Cuda *)d->impl)->x, 1);
+        t->ring_at = at + 4 * (uint64_t)i * (uint64_t)m->wkv.n;
+        t->ring = d->cring[m->ratio];
+        t->ring_step = 8 * m->wkv.n;
+    }
 }
 
 // A product with one output matrix.
@@ -4611,15 +4626,9 @@ static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
     GpuTask t[7];
     task_add(t, &gl->project, &l->wq_a, &g->x, 1)->out = g->qr.x;
     task_add(t, &gl->project, &l->wkv, &g->x, 1)->out = g->kv;
-    if (l->ratio) {
-        int n = l->comp.wkv.n, ring = d->cring[l->ratio];
-        task_ring(task_add(t, &gl->project, &l->comp.wkv, &g->x, 1), gl->cin, ring, 8 * n);
-        task_ring(task_add(t, &gl->project, &l->comp.wgate, &g->x, 1), gl->cin + 4 * (uint64_t)n, ring, 8 * n);
-    }
+    if (l->ratio) tasks_ring(d, t, &gl->project, &l->comp, gl->cin);
     if (l->ratio == 4) {
-        int n = l->icomp.wkv.n, ring = d->cring[4];
-        task_ring(task_add(t, &gl->project, &l->icomp.wkv, &g->x, 1), gl->icin, ring, 8 * n);
-        task_ring(task_add(t, &gl->project, &l->icomp.wgate, &g->x, 1), gl->icin + 4 * (uint64_t)n, ring, 8 * n);
+        tasks_ring(d, t, &gl->project, &l->icomp, gl->icin);
         task_add(t, &gl->project, &l->iproj, &g->x, 1)->out = g->iw;
     }
     products_done(d, &gl->project, t);
@@ -4627,7 +4636,7 @@ static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
     if (l->ratio == 4) task_add(t, &gl->query, &l->iwq_b, &g->qr, 1)->out = g->iq;
     products_done(d, &gl->query, t);
     GpuTask *a = task_add(t, &gl->wo_a, &l->wo_a, &g->o, c->o_groups);
-    if (takes_int8(l->wo_b.fmt)) {              // a block must own whole groups of 32 to quantise them
+    if (takes_int8(l->wo_b.fmt)) {      // a block must own whole groups of 32 to quantise them
         a->ksplit = 1;
         a->seg_blocks = c->o_lora_rank / 32;
         gl->wo_a.blocks = a->seg_blocks * c->o_groups;
@@ -4639,14 +4648,14 @@ static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
     products_done(d, &gl->wo_a, t);
     gl->wo_b = one_product(d, &l->wo_b, &g->u, g->y);
     gl->gate = one_product(d, &l->gate, &g->x, g->gate);
-    GpuMat *e = xalloc((size_t)(c->n_experts + 1) * 3, sizeof *e);
-    for (int i = 0; i <= c->n_experts; i++) {
-        bool shared = i == c->n_experts;
-        e[3 * i] = gpu_mat(shared ? &l->sw1 : &l->w1[i]);
-        e[3 * i + 1] = gpu_mat(shared ? &l->sw2 : &l->w2[i]);
-        e[3 * i + 2] = gpu_mat(shared ? &l->sw3 : &l->w3[i]);
+    int E = c->n_experts;
+    GpuMat *e = xalloc((size_t)E + 1, 3 * sizeof *e);
+    for (int i = 0; i <= E; i++) {
+        e[3 * i] = gpu_mat(i == E ? &l->sw1 : &l->w1[i]);
+        e[3 * i + 1] = gpu_mat(i == E ? &l->sw2 : &l->w2[i]);
+        e[3 * i + 2] = gpu_mat(i == E ? &l->sw3 : &l->w3[i]);
     }
-    gl->experts = gpu_table(d, e, sizeof *e * (size_t)(c->n_experts + 1) * 3);
+    gl->experts = gpu_table(d, e, 3 * sizeof *e * (size_t)(E + 1));
     free(e);
 }
 
@@ -4658,23 +4667,22 @@ static int gpu_attribute(const Device *d, int id) {
     return v;
 }
 
-static int compute_capability(const Device *d) { return gpu_attribute(d, 75) * 10 + gpu_attribute(d, 76); }
-
 // What the kernels take for granted about a model's shape. The CPU takes any.
 static void check_shape(const Device *d) {
     const Config *c = d->c;
     const struct { const char *name; int value, multiple, most; } rule[] = {
         { "hidden_size", c->dim, 32, 1 << 16 }, { "head_dim", c->head_dim, 32, 640 },
         { "qk_rope_head_dim", c->rope_dim, 4, 640 }, { "q_lora_rank", c->q_lora_rank, 32, 1 << 16 },
-        { "o_lora_rank", c->o_lora_rank, 32, 1 << 16 }, { "moe_intermediate_size", c->expert_dim, 32, 1 << 16 },
-        { "index_head_dim", c->index_dim, 32, 256 }, { "index_n_heads", c->index_heads, 1, 128 },
-        { "hc_mult", c->hc_mult, 2, 4 }, { "num_experts_per_tok", c->n_active, 1, 32 },
+        { "o_lora_rank", c->o_lora_rank, 32, 1 << 16 }, { "index_head_dim", c->index_dim, 32, 256 },
+        { "moe_intermediate_size", c->expert_dim, 32, 1 << 16 },
+        { "index_n_heads", c->index_heads, 1, 128 }, { "hc_mult", c->hc_mult, 2, 4 },
+        { "num_experts_per_tok", c->n_active, 1, 32 },
         { "n_routed_experts", c->n_experts, 1, 1024 },
     };
     for (size_t i = 0; i < COUNT(rule); i++)
         if (rule[i].value % rule[i].multiple || rule[i].value > rule[i].most)
-            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices cpu)", d->name,
-                rule[i].name, rule[i].value, rule[i].multiple, rule[i].most);
+            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices "
+                "cpu)", d->name, rule[i].name, rule[i].value, rule[i].multiple, rule[i].most);
 }
 
 // Which formats a table's matrices have, by the kernels that multiply with them.
@@ -4714,7 +4722,8 @@ static void cuda_compile(Device *d) {
     Cuda *g = d->impl;
     Formats formats = model_formats(&d->w, d->c);
     char log[4096] = "";
-    int cc = compute_capability(d), key[2] = { 5, 6 };      // CU_JIT_ERROR_LOG_BUFFER and its size
+    int cc = gpu_attribute(d, 75) * 10 + gpu_attribute(d, 76);      // compute capability
+    int key[2] = { 5, 6 };              // CU_JIT_ERROR_LOG_BUFFER and its size
     void *value[2] = { log, (void *)(uintptr_t)sizeof log };
     const char *from;
     Str options = { 0 };
@@ -4732,11 +4741,13 @@ static void cuda_compile(Device *d) {
     }
     for (int i = 0; i < N_KERNELS; i++) {
         r = cu.ModuleGetFunction(&g->fn[i], g->module, kernel_names[i]);
-        if (r) die(1, "%s: kernels.cu has no kernel %s (%s)", d->name, kernel_names[i], cuda_error(r));
+        if (r)
+            die(1, "%s: kernels.cu has no kernel %s (%s)", d->name, kernel_names[i], cuda_error(r));
     }
-    const int tiled[] = { K_gemm, K_expert_up, K_expert_down };
-    for (size_t i = 0; i < COUNT(tiled); i++) CU(d, FuncSetAttribute, g->fn[tiled[i]], 8, TILE_SHARED);
-    CU(d, FuncSetAttribute, g->fn[K_attend], 8, (int)attend_shared(d->c));      // 8: dynamic shared memory
+    const int tiled[] = { K_gemm, K_expert_up, K_expert_down };         // 8: dynamic shared memory
+    for (size_t i = 0; i < COUNT(tiled); i++)
+        CU(d, FuncSetAttribute, g->fn[tiled[i]], 8, TILE_SHARED);
+    CU(d, FuncSetAttribute, g->fn[K_attend], 8, (int)attend_shared(d->c));
     note("%s: kernels %s in %.2f s", d->name, from, now() - start);
     free(ptx), free(options.p);
 }
@@ -4746,7 +4757,8 @@ static void cuda_layout(Device *d) {
     Cuda *g = d->impl;
     size_t at = 0, size[5];
     for (int i = 0; i < stage_caches(d); i++) {
-        uint64_t *to[5] = { &g->layer[i].win, &g->layer[i].comp, &g->layer[i].ikeys, &g->layer[i].cin, &g->layer[i].icin };
+        GpuLayer *l = &g->layer[i];
+        uint64_t *to[5] = { &l->win, &l->comp, &l->ikeys, &l->cin, &l->icin };
         cache_sizes(d, stage_layer(d, i), size);
         for (int j = 0; j < 5; j++) {
             *to[j] = at;
@@ -4767,8 +4779,9 @@ static GpuAct gpu_act(Device *d, size_t rows, int k) {
 static void cuda_buffers(Device *d) {
     Cuda *g = d->impl;
     const Config *c = d->c;
-    size_t T = (size_t)d->max_rows + TILE, S = (size_t)c->hc_mult, D = (size_t)c->dim, A = (size_t)c->n_active;
-    size_t H = (size_t)c->n_heads, K = (size_t)c->head_dim, E = (size_t)c->n_experts, V = (size_t)c->vocab;
+    size_t T = (size_t)d->max_rows + TILE, S = (size_t)c->hc_mult, D = (size_t)c->dim;
+    size_t H = (size_t)c->n_heads, K = (size_t)c->head_dim, V = (size_t)c->vocab;
+    size_t A = (size_t)c->n_active, E = (size_t)c->n_experts;
     size_t parts = T > TILE * MAX_SPLITS ? T : TILE * MAX_SPLITS, hidden = T * (A + 1);
     g->rows = gpu_buffer(d, T, sizeof(Row));
     g->slots = gpu_buffer(d, COUNT(g->slot), sizeof(CuPtr));
@@ -4789,7 +4802,8 @@ static void cuda_buffers(Device *d) {
     g->iw = gpu_buffer(d, T * c->index_heads, 4);
     g->score_ld = (d->ctx / 4 + 31) & ~31;
     g->score_rows = (int)((16u << 20) / (size_t)(g->score_ld + 1));
-    g->score_rows = g->score_rows < 1 ? 1 : g->score_rows > d->max_rows ? d->max_rows : g->score_rows;
+    if (g->score_rows < 1) g->score_rows = 1;
+    if (g->score_rows > d->max_rows) g->score_rows = d->max_rows;
     g->scores = gpu_buffer(d, (size_t)g->score_rows * g->score_ld, 4);
     g->best_ld = (g->score_ld / KEY_SLAB + 1) * c->index_topk;
     g->best = gpu_buffer(d, (size_t)g->score_rows * g->best_ld, 4);
@@ -4810,7 +4824,9 @@ static void cuda_buffers(Device *d) {
     g->contribution = gpu_buffer(d, hidden * D, 4);
     g->r.tiles = gpu_buffer(d, T * A / TILE_T + E + T / TILE_T + 2, 16);
     g->r.n_tiles = gpu_buffer(d, 1, 4);
-    CuPtr *routing[] = { &g->r.ids, &g->r.weights, &g->r.order, &g->r.place, &g->r.start, &g->r.active, &g->r.n_active, &g->r.bad };
+    GpuRouting *r = &g->r;
+    CuPtr *routing[] = { &r->ids, &r->weights, &r->order, &r->place, &r->start, &r->active,
+                         &r->n_active, &r->bad };
     for (size_t i = 0; i < COUNT(routing); i++) *routing[i] = gpu_buffer(d, T * A + E + 1, 4);
     g->host_rows = host_pinned(d, T * sizeof(Row));
     g->host_X = host_pinned(d, T * S * D * 4);
@@ -4838,14 +4854,13 @@ static size_t cuda_buffer_bytes(const Device *like) {
     return n;
 }
 
-// Free bytes on GPU `ordinal`, 0 if there is no such GPU.
-static size_t cuda_memory(int ordinal) {
+size_t cuda_memory(int ordinal) {
     CuDevice dev;
     CuContext ctx;
     size_t bytes = 0, total;
-    if (ordinal >= cuda_count() || cu.DeviceGet(&dev, ordinal) || cu.PrimaryCtxRetain(&ctx, dev)) return 0;
-    if (cu.CtxSetCurrent(ctx) || cu.MemGetInfo(&bytes, &total)) return 0;
-    return bytes;
+    if (ordinal >= cuda_count() || cu.DeviceGet(&dev, ordinal)) return 0;
+    if (cu.PrimaryCtxRetain(&ctx, dev) || cu.CtxSetCurrent(ctx)) return 0;
+    return cu.MemGetInfo(&bytes, &total) ? 0 : bytes;
 }
 
 static void cuda_tables(Device *d) {
@@ -4865,17 +4880,18 @@ static void cuda_tables(Device *d) {
 
 static const Ops cuda_ops;
 
-// Makes d a stage on GPU `ordinal`: kernels, weights (d->w then holds device addresses), buffers. c, w, first, last,
-// has_head, max_rows, ring, cring, ctx and inv_freq are set. Ends the process with one line if that is impossible.
+// Makes d a stage on GPU `ordinal`: kernels, weights (d->w then holds device addresses), buffers.
+// c, w, first, last, has_head, max_rows, ring, cring, ctx and inv_freq are set. Ends the process
+// with one line if that is impossible.
 static void cuda_device(Device *d, int ordinal) {
     Cuda *g = xalloc(1, sizeof *g);
     Err e;
     int n = 0;
     if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
-    if (cu.DeviceGetCount(&n) || ordinal >= n) die(1, "%s: there %s %d GPU%s here", d->name, n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
+    if (cu.DeviceGetCount(&n) || ordinal >= n) die(1, "%s: GPUs here: %d", d->name, n);
     d->op = &cuda_ops;
     d->impl = g;
-    g->ordinal = ordinal;
+    g->kernel = -1;
     check_shape(d);
     CU(d, DeviceGet, &g->dev, ordinal);
     CU(d, PrimaryCtxRetain, &g->ctx, g->dev);
@@ -4895,11 +4911,13 @@ static void cuda_device(Device *d, int ordinal) {
 // Gives everything back. d->w keeps device addresses that are no longer valid.
 static void cuda_close(Device *d) {
     Cuda *g = d->impl;
-    void *pinned[] = { g->host_rows, g->host_X, g->host_logits, g->host_want, g->host_bad, g->host_slots };
+    void *pinned[] = { g->host_rows, g->host_X, g->host_logits, g->host_want, g->host_bad,
+                       g->host_slots };
     CU(d, CtxSetCurrent, g->ctx);
     gpu_wait(d);
     for (size_t i = 0; i < COUNT(g->slot); i++) if (g->slot[i]) CU(d, MemFree, g->slot[i]);
-    for (size_t i = 0; i < COUNT(g->graphs); i++) if (g->graphs[i]) CU(d, GraphExecDestroy, g->graphs[i]);
+    for (size_t i = 0; i < COUNT(g->graphs); i++)
+        if (g->graphs[i]) CU(d, GraphExecDestroy, g->graphs[i]);
     for (int i = 0; i < g->n_owned; i++) CU(d, MemFree, g->owned[i]);
     for (size_t i = 0; i < COUNT(pinned); i++) if (pinned[i]) CU(d, MemFreeHost, pinned[i]);
     CU(d, EventDestroy, g->staged);
@@ -5284,17 +5302,13 @@ static const Ops cuda_ops = {
 enum { CHECKS(CHECK_ID) N_CHECKS };
 static const char *const check_names[] = { CHECKS(CHECK_NAME) };
 
-// The worst comparison of an operation: the largest difference over the root mean square of what
-// the CPU has, the limit there, and where. n: comparisons.
-typedef struct { double error, limit, share; const char *at; int rows, n; } Parity;
-
 typedef struct {
     Device cpu, *gpu;
     Run *r;
     Cuda *g;
     int T;
     uint64_t state;             // of the random numbers
-    Parity *list;               // [N_CHECKS]
+    GpuCheck *list;               // [N_CHECKS]
     void *tmp;
 } Twin;
 
@@ -5315,11 +5329,11 @@ static void twin_give(Twin *w, CuPtr to, const void *from, size_t bytes) {
 }
 
 static void twin_note(Twin *w, int check, double error, double limit) {
-    Parity *p = &w->list[check];
+    GpuCheck *p = &w->list[check];
     if (!(error < 1e30)) error = 1e30;                  // NaN too
     double share = error / fmax(limit, 1e-30);
     if (!p->n++ || share > p->share)
-        *p = (Parity){ error, limit, share, w->cpu.at, w->T, p->n };
+        *p = (GpuCheck){ check_names[check], error, limit, share, w->cpu.at, w->T, p->n };
 }
 
 // The largest of n differences over the root mean square of the CPU's values.
@@ -5563,7 +5577,7 @@ static bool tested_later(const Device *d, int i) {
 // identical inputs: T rows from position pos on, slot 0. host: the weights in host memory. `list`
 // [N_CHECKS] gathers the worst deviations.
 static void cuda_parity(Device *gpu, const Weights *host, Pool *pool, int T, int pos, uint64_t seed,
-                        Parity *list) {
+                        GpuCheck *list) {
     Twin w = { .cpu = *gpu, .gpu = gpu, .g = gpu->impl, .T = T, .state = seed, .list = list };
     Device *c = &w.cpu;
     const Config *k = gpu->c;
@@ -5621,7 +5635,7 @@ enum { SELFTEST_MARGIN = 10 };     // real shapes sum more; what is broken is of
 // A near tie in the router can fall differently: what fails is tried with other numbers.
 static void cuda_selftest(Device *d, const Weights *host) {
     Cuda *g = d->impl;
-    Parity list[N_CHECKS], *wrong = NULL;
+    GpuCheck list[N_CHECKS], *wrong = NULL;
     int T = d->max_rows < TILE + 1 ? d->max_rows : TILE + 1, driver = 0, bad = 0, kinds = 0;
     int pos = selftest_pos(d, T);
     char uuid[16] = "", name[100] = "";
@@ -5649,8 +5663,8 @@ static void cuda_selftest(Device *d, const Weights *host) {
     cuda_graphs = graphs;
     if (wrong)
         die(1, "%s: self-test: %s is off by %.1e of its size in %s at %d rows (limit %.0e): do not "
-            "trust this GPU (%s) with this driver", d->name, check_names[bad], wrong->error,
-            wrong->at, wrong->rows, wrong->limit * SELFTEST_MARGIN, name);
+            "trust this GPU (%s) with this driver", d->name, wrong->name, wrong->error, wrong->at,
+            wrong->rows, wrong->limit * SELFTEST_MARGIN, name);
     if (!before) {
         note("%s: self-test passed in %.2f s", d->name, now() - start);
         cache_put("passed", key, name);
@@ -5659,97 +5673,75 @@ static void cuda_selftest(Device *d, const Weights *host) {
     free(before);
 }
 
-// --- the report of `dsv4 devices`
+// --- what `dsv4 devices` measures (apps/devices.c)
 
-// Prints each operation's worst deviation; returns the number out of bounds.
-static int report_parity(Device *d, const Weights *host, Pool *pool) {
-    static const int batch[] = { 1, 5, 70 };        // rows: a kernel variant each
-    Parity list[N_CHECKS] = { 0 };
-    int bad = 0;
-    for (size_t i = 0; i < COUNT(batch); i++)
-        cuda_parity(d, host, pool, batch[i], selftest_pos(d, batch[i]), 1, list);
-    for (int i = 0; i < N_CHECKS; i++) {
-        const Parity *p = &list[i];
-        if (!p->n) continue;
-        bad += p->share > 1;
-        printf("  %-4s %-42s deviation %.1e, limit %.0e\n", p->share > 1 ? "BAD" : "ok",
-               check_names[i], p->error, p->limit);
-    }
-    return bad;
-}
+enum { TIMES = 10 };
 
-// Seconds from the first event to the second.
-static double report_time(Device *d, CuEvent e[2]) {
+// Seconds of TIMES products of T rows, or (p NULL) copies between host and dev, to the host if T,
+// by the GPU's clock.
+static double gpu_time(Device *d, const GpuProducts *p, int T, void *host, CuPtr dev,
+                       size_t bytes) {
+    CuEvent e[2];
+    CuStream s = ((Cuda *)d->impl)->stream;
     float ms = 0;
+    for (int i = 0; i < 2; i++) CU(d, EventCreate, &e[i], 0);
+    CU(d, EventRecord, e[0], s);
+    for (int i = 0; i < TIMES; i++) {
+        if (p) gpu_products(d, p, T);
+        else if (T) CU(d, MemcpyDtoHAsync, host, dev, bytes, s);
+        else CU(d, MemcpyHtoDAsync, dev, host, bytes, s);
+    }
+    CU(d, EventRecord, e[1], s);
     CU(d, EventSynchronize, e[1]);
     CU(d, EventElapsedTime, &ms, e[0], e[1]);
+    for (int i = 0; i < 2; i++) CU(d, EventDestroy, e[i]);
     return ms * 1e-3;
 }
 
-// GB/s of pinned copies and of weights streaming through the products, shapes of the real model.
-static void report_rates(Device *d) {
-    static const struct { const char *name; Format fmt; int n, k; } shape[] = {
-        { "wq_b, INT8", W_INT8, 32768, 1024 }, { "wo_b, INT8", W_INT8, 4096, 8192 },
-        { "head, BF16", W_BF16, 16384, 4096 } };
-    enum { COPY = 64 << 20, TIMES = 10 };
-    Cuda *g = d->impl;
-    CuEvent e[2];
-    for (int i = 0; i < 2; i++) CU(d, EventCreate, &e[i], 0);
-    CuPtr w = gpu_keep(d, 256 << 20, "test weights"), s = gpu_keep(d, 1 << 20, "test scales");
-    void *host = memset(host_pinned(d, COPY), 0, COPY);
-    for (int out = 0; out < 2; out++) {
-        CU(d, EventRecord, e[0], g->stream);
-        for (int i = 0; i < TIMES; i++) {
-            if (out) CU(d, MemcpyDtoHAsync, host, w, COPY, g->stream);
-            else CU(d, MemcpyHtoDAsync, w, host, COPY, g->stream);
-        }
-        CU(d, EventRecord, e[1], g->stream);
-        printf("  copy %-15s %7.1f GB/s\n", out ? "to the host" : "to the GPU",
-               (double)COPY * TIMES / report_time(d, e) / 1e9);
-    }
+double gpu_copy_rate(Device *d, bool to_host) {
+    size_t bytes = 64 << 20;
+    CuPtr dev = gpu_alloc(d, bytes, "test data");
+    void *host = memset(host_pinned(d, bytes), 0, bytes);
+    double t = gpu_time(d, NULL, to_host, host, dev, bytes);
     CU(d, MemFreeHost, host);
-    for (size_t i = 0; i < COUNT(shape); i++) {
-        const void *at = (const void *)(uintptr_t)w, *scales = (const void *)(uintptr_t)s;
-        Mat m = { at, scales, shape[i].n, shape[i].k, shape[i].fmt };
-        GpuAct in = gpu_act(d, TILE, m.k);
-        CuPtr out = gpu_keep(d, 4 * (size_t)TILE * m.n, "results");
-        GpuProducts p = one_product(d, &m, &in, out);
-        for (int T = 1; T <= TILE; T *= 8) {
-            CU(d, EventRecord, e[0], g->stream);
-            for (int j = 0; j < TIMES; j++) gpu_products(d, &p, T);
-            CU(d, EventRecord, e[1], g->stream);
-            double t = report_time(d, e) / TIMES;
-            printf("  %-12s %d row%s %7.1f GB/s, %.1f us\n", shape[i].name, T, T > 1 ? "s" : " ",
-                   (double)row_bytes(&m) * m.n / t / 1e9, t * 1e6);
-        }
-    }
-    for (int i = 0; i < 2; i++) CU(d, EventDestroy, e[i]);
+    CU(d, MemFree, dev);
+    return (double)bytes * TIMES / t;
 }
 
-// Microseconds from one GPU's memory to the next one's, through pinned memory, as stages hand over
-// a row.
-static void report_hop(Device *a, Device *b) {
-    enum { TIMES = 20 };
+double gpu_product_time(Device *d, int bytes, int n, int k, int rows) {
+    Mat m = { .n = n, .k = k, .fmt = bytes == 1 ? W_INT8 : W_BF16 };
+    size_t weights = row_bytes(&m) * (size_t)n;
+    CuPtr w = gpu_alloc(d, weights + weights / 64 + 65536, "test weights");     // and scales
+    m.w = (const void *)(uintptr_t)w;
+    m.s = (const void *)(uintptr_t)(w + weights);
+    GpuAct in = gpu_act(d, TILE, k);
+    GpuProducts p = one_product(d, &m, &in, gpu_keep(d, 4 * (size_t)TILE * (size_t)n, "results"));
+    double t = gpu_time(d, &p, rows, NULL, 0, 0) / TIMES;
+    CU(d, MemFree, w);
+    return t;
+}
+
+double gpu_hop(Device *a, Device *b, bool *whole) {
     Row row = { 0 };
     size_t n = streams_bytes(a, 1) / 4;
     uint64_t state = 1;
     float *X = xalloc(n, sizeof *X), *Y = xalloc(n, sizeof *Y);
-    for (size_t i = 0; i < n; i++) X[i] = random_signed(&state);
-    memcpy(Y, X, n * sizeof *X);
+    for (size_t i = 0; i < n; i++) Y[i] = X[i] = random_signed(&state);
     double start = now();
-    for (int i = 0; i < 2 * TIMES; i++) {
+    for (int i = 0; i < 4 * TIMES; i++) {
         Device *d = i % 2 ? b : a;
         d->op->begin(d, &row, 1);
         d->op->streams_in(d, Y);
         memset(Y, 0, n * sizeof *Y);
         d->op->streams_out(d, Y);
     }
-    double t = (now() - start) / TIMES / 2;
-    printf("  %s to %s   %.0f us a row on this host, bytes %s\n", a->name, b->name, t * 1e6,
-           memcmp(X, Y, n * sizeof *X) ? "DIFFER" : "arrive whole");
+    double t = (now() - start) / (2 * TIMES);
+    *whole = !memcmp(X, Y, n * sizeof *X);
     free(X), free(Y);
+    return t;
 }
 
+void gpu_close(Device *d) { cuda_close(d); }
 // ---------------------------------------------------------------------------
 // command line: one table of options prints --help and checks every value
 
@@ -7071,59 +7063,50 @@ static int run_info(void) {
     return 0;
 }
 
-// --- dsv4 devices
+// --- dsv4 devices (apps/devices.c)
 
-// Without a GPU, and with a model named, its kernels are made for GPUs elsewhere.
-static int compile_only(const Model *m) {
-    static const int target[] = { 80, 86 };
-    Formats f = model_formats(&m->w, &m->c);
-    for (int i = 0; i < 2; i++) {
-        Str flags = { 0 };
-        char *path;
-        const char *from;
-        kernel_options(&m->c, &f, target[i], &flags);
-        free(kernel_ptx(str_span(&flags), &from, &path));
-        printf("kernels for compute capability %d.%d%s: %s\n", target[i] / 10, target[i] % 10,
-               i ? " and newer" : "", path ? path : "not kept: no directory for them");
-        free(flags.p), free(path);
-    }
-    return 0;
+Model *gpu_model(const char *dir) {
+    enum { ROWS = 72, CTX = 4096 };
+    Model *m = xalloc(1, sizeof *m);
+    Err e;
+    if (!model_bind(m, dir, &e)) die(1, "%s", e.text);
+    m->share = xalloc((size_t)m->c.n_layers + 1, sizeof *m->share);
+    set_context(m, m->c.max_ctx < CTX ? m->c.max_ctx : CTX, ROWS);
+    return m;
 }
 
-// The bring-up report: facts, then for every GPU the self-test, rates and hand-off, on the built-in
-// model or the first layers of the one that is named. Exit code 1 if something is wrong.
-static int run_devices(void) {
-    enum { ROWS = 72, LAYERS = 5, CTX = 4096 };
-    int n = cuda_facts(), bad = 0;
-    Err e;
-    if (!n && !strcmp(opt.open.dir, BUILT_IN)) return 1;
-    Model *m = xalloc(1, sizeof *m);
-    if (!model_bind(m, opt.open.dir, &e)) die(1, "%s", e.text);
-    if (!n) return compile_only(m);
-    const Config *c = &m->c;
-    m->share = xalloc((size_t)c->n_layers + 1, sizeof *m->share);
-    set_context(m, c->max_ctx < CTX ? c->max_ctx : CTX, ROWS);
-    Device *gpu = xalloc((size_t)n, sizeof *gpu);
+Device *gpu_open(const Model *m, int ordinal) {
+    enum { LAYERS = 5 };            // of the real model: one of each kind
+    Device *d = xalloc(1, sizeof *d);
+    stage_init(m, d);
+    d->last = m->c.n_layers < LAYERS ? m->c.n_layers : LAYERS;
+    d->has_head = true;
+    d->ordinal = ordinal;
+    for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(&m->c, i);
+    snprintf(d->name, sizeof d->name, "cuda:%d", ordinal);
+    cuda_device(d, ordinal);
+    return d;
+}
+
+int gpu_check(const Model *m, Device *d, GpuCheck **list) {
+    static const int batch[] = { 1, 5, 70 };        // rows: a kernel variant each
     Pool *pool = pool_new(0);
-    for (Device *d = gpu; d < gpu + n; d++) {
-        stage_init(m, d);
-        d->last = c->n_layers < LAYERS ? c->n_layers : LAYERS;
-        d->has_head = true;
-        d->ordinal = (int)(d - gpu);
-        for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(c, i);
-        snprintf(d->name, sizeof d->name, "cuda:%d", d->ordinal);
-        cuda_device(d, d->ordinal);
-        printf("%s, %.1f GB free\n", d->name, (double)cuda_memory(d->ordinal) / 1e9);
-        bad += report_parity(d, &m->w, pool);
-        report_rates(d);
-        if (d == gpu) continue;
-        report_hop(d - 1, d);
-        cuda_close(d - 1);
-    }
-    cuda_close(&gpu[n - 1]);
-    printf(bad ? "%d operations are out of bounds: do not trust this machine\n"
-               : "all operations agree with the CPU\n", bad);
-    return bad != 0;
+    *list = xalloc(N_CHECKS, sizeof **list);
+    for (size_t i = 0; i < COUNT(batch); i++)
+        cuda_parity(d, &m->w, pool, batch[i], selftest_pos(d, batch[i]), 1, *list);
+    pool_free(pool);
+    return N_CHECKS;
+}
+
+char *gpu_kernels(const Model *m, int cc) {
+    Formats f = model_formats(&m->w, &m->c);
+    Str flags = { 0 };
+    char *path;
+    const char *from;
+    kernel_options(&m->c, &f, cc, &flags);
+    free(kernel_ptx(str_span(&flags), &from, &path));
+    free(flags.p);
+    return path;
 }
 
 // --- dsv4 ppl, bench (apps/bench.c), verify (apps/verify.c), convert (apps/convert.c)
@@ -7258,7 +7241,7 @@ static int run(Command command, char **args) {
         bench(model_open(&opt.open), opt.tokens > 0 ? opt.tokens : 32, opt.open.threads);
         break;
     case PPL: return run_ppl(args[0]);
-    case DEVICES: return run_devices();
+    case DEVICES: return devices(opt.open.dir, strcmp(opt.open.dir, BUILT_IN) != 0);
     case VERIFY: ok = verify(args[0], opt.open.threads, &e); break;
     case CONVERT:
         opt.convert.src = args[0];

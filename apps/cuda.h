@@ -6,6 +6,7 @@
 #include "dsv4.h"
 
 typedef int CuResult;               // CUresult: 0 is success
+enum { CUDA_OUT_OF_MEMORY = 2 };
 typedef int CuDevice;
 typedef uint64_t CuPtr;             // CUdeviceptr
 typedef struct CuContextObject *CuContext;
@@ -69,6 +70,8 @@ int cuda_count(void);                       // number of GPUs; 0 if there is no 
 const char *cuda_error(CuResult r);         // "CUDA_ERROR_..."
 int cuda_facts(void);                       // prints driver, compiler, GPUs; returns their number
 
+size_t cuda_memory(int ordinal);            // free bytes of a GPU, 0 if there is no such GPU
+
 extern const char *cuda_kernels_file;       // --kernels: another source than the program's own
 
 // PTX of the kernels with these options (one per line), to be freed: what is built in, else kept,
@@ -82,5 +85,26 @@ char *cache_get(const char *kind, uint64_t key);            // to be freed, or N
 void cache_put(const char *kind, uint64_t key, const char *text);
 uint64_t hash64(uint64_t h, const void *p, size_t n);   // FNV-1a; h: HASH_START or a hash so far
 #define HASH_START 0xcbf29ce484222325u
+
+// --- what `dsv4 devices` (apps/devices.c) looks at (dsv4.c). Errors end the process.
+
+typedef struct Device Device;
+Model *gpu_model(const char *dir);                  // a checkpoint that is only read
+Device *gpu_open(const Model *m, int ordinal);      // its first layers and its head on a GPU
+void gpu_close(Device *d);
+// The worst comparison of an operation: the largest difference over the root mean square of what
+// the CPU has, the limit, their ratio; layer and rows there; n: comparisons.
+typedef struct {
+    const char *name;
+    double error, limit, share;
+    const char *at;
+    int rows, n;
+} GpuCheck;
+int gpu_check(const Model *m, Device *d, GpuCheck **list);      // the number of operations
+double gpu_copy_rate(Device *d, bool to_host);      // bytes per second of pinned copies
+double gpu_product_time(Device *d, int bytes, int n, int k, int rows);  // s; INT8 or BF16 [n, k]
+double gpu_hop(Device *a, Device *b, bool *whole);  // seconds a row; do the bytes arrive?
+char *gpu_kernels(const Model *m, int cc);          // makes PTX; where it is kept, to be freed
+int devices(const char *dir, bool named);           // the program
 
 #endif

@@ -119,7 +119,7 @@ def faults(gpu, t, work):
     t.check(good.code == 0, "a run that works", good.tail())
     one_line(t, "out of memory at the weights", gpu.run(args, SIM_MEM="1M"), "GB")
     one_line(t, "out of memory later", gpu.run(args, SIM_FAULT="cuMemAlloc_v2:9=2"), "out of memory")
-    one_line(t, "a kernel faults", gpu.run(args, SIM_FAULT="launch:25=700"), "cuda:0", "ILLEGAL_ADDRESS")
+    one_line(t, "a kernel faults", gpu.run(args, SIM_FAULT="launch:25=700"), "cuda:0", "ILLEGAL_ADDRESS", "last kernel: ")
     one_line(t, "the device is lost", gpu.run(args, SIM_FAULT="lost:0:60=999"), "cuda:0")
     one_line(t, "a launch is refused", gpu.run(args, SIM_FAULT="cuLaunchKernel:7=701"), "cuda:0")
     one_line(t, "no driver", gpu.run(args, libs="/nonexistent"), "libcuda.so.1")

@@ -83,7 +83,7 @@ int main(int argc, char **argv) {
     cpu_init();
     for (size_t i = 0; i < COUNT(cases); i++) {
         const Case *k = &cases[i];
-        Parity list[N_CHECKS] = { 0 };
+        GpuCheck list[N_CHECKS] = { 0 };
         if (argc > 1 && atoi(argv[1]) != (int)i) continue;
         Toy *m = toy_new(&k->c, k->dense, k->expert);
         for (int j = 0; j < 8 && k->T[j]; j++) {
@@ -96,9 +96,9 @@ int main(int argc, char **argv) {
         }
         printf("%s\n", k->name);
         for (int j = 0; j < N_CHECKS; j++) {
-            const Parity *p = &list[j];
+            const GpuCheck *p = &list[j];
             if (!p->n) continue;
-            printf("  %-4s %-42s %.2e (limit %.0e), %d comparisons\n", p->share <= 1 ? "ok" : "FAIL", check_names[j],
+            printf("  %-4s %-42s %.2e (limit %.0e), %d comparisons\n", p->share <= 1 ? "ok" : "FAIL", p->name,
                    p->error, p->limit, p->n);
             *(p->share <= 1 ? &passed : &failed) += 1;
         }

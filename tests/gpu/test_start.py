@@ -101,6 +101,20 @@ def self_test(gpu, t, work):
             one_line(t, f"kernels with another {constant}", r, "cuda:0: self-test: " + operation, "RTX 3090")
 
 
+def report(gpu, t, work):
+    r = gpu.run(["devices", "-m", MODEL], SIM_DEVICES=2)
+    text = r.out.decode()
+    t.check(r.code == 0 and text.count("  ok ") == 32 and "BAD" not in text and "arrive whole" in text and
+            text.count("GB/s") == 16 and "all operations agree" in text, "the bring-up report", r.tail())
+    cache = os.path.join(work, "report")
+    r = gpu.run(["devices", "-m", MODEL], SIM_DEVICES=0, DSV4_CACHE=cache)
+    t.check(r.code == 0 and len(kept(cache)) == 2 and all(p in r.out.decode() for p in kept(cache)), "kernels made without a GPU", r.tail())
+    r = gpu.run(ARGS, libs=gpu.sim, DSV4_CACHE=cache, **NO_NVRTC)
+    t.check(r.code == 0 and "from the cache" in r.err, "and used with one, without NVRTC", r.tail())
+    r = gpu.run(["devices"], SIM_DEVICES=0)
+    t.check(r.code == 1 and "no GPU" in r.out.decode(), "no GPU: said", r.tail())
+
+
 def main():
     a = argparse.ArgumentParser()
     a.add_argument("--dsv4", default=os.path.join(ROOT, "dsv4"))
@@ -113,6 +127,7 @@ def main():
         ready_kernels(gpu, t, work)
         damaged_files(gpu, t, work)
         self_test(gpu, t, work)
+        report(gpu, t, work)
     t.end("start")
 
 
