@@ -239,6 +239,8 @@ static CUresult device_name(char *name, int size) {
 
 API(INIT, 2000, cuDeviceGetName, (char *name, int size, CUdevice dev),
     ON_DEVICE(dev, device_name(name, size)))
+API(INIT, 11040, cuDeviceGetUuid_v2, (CUuuid *uuid, CUdevice dev),
+    ON_DEVICE(dev, GIVE(uuid, ((CUuuid){ { 'S', 'I', 'M', (char)dev } }))))
 
 /* Attributes as a GA102 card reports them, by CUdevice_attribute. SIM_CC changes the capability
  * alone. 99 registering host memory works, 113 but not read-only. */
