@@ -15,7 +15,7 @@
 //     CUDA             the same operations as launches of kernels.cu; the self-test against the CPU
 //     command line     the option table
 //     model            the forward pass over stages of layers, sessions, snapshots, placement
-//     programs         generate, chat, tokenize, info, bench, ppl, verify; main
+//     main             dsv4 info and the rest of the command line; apps/terminal.c answers prompts
 // Sections in brackets, like (4.3), point into the model's description: 2 hyper-connections, 3 rope,
 // 4 attention, 5 compressor, 6 indexer, 7 mixture of experts, 8 weight formats, 10 MTP.
 
@@ -890,9 +890,8 @@ bool config_brief(ConfigBrief *b, const char *dir, Err *e) {
 // tokenizer: DeepSeek-V4's tokenizer.json, byte-level BPE behind a four-step pre-tokenizer.
 // Added tokens are found by their content; nothing here knows an id.
 
-typedef struct { int *p; size_t n; } Ids;           // release with free(ids.p)
 
-static void ids_add(Ids *ids, int id) {
+void ids_add(Ids *ids, int id) {
     ids->p = grow(ids->p, ids->n, sizeof *ids->p);
     ids->p[ids->n++] = id;
 }
@@ -952,7 +951,7 @@ static void unpack_classes(uint8_t *cls) {      // [N_CLASSES]
 
 typedef struct { uint8_t byte; int child, next, id; } Node; // of a trie: next sibling; token or -1
 
-typedef struct {
+struct Tokenizer {
     int n;                      // tokens
     Str bytes;                  // the tokens' bytes, one after the other
     size_t *start;              // [n + 1] where each begins
@@ -963,7 +962,7 @@ typedef struct {
     int n_nodes;
     uint8_t *cls;               // [N_CLASSES] class of each code point; C_OTHER above
     int bos, eos, user, assistant, think, end_think;
-} Tokenizer;
+};
 
 enum { TOK_ADDED = 1, TOK_SPECIAL = 2, TOK_NORMALIZED = 4 };
 
@@ -1414,9 +1413,6 @@ static void encode_added(Bpe *b, Span s, int root) {
     encode_added(b, span_from(s, from), root + 1);
 }
 
-// A stream of bytes that may be cut anywhere. Start with { 0 }.
-typedef struct { char tail[4]; size_t n; } Utf8;
-
 // Appends what is certain, each maximal invalid part as U+FFFD; at most 3 bytes are held back.
 static void utf8_feed(Utf8 *u, Span s, Str *out) {
     for (size_t i = 0; i < s.n; i++) {
@@ -1431,7 +1427,7 @@ static void utf8_feed(Utf8 *u, Span s, Str *out) {
     }
 }
 
-static void utf8_finish(Utf8 *u, Str *out) {
+void utf8_finish(Utf8 *u, Str *out) {
     if (u->n) str_puts(out, "\uFFFD");
     u->n = 0;
 }
@@ -1439,7 +1435,7 @@ static void utf8_finish(Utf8 *u, Str *out) {
 // Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
 // in front. With `special`, added tokens are recognised wherever they are, else they are just text.
 // Needs some 50 bytes of memory for each byte of the longest word.
-static void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out) {
+void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out) {
     Bpe b = { .t = t, .out = out };
     Str fixed = { 0 };
     Utf8 u = { 0 };
@@ -1454,7 +1450,7 @@ static void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out) {
 // ---- ids -> text
 
 // Streams one token; with `skip_special` those marked so (BOS, EOS, not <think>) are left out.
-static void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out) {
+void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out) {
     if (!(skip_special && t->flags[id] & TOK_SPECIAL)) utf8_feed(u, tok_bytes(t, id), out);
 }
 
@@ -1469,14 +1465,14 @@ typedef struct {
 } Sampling;
 static const Sampling sampling_default = { 1, 1, 0, 0 };     // the publisher's recommendation
 
-typedef struct {
+struct Sampler {
     Sampling how;
     uint64_t state;         // of the random numbers: any seed will do
     int n;                  // vocabulary
     double *p;              // [n] exp((logit - max) / temperature)
     int *kept;              // [n] what top-k and top-p leave, the likeliest first
     Heap heap;
-} Sampler;
+};
 
 static void sampler_init(Sampler *s, int n, Sampling how, uint64_t seed) {
     size_t v = (size_t)n;
@@ -1527,7 +1523,7 @@ static int apply_top_k_p(Sampler *s, const float *logits, double total) {
 }
 
 // logits [n] -> a token, -1 with an error if one of them is not finite.
-static int sample(Sampler *s, const float *logits, Err *e) {
+int sample(Sampler *s, const float *logits, Err *e) {
     int best = 0;
     for (int i = 0; i < s->n; i++) {
         if (!isfinite(logits[i])) return fail(e, "logit of token %d is %f", i,
@@ -5752,16 +5748,7 @@ typedef enum {
     COMPUTES = RUN | BENCH | PPL, LOADS = COMPUTES | INFO, ANY = 255
 } Command;
 
-static struct {
-    Opening open;
-    Dsv4Convert convert;
-    const char *prompt, *file, *ids, *system, *effort, *encoding, *chat, *logits, *mtp_logits;
-    const char *isa, *kernels;
-    int tokens, top_k;
-    int64_t seed;
-    double temp, top_p, min_p;
-    bool raw, think, nothink, plain, decode, show_ids, graphs, help, version;
-} opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
+Options opt = { .tokens = -1, .seed = -1, .top_k = -1, .temp = -1, .top_p = -1, .min_p = -1 };
 
 typedef enum { FLAG, WORD, INT, LONG, REAL } OptType;   // bool, const char *, int, int64_t, double
 
@@ -6126,25 +6113,14 @@ static void forward_end(Model *m, Batch *j) {
 
 // --- sessions: a token list and the caches that stand for it
 
-struct Session {
-    Model *m;
-    int slot;
-    int *tokens;                // [ctx] what was read
-    int n;
-    int kept;                   // positions from here on are whole in the rings: it can go back there
-    const float *logits;        // [V] of the last token read, until any session reads again
-};
-
 // The rings at one position of a session. The compressed rows stay in the caches: they are only
 // ever appended.
-typedef struct {
+struct Snapshot {
     int pos;
     void *rings[MAX_STAGES];    // per stage
-} Snapshot;
+};
 
-static volatile sig_atomic_t interrupted;      // Ctrl-C: long work stops at the next chunk or token
-static volatile sig_atomic_t terminated;       // by SIGTERM or SIGHUP: a chat ends too
-static volatile sig_atomic_t computing;        // there is such work; else Ctrl-C ends the program
+volatile sig_atomic_t interrupted, terminated, computing;
 
 Session *session_new(Model *m) {
     int slot = 0;
@@ -6175,7 +6151,7 @@ static bool session_rewind(Session *s, int n) {
 
 void session_clear(Session *s) { s->n = s->kept = 0; }
 
-static Snapshot *session_snapshot(const Session *s) {
+Snapshot *session_snapshot(const Session *s) {
     Snapshot *p = xalloc(1, sizeof *p);
     p->pos = s->n;
     for (int i = 0; i < s->m->n_stages; i++) {
@@ -6193,14 +6169,14 @@ static void session_restore(Session *s, const Snapshot *p) {
     s->n = s->kept = p->pos;
 }
 
-static void snapshot_free(Snapshot *p) {
+void snapshot_free(Snapshot *p) {
     for (int i = 0; p && i < MAX_STAGES; i++) free(p->rings[i]);
     free(p);
 }
 
 // Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
 // snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
-static int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {
+int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {
     int same = 0;
     while (same < n - 1 && same < s->n && tokens[same] == s->tokens[same]) same++;
     if (session_rewind(s, same)) return same;
@@ -6537,7 +6513,7 @@ static void load_weights(const Store *s, Pool *pool, bool lock) {
 }
 
 // Opens a checkpoint: config, tensors, and where the layers go. Errors end the process.
-static Model *model_read(const Opening *o) {
+Model *model_read(const Opening *o) {
     Model *m = xalloc(1, sizeof *m);
     Err e;
     if (!model_bind(m, o->dir, &e)) die(1, "%s", e.text);
@@ -6556,7 +6532,7 @@ static Model *model_read(const Opening *o) {
 }
 
 // Brings the weights to their devices, so that sessions can run.
-static void model_start(Model *m, const Opening *o) {
+void model_start(Model *m, const Opening *o) {
     Err e;
     int cpus = 0;
     size_t weights = 0, memory = physical_memory();
@@ -6584,19 +6560,18 @@ static void model_start(Model *m, const Opening *o) {
     model_buffers(m);
     start_stages(m);
 }
-// ---------------------------------------------------------------------------
-// programs: what the subcommands do. What they only open once, the end of the process frees.
+// --- the text side of a checkpoint
 
 // The checkpoint's tokenizer. NULL if it has none and none is needed.
-static Tokenizer *open_tokenizer(bool needed) {
+Tokenizer *tokenizer_open(const char *dir, bool needed) {
     Err e;
     Span text;
-    char *path = path_join(opt.open.dir, "tokenizer.json");
+    char *path = path_join(dir, "tokenizer.json");
     Tokenizer *t = NULL;
     if (file_exists(path)) {
         t = xalloc(1, sizeof *t);
         if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
-        munmap((void *)(uintptr_t)text.p, text.n);
+        unmap_file(text);
     } else if (needed) {
         die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
     }
@@ -6604,411 +6579,49 @@ static Tokenizer *open_tokenizer(bool needed) {
     return t;
 }
 
-static void close_tokenizer(Tokenizer *t) {
+void tokenizer_close(Tokenizer *t) {
     if (t) tok_free(t);
     free(t);
 }
 
-// All bytes of a file, or of standard input for "-".
-static Str read_text(const char *path) {
-    char buf[65536];
-    Str s = { 0 };
-    ssize_t n;
-    bool is_file = strcmp(path, "-") != 0;
-    int fd = is_file ? open(path, O_RDONLY | O_CLOEXEC) : 0;
-    while ((n = fd < 0 ? -1 : read(fd, buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR))
-        str_add(&s, buf, n > 0 ? (size_t)n : 0);
-    if (n < 0) die(1, "%s: %s", is_file ? path : "standard input", strerror(errno));
-    if (is_file) close(fd);
-    str_add(&s, "", 0);
-    return s;
+Control tokenizer_control(const Tokenizer *t) {
+    return (Control){ t->n, t->bos, t->eos, t->user, t->assistant, t->think, t->end_think };
 }
 
-// stdout may be closed or full: the loss of text must not look like success.
-static void flush_out(void) {
-    if (fflush(stdout) || ferror(stdout)) die(1, "standard output: %s", strerror(errno));
-}
-
-// --- prompts as token ids
-
-static ChatOptions chat_options(const Model *m) {
-    ChatOptions o = { .thinking = opt.think, .release_0731 = m && m->c.dspark };
-    if (opt.encoding) o.release_0731 = !strcmp(opt.encoding, "0731");
-    if (opt.effort)
-        o.effort = *opt.effort == 'l' ? EFFORT_LOW : *opt.effort == 'h' ? EFFORT_HIGH : EFFORT_MAX;
-    return o;
-}
-
-// Appends a user's turn up to where the answer begins: for the first turn the begin of sentence,
-// effort and system text too. Only the encoding's own tags are tokens; whatever the texts hold is
-// text. Tags cut the text in any case, so the ids are the same as those of the whole prompt where
-// the texts hold no tags.
-static void encode_turn(const Tokenizer *t, ChatOptions o, bool first, Span user, Ids *ids) {
-    Err e;
-    Chat chat = { 0 };
-    Str text = { 0 };
-    o.no_bos = !first;
-    if (first && opt.system) chat_say(&chat, ROLE_SYSTEM, span_of(opt.system), (Span){ 0 }, false);
-    chat_say(&chat, ROLE_USER, (Span){ 0 }, (Span){ 0 }, false);
-    if (!first) o.effort = EFFORT_NONE;
-    if (!chat_render(&chat, &o, &text, &e)) die(2, "%s", e.text);
-    size_t bos = first ? strlen(BOS_TEXT) : 0;
-    size_t tags = strlen("<｜User｜><｜Assistant｜>") + strlen(opt.think ? "<think>" : "</think>");
-    const char *at = text.p + text.n - tags;                    // <｜User｜> HERE <｜Assistant｜>...
-    if (first) ids_add(ids, t->bos);
-    tok_encode(t, (Span){ text.p + bos, (size_t)(at - text.p) - bos }, false, ids);
-    ids_add(ids, t->user);
-    tok_encode(t, user, false, ids);
-    ids_add(ids, t->assistant);
-    ids_add(ids, opt.think ? t->think : t->end_think);
-    chat_free(&chat);
-    free(text.p);
-}
-
-// A file of messages -> the whole prompt's ids, tags in it recognised as the publisher does.
-static void encode_messages(const Tokenizer *t, Span file, Ids *ids) {
-    Err e;
-    Chat chat = { 0 };
-    Str text = { 0 };
-    ChatOptions o = chat_options(NULL);
-    if (!chat_read(&chat, &o, file, opt.chat, &e) || !chat_render(&chat, &o, &text, &e))
-        die(1, "%s", e.text);
-    tok_encode(t, str_span(&text), true, ids);
-    chat_free(&chat);
-    free(text.p);
-}
-
-// Ids from text, separated by commas or white space, each below `end`.
-static void parse_ids(const char *what, int code, Span text, int end, Ids *ids) {
-    static const char space[] = " \n\t\r";
-    const char *p = text.p + strspn(text.p, space);
-    while (*p) {
-        char *stop;
-        errno = 0;
-        long id = strtol(p, &stop, 10);
-        const char *next = stop + strspn(stop, space);
-        bool comma = *next == ',';
-        if (comma) next += 1 + strspn(next + 1, space);
-        if (*p < '0' || *p > '9' || (next == stop && *stop) || (comma && !*next))
-            die(code, "%s: expected numbers and commas, found '%.20s'", what, p);
-        if (errno || id >= end)
-            die(code, "%s: %.*s: the vocabulary ends at %d", what, (int)(stop - p), p, end - 1);
-        ids_add(ids, (int)id);
-        p = next;
-    }
-    if (p != text.p + text.n) die(code, "%s: expected numbers, found a NUL byte", what);
-}
-
-// The tokenizer may know more tokens than the model. False, with a note: the model cannot read
-// this.
-static bool check_vocab(const Model *m, const Ids *ids) {
-    for (size_t i = 0; i < ids->n; i++) {
-        if (ids->p[i] < m->c.vocab) continue;
-        note("token %d is beyond the model's vocabulary of %d: the tokenizer is another model's",
-             ids->p[i], m->c.vocab);
-        return false;
-    }
-    return true;
-}
-
-// --- dsv4 tokenize
-
-static int run_tokenize(void) {
-    Tokenizer *t = open_tokenizer(true);
-    Str in = read_text(opt.chat ? opt.chat : "-"), out = { 0 };
-    Ids ids = { 0 };
-    Utf8 utf8 = { 0 };
-    if (opt.decode) parse_ids("--decode", 1, str_span(&in), t->n, &ids);
-    else if (opt.chat) encode_messages(t, str_span(&in), &ids);
-    else tok_encode(t, str_span(&in), !opt.plain, &ids);
-    for (size_t i = 0; i < ids.n; i++) {
-        if (opt.decode) tok_decode(t, ids.p[i], false, &utf8, &out);
-        else printf(i ? " %d" : "%d", ids.p[i]);
-    }
-    utf8_finish(&utf8, &out);
-    if (opt.decode) fwrite(out.p, 1, out.n, stdout);
-    else puts("");
-    free(in.p), free(out.p), free(ids.p);
-    close_tokenizer(t);
-    return 0;
-}
-
-// --- generating
-
-// What answers prompts.
-typedef struct {
-    Tokenizer *t;               // NULL: there is none, and ids are enough
-    Model *m;
-    Session *s;
-    Sampler sampler;
-    Ids eos;                    // the tokens that end an answer
-    Snapshot *snap;             // of a chat
-    double begun;               // this prompt: when; how many tokens of it were in place already,
-    int reused, read;           // and how many were read
-} Talk;
-
-// What to sample and where to stop: options, else the publisher's generation_config.json, else
-// temperature 1 and the config's end-of-sentence token.
-static void open_sampler(Talk *k) {
+// Options, else the publisher's generation_config.json, else temperature 1 and the config's
+// end-of-sentence token.
+Sampler *sampler_open(const Model *m, const char *dir, Ids *eos) {
     Err e;
     Span text;
     Sampling how = sampling_default;
-    int vocab = k->m->c.vocab;
-    char *path = path_join(opt.open.dir, "generation_config.json");
+    char *path = path_join(dir, "generation_config.json");
     if (file_exists(path)) {
         if (!map_file(path, &text, &e) ||
-            !read_generation_config(text, path, vocab, &how, &k->eos, &e))
+            !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
             die(1, "%s", e.text);
-        munmap((void *)(uintptr_t)text.p, text.n);
+        unmap_file(text);
     }
     free(path);
-    if (!k->eos.n && k->m->c.eos >= 0) ids_add(&k->eos, k->m->c.eos);
+    if (!eos->n && m->c.eos >= 0) ids_add(eos, m->c.eos);
     if (opt.temp >= 0) how.temperature = opt.temp;
     if (opt.top_k >= 0) how.top_k = opt.top_k;
     if (opt.top_p >= 0) how.top_p = opt.top_p;
     if (opt.min_p >= 0) how.min_p = opt.min_p;
     if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
-    sampler_init(&k->sampler, vocab, how, (uint64_t)opt.seed);
+    Sampler *s = xalloc(1, sizeof *s);
+    sampler_init(s, m->c.vocab, how, (uint64_t)opt.seed);
     if (how.temperature > 0)
         note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature,
              how.top_p);
+    return s;
 }
 
-// Everything but the weights, so that a wrong prompt is known before they load.
-static Talk talk_open(void) {
-    Talk k = { .t = open_tokenizer(!opt.ids), .m = model_read(&opt.open) };
-    if (k.t && k.t->n > k.m->c.vocab)
-        note("the tokenizer has %d tokens, the model %d", k.t->n, k.m->c.vocab);
-    open_sampler(&k);
-    return k;
+void sampler_close(Sampler *s) {
+    sampler_free(s);
+    free(s);
 }
-
-static void talk_start(Talk *k) {
-    model_start(k->m, &opt.open);
-    k->s = session_new(k->m);
-    computing = true;
-}
-
-static void talk_close(Talk *k) {
-    snapshot_free(k->snap);
-    session_free(k->s);
-    sampler_free(&k->sampler);
-    free(k->eos.p);
-    close_tokenizer(k->t);
-}
-
-// Makes the prompt what the session has read. In a chat a snapshot is taken before its last token,
-// which is where the next prompt departs from this one. False if interrupted.
-static bool read_prompt(Talk *k, const Ids *p, Feed feed, bool chat) {
-    int n = (int)p->n;
-    k->begun = now();
-    k->reused = k->read = session_reuse(k->s, p->p, n, k->snap);
-    feed.progress = true;
-    if (chat) {
-        k->read += session_feed(k->s, p->p + k->read, n - 1 - k->read, &feed);
-        snapshot_free(k->snap);
-        k->snap = session_snapshot(k->s);
-    }
-    if (!interrupted) k->read += session_feed(k->s, p->p + k->read, n - k->read, &feed);
-    return k->read == n;
-}
-
-// Prints tokens as they come: ids, or text with the reasoning on standard error.
-typedef struct {
-    const Tokenizer *t;
-    bool ids, reasoning;
-    bool printed;               // something since the last line end
-    Utf8 utf8;
-    Ids answer;                 // the tokens after the reasoning
-} Printer;
-
-static void print_text(const Printer *p, Str text) {
-    FILE *to = p->reasoning ? stderr : stdout;
-    if (text.n) fwrite(text.p, 1, text.n, to);
-    free(text.p);
-    if (to == stderr) fflush(stderr);
-    else flush_out();
-}
-
-// Ends what is being printed, the reasoning or all.
-static void print_end(Printer *p) {
-    Str text = { 0 };
-    utf8_finish(&p->utf8, &text);
-    if (p->printed) str_puts(&text, "\n");
-    print_text(p, text);
-    p->printed = p->reasoning = false;
-}
-
-static void print_token(Printer *p, int token) {
-    Str text = { 0 };
-    char id[16];
-    if (p->reasoning && token == p->t->end_think) {
-        print_end(p);
-        return;
-    }
-    if (!p->reasoning) ids_add(&p->answer, token);
-    snprintf(id, sizeof id, p->printed ? " %d" : "%d", token);
-    if (p->ids) str_puts(&text, id);
-    else if (token < p->t->n) tok_decode(p->t, token, true, &p->utf8, &text);   // else: no text
-    p->printed = true;
-    print_text(p, text);
-}
-
-static bool is_in(const Ids *ids, int token) {
-    for (size_t i = 0; i < ids->n; i++) if (ids->p[i] == token) return true;
-    return false;
-}
-
-// Generates until end-of-sentence, -n tokens, the end of the context or Ctrl-C; the last token is
-// not read back. Then the line of timings.
-static void answer(Talk *k, Printer *p) {
-    Err e;
-    int n = 0, steps = 0;
-    double start = now(), first = 0;
-    while (n != opt.tokens && !interrupted) {
-        int token = sample(&k->sampler, k->s->logits, &e);
-        if (token < 0) die(1, "%s", e.text);
-        if (!first) first = now();
-        if (is_in(&k->eos, token)) break;
-        print_token(p, token);
-        if (++n == opt.tokens || k->s->n == k->m->ctx) break;
-        steps += session_feed(k->s, &token, 1, &(Feed){ 0 });
-    }
-    double t = now() - first, t_prompt = start - k->begun;
-    int read = k->read - k->reused;
-    char reused[64] = "";
-    print_end(p);
-    if (k->reused) snprintf(reused, sizeof reused, " (and %d in place)", k->reused);
-    note("prompt %d tokens%s, %.1f tok/s; generated %d tokens, %.1f tok/s; first token after %.2f "
-         "s", read, reused, read / t_prompt, n, steps ? steps / t : 0,
-         first ? first - k->begun : 0);
-}
-
-// Where the prompt's logits go, row by row: --logits, --mtp-logits.
-typedef struct { const char *path[2]; FILE *file[2]; int vocab; } LogitsOut;
-
-static void logits_sink(void *arg, int pos, int n, const float *logits, const float *mtp) {
-    LogitsOut *o = arg;
-    const float *from[2] = { logits, mtp };
-    size_t count = (size_t)n * (size_t)o->vocab;
-    (void)pos;
-    for (int i = 0; i < 2; i++)
-        if (o->file[i] && fwrite(from[i], sizeof(float), count, o->file[i]) != count)
-            die(1, "%s: %s", o->path[i], strerror(errno));
-}
-
-// The prompt of the options as ids.
-static void encode_prompt(const Talk *k, Span text, Ids *ids) {
-    const Model *m = k->m;
-    if (opt.ids) {
-        parse_ids("--ids", 2, text, m->c.vocab, ids);
-    } else if (opt.raw) {
-        ids_add(ids, k->t->bos);
-        tok_encode(k->t, text, true, ids);
-    } else {
-        encode_turn(k->t, chat_options(m), true, text, ids);
-    }
-    if (!ids->n) die(2, "--ids: no ids");
-    if (ids->n > (size_t)m->ctx)
-        die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
-            ids->n, m->ctx, m->c.max_ctx);
-    if (!check_vocab(m, ids)) die(1, "the prompt does not fit the model's vocabulary");
-}
-
-// Answers one prompt.
-static int run_prompt(void) {
-    Ids ids = { 0 };
-    Str text = { 0 };
-    if (opt.file) text = read_text(opt.file);
-    else str_puts(&text, opt.ids ? opt.ids : opt.prompt);
-    if (!text.n && !opt.ids) die(2, "the prompt is empty");
-    Talk k = talk_open();
-    encode_prompt(&k, str_span(&text), &ids);
-    if (opt.mtp_logits && !k.m->w.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
-    LogitsOut out = { .path = { opt.logits, opt.mtp_logits }, .vocab = k.m->c.vocab };
-    for (int i = 0; i < 2; i++)
-        if (out.path[i] && !(out.file[i] = fopen(out.path[i], "wb")))
-            die(1, "%s: %s", out.path[i], strerror(errno));
-    talk_start(&k);
-    bool wanted = opt.logits || opt.mtp_logits;
-    Feed feed = { wanted ? logits_sink : NULL, &out, .mtp = opt.mtp_logits };
-    read_prompt(&k, &ids, feed, false);
-    for (int i = 0; i < 2; i++)
-        if (out.file[i] && fclose(out.file[i])) die(1, "%s: %s", out.path[i], strerror(errno));
-    Printer p = { .t = k.t, .ids = opt.ids || opt.show_ids,
-                  .reasoning = opt.think && !opt.ids && !opt.raw };
-    answer(&k, &p);
-    talk_close(&k);
-    free(ids.p), free(text.p), free(p.answer.p);
-    return interrupted ? 130 : 0;
-}
-
-// One line, or several joined by a '\' at their ends. False at the end of the input.
-static bool read_turn(Str *line) {
-    char *buf = NULL;
-    size_t cap = 0;
-    ssize_t n;
-    line->n = 0;
-    do {
-        if (isatty(0)) fputs(line->n ? ". " : "> ", stderr);
-        n = getline(&buf, &cap, stdin);
-        if (n > 0 && buf[n - 1] == '\n') n--;
-        if (line->n && n >= 0) line->p[line->n - 1] = '\n';     // was the backslash
-        if (n > 0) str_add(line, buf, (size_t)n);
-    } while (n > 0 && line->p[line->n - 1] == '\\');
-    free(buf);
-    return n >= 0 || (line->n && !interrupted);
-}
-
-// One turn of a conversation, whose ids so far are `ids`: the very ids of the answers, so only what
-// is new is read, and old reasoning is dropped by going back to the snapshot before it.
-static void chat_turn(Talk *k, Span user, Ids *ids) {
-    size_t past = ids->n;
-    encode_turn(k->t, chat_options(k->m), !past, user, ids);
-    bool fits = ids->n < (size_t)k->m->ctx;
-    if (!fits)
-        note("the conversation has %zu tokens, the context holds %d: /new starts again", ids->n,
-             k->m->ctx);
-    if (!fits || !check_vocab(k->m, ids)) {
-        ids->n = past;
-        return;
-    }
-    Printer p = { .t = k->t, .ids = opt.show_ids, .reasoning = opt.think };
-    read_prompt(k, ids, (Feed){ 0 }, true);
-    answer(k, &p);
-    ids->p[ids->n - 1] = k->t->end_think;       // closes the <think> of this prompt
-    for (size_t i = 0; i < p.answer.n; i++) ids_add(ids, p.answer.p[i]);
-    ids_add(ids, k->t->eos);
-    free(p.answer.p);
-}
-
-// A conversation in the terminal. Ctrl-C stops the answer.
-static int run_chat(void) {
-    Talk k = talk_open();
-    Ids ids = { 0 };
-    Str line = { 0 };
-    talk_start(&k);
-    note("chat: an empty line is ignored, '\\' at a line's end goes on, /new forgets, Ctrl-C stops "
-         "an answer, Ctrl-D leaves");
-    for (bool again = false; !terminated;) {
-        interrupted = 0;
-        if (read_turn(&line)) {
-            again = false;
-            if (span_is(str_span(&line), "/new")) ids.n = 0;
-            else if (line.n) chat_turn(&k, str_span(&line), &ids);
-            continue;
-        }
-        if (!interrupted || again) break;       // the end of the input, or Ctrl-C twice
-        again = true;
-        clearerr(stdin);
-        note("Ctrl-C again or Ctrl-D leaves");
-    }
-    talk_close(&k);
-    free(ids.p), free(line.p);
-    return interrupted ? 130 : 0;
-}
-
-// --- dsv4 info
+// ---------------------------------------------------------------------------
+// what a model is like: dsv4 info, and the rates of its products for dsv4 bench
 
 static const char *const format_names[N_FORMATS] = {
     "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
@@ -7109,33 +6722,12 @@ char *gpu_kernels(const Model *m, int cc) {
     return path;
 }
 
-// --- dsv4 ppl, bench (apps/bench.c), verify (apps/verify.c), convert (apps/convert.c)
-
-Model *model_open(const Opening *o) {
-    Model *m = model_read(o);
-    model_start(m, o);
-    return m;
-}
-
 ModelBrief model_brief(const Model *m) {
-    ModelBrief b = { .vocab = m->c.vocab, .ctx = m->ctx, .touched = bytes_touched(m), .cpu = true };
+    const Config *c = &m->c;
+    ModelBrief b = { .vocab = c->vocab, .ctx = m->ctx, .max_ctx = c->max_ctx, .dspark = c->dspark,
+                     .mtp = m->w.mtp, .touched = bytes_touched(m), .cpu = true };
     for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
     return b;
-}
-
-static int run_ppl(const char *path) {
-    Tokenizer *t = open_tokenizer(true);
-    Str text = read_text(path);
-    Ids ids = { 0 };
-    ids_add(&ids, t->bos);
-    tok_encode(t, str_span(&text), false, &ids);
-    if (ids.n < 2) die(1, "%s: no text", path);
-    Model *m = model_open(&opt.open);
-    if (!check_vocab(m, &ids)) die(1, "%s: the text does not fit the model's vocabulary", path);
-    perplexity(m, ids.p[0], ids.p + 1, ids.n - 1, opt.open.ctx ? m->ctx : 2048);
-    close_tokenizer(t);
-    free(text.p), free(ids.p);
-    return 0;
 }
 
 // GB/s of matrices of one kind at one row, `together` side by side. All layers' in turn, so that
@@ -7237,9 +6829,7 @@ static int run(Command command, char **args) {
     switch (command) {
     case TOKENIZE: return run_tokenize();
     case INFO: return run_info();
-    case BENCH:
-        bench(model_open(&opt.open), opt.tokens > 0 ? opt.tokens : 32, opt.open.threads);
-        break;
+    case BENCH: return run_bench();
     case PPL: return run_ppl(args[0]);
     case DEVICES: return devices(opt.open.dir, strcmp(opt.open.dir, BUILT_IN) != 0);
     case VERIFY: ok = verify(args[0], opt.open.threads, &e); break;

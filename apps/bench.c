@@ -16,11 +16,15 @@ static double feed_time(Session *s, int at, int n, int vocab) {
 }
 
 // Each depth up to 512 is read from an empty session, a deeper one goes on from the one before.
-// The machine's read bandwidth is measured between the runs; the best one counts.
-void bench(Model *m, int steps, int threads) {
+// Prefill and decode at growing depths. The machine's read bandwidth is measured between the runs;
+// the best one counts.
+int run_bench(void) {
+    int steps = opt.tokens > 0 ? opt.tokens : 32;
+    Model *m = model_read(&opt.open);
+    model_start(m, &opt.open);
     ModelBrief b = model_brief(m);
     Session *s = session_new(m);
-    Pool *pool = pool_new(threads);
+    Pool *pool = pool_new(opt.open.threads);
     double bandwidth = read_bandwidth(pool);
     if (b.cpu) bench_products(m, pool, bandwidth);
     printf("%.3f GB of weights read per token\n", b.touched / 1e9);
@@ -44,6 +48,7 @@ void bench(Model *m, int steps, int threads) {
     }
     pool_free(pool);
     session_free(s);
+    return 0;
 }
 
 typedef struct { const int *tokens; double nll; int64_t n; int vocab; } NllSum;
@@ -62,22 +67,33 @@ static void nll_sink(void *arg, int pos, int n, const float *logits, const float
     }
 }
 
-void perplexity(Model *m, int bos, const int *ids, size_t n, int window) {
+// Contexts of -c positions (default 2048), each begun with the begin-of-sentence token.
+int run_ppl(const char *path) {
+    Tokenizer *t = tokenizer_open(opt.open.dir, true);
+    Str text = read_text(path);
+    Ids ids = { 0 };
+    tok_encode(t, str_span(&text), false, &ids);
+    if (!ids.n) die(1, "%s: no text", path);
+    Model *m = model_read(&opt.open);
+    if (!check_vocab(m, &ids)) die(1, "%s: the text does not fit the model's vocabulary", path);
+    model_start(m, &opt.open);
     ModelBrief b = model_brief(m);
-    size_t ctx = (size_t)(window < b.ctx ? window : b.ctx);
+    size_t ctx = opt.open.ctx || b.ctx < 2048 ? (size_t)b.ctx : 2048;
     int *tokens = xalloc(ctx + 1, sizeof *tokens);
     NllSum sum = { .tokens = tokens, .vocab = b.vocab };
     Session *s = session_new(m);
-    tokens[0] = bos;
-    for (size_t at = 0; at < n; at += ctx) {
-        size_t part = n - at < ctx ? n - at : ctx;
-        memcpy(tokens + 1, ids + at, part * sizeof *tokens);
+    tokens[0] = tokenizer_control(t).bos;
+    for (size_t at = 0; at < ids.n; at += ctx) {
+        size_t n = ids.n - at < ctx ? ids.n - at : ctx;
+        memcpy(tokens + 1, ids.p + at, n * sizeof *tokens);
         session_clear(s);
-        session_feed(s, tokens, (int)part, &(Feed){ .sink = nll_sink, .arg = &sum });
-        progress("reading", (int64_t)(at + part), (int64_t)n);
+        session_feed(s, tokens, (int)n, &(Feed){ .sink = nll_sink, .arg = &sum });
+        progress("reading", (int64_t)(at + n), (int64_t)ids.n);
     }
     printf("perplexity %.4f, %.5f nats per token, %lld tokens in contexts of %zu\n",
            exp(sum.nll / (double)sum.n), sum.nll / (double)sum.n, (long long)sum.n, ctx);
     session_free(s);
-    free(tokens);
+    tokenizer_close(t);
+    free(tokens), free(text.p), free(ids.p);
+    return 0;
 }

@@ -2,6 +2,7 @@
 #ifndef DSV4_H
 #define DSV4_H
 
+#include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -262,13 +263,16 @@ typedef struct {
     bool exact, mlock;
 } Opening;
 typedef struct Model Model;
-// Opens a checkpoint and brings its weights to their devices. Ends the process if it cannot.
-Model *model_open(const Opening *o);
+// Opens a checkpoint: config, tensors, and where the layers go; then brings the weights to their
+// devices. Errors end the process.
+Model *model_read(const Opening *o);
+void model_start(Model *m, const Opening *o);
 // Are config.json and all tensors there, in the right formats and shapes?
 bool model_check(const char *dir, Err *e);
 
 typedef struct {
-    int vocab, ctx;                         // tokens; positions a session can hold
+    int vocab, ctx, max_ctx;                // tokens; positions a session and the model can hold
+    bool dspark, mtp;                       // a 0731 release; the MTP layer is there
     double touched;                         // bytes of weights that decoding one token reads
     bool cpu;                               // no GPU computes
 } ModelBrief;
@@ -277,7 +281,14 @@ ModelBrief model_brief(const Model *m);
 void bench_products(Model *m, Pool *pool, double bandwidth);
 
 // One sequence of tokens and what the model remembers of it.
-typedef struct Session Session;
+typedef struct {
+    Model *m;
+    int slot;
+    int *tokens;                            // [ctx] what was read
+    int n;
+    int kept;                               // it can be rewound to positions from here on
+    const float *logits;                    // [vocab] of the last token read, until any session reads
+} Session;
 Session *session_new(Model *m);             // NULL: the model has no slot left
 void session_free(Session *s);
 void session_clear(Session *s);             // back to position 0
@@ -295,12 +306,63 @@ typedef struct {
 // Returns how many were read. One call at a time per model.
 int session_feed(Session *s, const int *tokens, int n, const Feed *f);
 
-// --- programs over it (apps/bench.c, apps/verify.c)
+// A session's state at one position; its tokens stay in the session.
+typedef struct Snapshot Snapshot;
+Snapshot *session_snapshot(const Session *s);
+void snapshot_free(Snapshot *p);
+// Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
+// snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
+int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap);
 
-// Prefill and decode at growing depths, `steps` tokens each.
-void bench(Model *m, int steps, int threads);
-// Prints the perplexity of n ids in contexts of `window` positions, each begun with bos.
-void perplexity(Model *m, int bos, const int *ids, size_t n, int window);
+extern volatile sig_atomic_t interrupted;   // Ctrl-C: long work stops at the next chunk or token
+extern volatile sig_atomic_t terminated;    // by SIGTERM or SIGHUP: a chat ends too
+extern volatile sig_atomic_t computing;     // there is such work; else Ctrl-C ends the program
+
+// --- its text side (dsv4.c)
+
+typedef struct { int *p; size_t n; } Ids;           // release with free(ids.p)
+void ids_add(Ids *ids, int id);
+
+typedef struct Tokenizer Tokenizer;
+typedef struct { int n, bos, eos, user, assistant, think, end_think; } Control;     // n: of all tokens
+Tokenizer *tokenizer_open(const char *dir, bool needed);    // NULL: none there; errors end the process
+void tokenizer_close(Tokenizer *t);
+Control tokenizer_control(const Tokenizer *t);
+// Appends the ids of a text; special: control tokens in it are recognised.
+void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out);
+// A stream of bytes that may be cut anywhere inside a character. Start with { 0 }.
+typedef struct { char tail[4]; size_t n; } Utf8;
+void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out);
+void utf8_finish(Utf8 *u, Str *out);
+
+// Chooses tokens as the options say. Appends to eos the tokens that end an answer.
+typedef struct Sampler Sampler;
+Sampler *sampler_open(const Model *m, const char *dir, Ids *eos);
+void sampler_close(Sampler *s);
+int sample(Sampler *s, const float *logits, Err *e);        // -1: a logit is not finite
+
+// --- programs over it: what the command line says, and exit codes (apps/terminal.c, bench.c, verify.c)
+
+typedef struct {
+    Opening open;
+    Dsv4Convert convert;
+    const char *prompt, *file, *ids, *system, *effort, *encoding, *chat, *logits, *mtp_logits;
+    const char *isa, *kernels;
+    int tokens, top_k;                      // < 0: not given, as the numbers below
+    int64_t seed;
+    double temp, top_p, min_p;
+    bool raw, think, nothink, plain, decode, show_ids, graphs, help, version;
+} Options;
+extern Options opt;
+
+int run_prompt(void);
+int run_chat(void);
+int run_tokenize(void);
+int run_bench(void);
+int run_ppl(const char *path);
+Str read_text(const char *path);                    // "-": standard input; errors end the process
+bool check_vocab(const Model *m, const Ids *ids);   // false, with a note: not this model's tokens
+void flush_out(void);                               // ends the process if stdout is closed or full
 // Reads every byte of the checkpoint in a directory: config, headers and sizes, every value, every
 // tensor that the model needs. False: *e says it in one line, `# ` lines before it name what was found.
 bool verify(const char *dir, int threads, Err *e);
