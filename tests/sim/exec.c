@@ -20,6 +20,7 @@ SimOptions sim_options = {
     .watchdog = 1u << 26, .sm = 86,
 };
 
+static Pool pools[MAX_WORKERS];
 static pthread_mutex_t report_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* ------------------------------------------------------------------------------------------------
@@ -45,6 +46,7 @@ static int error_of(SimKind kind) {
     }
 }
 
+/* One finding per block is enough once it stops the launch. */
 void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...) {
     Worker *k = w->worker;
     Launch *launch = k->launch;
@@ -53,15 +55,13 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     int error = error_of(kind);
     bool survivable = error == SIM_ERROR_LAUNCH_FAILED && kind != SIM_BARRIER;
     bool stop = sim_options.strict || !survivable;
-    if (k->stop)
-        return; /* one finding per block is enough once it stops the launch */
-    if (lane < 0)
-        lane = w->mask ? __builtin_ctz(w->mask) : w->alive ? __builtin_ctz(w->alive) : 0;
+    u32 lanes = w->mask ? w->mask : w->alive ? w->alive : 1;
+    if (k->stop) return;
     SimFinding f = {.kind = kind, .kernel = launch->kernel->name, .device = launch->device,
-                    .ptx_line = i->line, .line = i->src_line, .address = address,
-                    .block = {k->ctaid[0], k->ctaid[1], k->ctaid[2]}, .file = ""};
+                    .ptx_line = i->line, .line = i->src_line, .address = address, .file = ""};
     if (i->src_file > 0 && (u32)i->src_file < m->n_files) f.file = m->files[i->src_file];
-    thread_index(launch, (u32)(w->index * 32 + lane), f.thread);
+    memcpy(f.block, k->ctaid, sizeof f.block);
+    thread_index(launch, (u32)(w->index * 32 + (lane < 0 ? __builtin_ctz(lanes) : lane)), f.thread);
     va_list ap;
     va_start(ap, format);
     vsnprintf(f.text, sizeof f.text, format, ap);
@@ -72,12 +72,11 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
         launch->result = error;
         launch->result_block = k->block_index;
     }
-    if (stop) {
-        k->stop = true;
-        __atomic_store_n(&launch->cancel, true, __ATOMIC_RELAXED);
-        w->next_pc = 0;
-    }
     pthread_mutex_unlock(&report_lock);
+    if (!stop) return;
+    k->stop = true;
+    __atomic_store_n(&launch->cancel, true, __ATOMIC_RELAXED);
+    w->next_pc = 0;
 }
 
 /* splitmix64: the source of all seeded orders and perturbations. */
@@ -153,8 +152,7 @@ static void count_branch(Warp *w) {
 }
 
 /* The handlers of control flow leave pc one before where to go on: the loop adds one. */
-void run_bra(Warp *w, const Inst *i, void *out) {
-    (void)out;
+void run_bra(Warp *w, const Inst *i, UNUSED void *out) {
     u32 rest = w->active & ~w->mask;
     if (!w->mask) return;
     count_branch(w);
@@ -169,26 +167,23 @@ void run_bra(Warp *w, const Inst *i, void *out) {
     w->pc = i->target - 1;
 }
 
-void run_exit(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+void run_exit(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
     w->alive &= ~w->mask;
     w->active &= ~w->mask;
     if (!w->active) w->next_pc = 0;
 }
 
-void run_trap(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+void run_trap(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
     if (w->mask) finding(w, SIM_TRAP, -1, 0, "trap");
 }
 
-void run_assert(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+void run_assert(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
     if (!w->mask) return;
     finding(w, SIM_TRAP, -1, 0, "assertion failed");
     w->worker->launch->result = SIM_ERROR_ASSERT;
 }
 
-void run_clock(Warp *w, const Inst *i, __attribute__((unused)) void *out) {
+void run_clock(Warp *w, const Inst *i, UNUSED void *out) {
     u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
     EACH(l, w->mask) put_lane(slot(w, i->dst[0]), type_bytes((Type)i->type) == 8, l, now);
 }
@@ -215,14 +210,6 @@ void run_wrapped(Warp *w, const Inst *i, void *out) {
 /* ------------------------------------------------------------------------------------------------
  * the loop of a warp */
 
-static inline void merge32(u32 *to, const u32 *from, u32 mask) {
-    LANES to[l] = mask >> l & 1 ? from[l] : to[l];
-}
-
-static inline void merge64(u64 *to, const u64 *from, u32 mask) {
-    LANES to[l] = mask >> l & 1 ? from[l] : to[l];
-}
-
 /* Reads of registers that the dataflow could not prove to be set. A plain copy is not a use: the
  * copy is then as unset as its source (compilers copy undefined values). */
 static void check_init(Warp *w, const Inst *i) {
@@ -243,23 +230,22 @@ static void note_init(Warp *w, const Inst *i) {
     w->init[i->dst_pred / 32] |= set;
 }
 
+/* The instruction, and its result into the lanes that are active. */
 static inline void execute(Warp *w, const Inst *i) {
     _Alignas(64) u64 result[32];
-    u32 mask = w->mask;
-    if (i->out_bits == 0) {
+    const u32 *narrow = (const u32 *)result;
+    u32 mask = w->mask, *to = slot(w, i->dst[0]);
+    u64 *wide = (u64 *)to;
+    if (i->out_bits == 0 || (i->out_bits > 1 && mask == FULL_WARP)) {
+        i->run(w, i, to);
+    } else if (mask || i->out_bits == 1) {
         i->run(w, i, result);
-    } else if (i->out_bits == 1) {
-        u32 *to = slot(w, i->dst[0]);
-        i->run(w, i, result);
-        *to = (*to & ~mask) | (*(u32 *)result & mask);
-    } else if (mask == FULL_WARP) {
-        i->run(w, i, slot(w, i->dst[0]));
-    } else if (mask) {
-        i->run(w, i, result);
-        if (i->out_bits == 32)
-            merge32(slot(w, i->dst[0]), (u32 *)result, mask);
+        if (i->out_bits == 1)
+            put_pred(w, i->dst[0], *narrow, mask);
+        else if (i->out_bits == 32)
+            LANES to[l] = mask >> l & 1 ? narrow[l] : to[l];
         else
-            merge64(slot(w, i->dst[0]), result, mask);
+            LANES wide[l] = mask >> l & 1 ? result[l] : wide[l];
     }
 }
 
@@ -336,20 +322,11 @@ static void init_warp(Worker *k, int index) {
     Warp *w = &k->warps[index];
     const SimCode *c = k->code;
     u32 left = k->launch->n_threads - (u32)index * 32;
-    w->members = left >= 32 ? ~0u : (1u << left) - 1;
-    w->alive = w->members;
-    w->active = 0;
-    w->n_waiting = 1;
-    w->waiting[0] = (Group){0, w->members, false};
-    w->parking = w->forced = false;
-    w->next_pc = 0;
-    w->state = W_RUN;
-    w->branches = 0;
-    w->n_async = 0;
-    w->carry = 0;
-    memset(w->committed, 0, sizeof w->committed);
-    for (int d = 0; d < 3; d++)
-        fill(w, c->special[SR_CTAID_X + d], false, k->ctaid[d]);
+    u32 members = left >= 32 ? FULL_WARP : (1u << left) - 1;
+    *w = (Warp){.frame = w->frame, .init = w->init, .worker = k, .index = index,
+                .members = members, .alive = members, .n_waiting = 1, .waiting = {{0, members, 0}},
+                .sync_epoch = w->sync_epoch, .async = w->async, .cap_async = w->cap_async};
+    for (int d = 0; d < 3; d++) fill(w, c->special[SR_CTAID_X + d], false, k->ctaid[d]);
     if (c->n_tracked) memset(w->init, 0xff, c->frame_bytes / 32 * 4);
     for (u32 n = 0; n < c->n_tracked; n++) w->init[c->tracked[n]] = 0;
 }
@@ -366,16 +343,6 @@ static void report_deadlock(Worker *k) {
     }
 }
 
-/* What a worker needs, kept from launch to launch: launches come one at a time and are often short.
- * Fresh memory is zero, memory that is used again is not. */
-typedef struct {
-    void *at[11];
-    size_t size[11];
-    u32 serial;
-} Pool;
-
-static Pool pools[MAX_WORKERS];
-
 /* Runs a block to its end: its warps in turn, until none can go on. */
 static void run_block(Worker *k, u32 index) {
     const unsigned *grid = k->launch->in->grid;
@@ -384,8 +351,8 @@ static void run_block(Worker *k, u32 index) {
     k->ctaid[1] = index / grid[0] % grid[1];
     k->ctaid[2] = index / grid[0] / grid[1];
     if ((++k->serial & 0x3fff) == 0) { /* the records hold 14 bits of it */
-        memset(k->shared_writes, 0, ((Pool *)k->pool)->size[6]);
-        memset(k->shared_reads, 0, ((Pool *)k->pool)->size[7]);
+        memset(k->shared_writes, 0, k->pool->part[P_WRITES].size);
+        memset(k->shared_reads, 0, k->pool->part[P_READS].size);
         k->serial++;
     }
     k->epoch = 0;
@@ -408,52 +375,53 @@ static void run_block(Worker *k, u32 index) {
     k->count.threads += k->launch->n_threads;
 }
 
-static void *from_pool(Pool *pool, int which, size_t bytes) {
-    if (pool->size[which] < bytes || !pool->at[which]) {
-        free(pool->at[which]);
-        pool->size[which] = (bytes | 63) + 1;
-        pool->at[which] = aligned_alloc(64, pool->size[which]);
-        if (!pool->at[which]) abort();
-        memset(pool->at[which], 0, pool->size[which]);
+/* Zeroed when it is new, or always if `clear`. */
+static void *from_pool(Pool *pool, int which, size_t bytes, bool clear) {
+    struct Part *p = &pool->part[which];
+    if (p->size < bytes || !p->at) {
+        free(p->at);
+        p->size = (bytes | 63) + 1;
+        p->at = aligned_alloc(64, p->size);
+        if (!p->at) abort();
+        memset(p->at, 0, p->size);
+    } else if (clear) {
+        memset(p->at, 0, bytes);
     }
-    return pool->at[which];
+    return p->at;
 }
 
 static void get_memory(Worker *k, Pool *pool) {
     const SimCode *c = k->code;
     size_t warps = (size_t)k->n_warps, shared = (k->launch->shared_bytes + 63) & ~63u;
-    k->warps = from_pool(pool, 0, warps * sizeof *k->warps);
-    k->frames = from_pool(pool, 1, warps * c->frame_bytes + 64);
-    k->inits = from_pool(pool, 2, warps * (c->frame_bytes / 32 + 8) * 4);
-    k->locals = from_pool(pool, 3, warps * 32 * ((c->local_bytes + 15) & ~15u));
-    k->shared = from_pool(pool, 4, shared);
-    k->shared_state = from_pool(pool, 5, shared);
-    k->shared_writes = from_pool(pool, 6, shared * 2);
-    k->shared_reads = from_pool(pool, 7, shared * 2);
-    k->warp_count = from_pool(pool, 8, c->n_inst * 8);
-    k->lane_count = from_pool(pool, 9, c->n_inst * 8);
-    k->cache = from_pool(pool, 10, c->n_inst * sizeof *k->cache);
-    memset(k->warps, 0, warps * sizeof *k->warps);
-    memset(k->warp_count, 0, c->n_inst * 8);
-    memset(k->lane_count, 0, c->n_inst * 8);
-    memset(k->cache, 0, c->n_inst * sizeof *k->cache);
-    k->serial = pool->serial;
+    size_t inits = c->frame_bytes / 32 + 8;
+    k->warps = from_pool(pool, P_WARPS, warps * sizeof *k->warps, true);
+    u8 *frames = from_pool(pool, P_FRAMES, warps * c->frame_bytes + 64, false);
+    u32 *init = from_pool(pool, P_INITS, warps * inits * 4, false);
+    k->locals = from_pool(pool, P_LOCALS, warps * 32 * ((c->local_bytes + 15) & ~15u), false);
+    k->shared = from_pool(pool, P_SHARED, shared, false);
+    k->shared_state = from_pool(pool, P_STATE, shared, false);
+    k->shared_writes = from_pool(pool, P_WRITES, shared * 2, false);
+    k->shared_reads = from_pool(pool, P_READS, shared * 2, false);
+    k->warp_count = from_pool(pool, P_WARP_COUNT, c->n_inst * 8, true);
+    k->lane_count = from_pool(pool, P_LANE_COUNT, c->n_inst * 8, true);
+    k->cache = from_pool(pool, P_CACHE, c->n_inst * sizeof *k->cache, true);
+    for (int n = 0; n < k->n_warps; n++) {
+        Warp *w = &k->warps[n];
+        w->worker = k;
+        w->index = n;
+        w->frame = frames + (size_t)n * c->frame_bytes;
+        w->init = init + (size_t)n * inits;
+        init_frame(w);
+    }
 }
 
 /* Takes blocks until there are no more, or the launch is cancelled. */
 static void *worker_main(void *arg) {
     Worker *k = arg;
     Launch *launch = k->launch;
-    const SimCode *c = k->code;
     k->n_warps = (int)((launch->n_threads + 31) / 32);
     get_memory(k, k->pool);
-    for (int n = 0; n < k->n_warps; n++) {
-        k->warps[n].worker = k;
-        k->warps[n].index = n;
-        k->warps[n].frame = k->frames + (size_t)n * c->frame_bytes;
-        k->warps[n].init = k->inits + (size_t)n * (c->frame_bytes / 32 + 8);
-        init_frame(&k->warps[n]);
-    }
+    k->serial = k->pool->serial;
     while (!__atomic_load_n(&launch->cancel, __ATOMIC_RELAXED)) {
         u32 n = __atomic_fetch_add(&launch->next_block, 1, __ATOMIC_RELAXED);
         if (n >= launch->n_blocks) break;
@@ -461,7 +429,7 @@ static void *worker_main(void *arg) {
     }
     counters_finish(k);
     for (int n = 0; n < k->n_warps; n++) free(k->warps[n].async);
-    ((Pool *)k->pool)->serial = k->serial;
+    k->pool->serial = k->serial;
     return NULL;
 }
 
@@ -479,8 +447,7 @@ static int n_workers(const Launch *launch) {
 
 /* 0 .. n-1 in a seeded order. */
 static u32 *shuffled(u32 n) {
-    u32 *order = malloc((size_t)n * sizeof *order);
-    if (!order) abort();
+    u32 *order = zalloc((size_t)n * sizeof *order);
     for (u32 k = 0; k < n; k++) {
         u32 j = (u32)(mix64(sim_options.seed * 31 + k) % (k + 1));
         order[k] = order[j];
@@ -522,7 +489,7 @@ int sim_launch(const SimLaunch *in, SimCounters *counters) {
         memcpy(launch.params, in->params, in->kernel->param_bytes);
     launch.number = ++number;
     mem_prepare_launch(launch.number);
-    launch.order = sim_options.seed ? shuffled(launch.n_blocks) : NULL;
+    if (sim_options.seed) launch.order = shuffled(launch.n_blocks);
     int n = launch.code->global_atomics ? 1 : n_workers(&launch), started = 1;
     for (int k = 0; k < n; k++)
         workers[k] = (Worker){.launch = &launch, .code = launch.code, .pool = &pools[k]};

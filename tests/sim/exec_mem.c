@@ -15,19 +15,22 @@ typedef struct {
 /* ------------------------------------------------------------------------------------------------
  * addresses */
 
-/* Base register plus offset, lane by lane; is it a row? */
-static void lane_addresses(const Warp *w, const Inst *i, Access *x) {
+static bool is_row(const Access *x) {
     u64 wrong = 0;
-    if (i->wide_addr) {
-        const u64 *base = src(w, i, 0);
-        LANES x->at[l] = base[l] + (u64)i->imm;
-    } else {
-        const u32 *base = src(w, i, 0);
-        LANES x->at[l] = (u64)(u32)(base[l] + (u32)i->imm);
-    }
-    x->mask = w->mask;
     for (u64 l = 0; l < 32; l++) wrong |= x->at[l] ^ (x->at[0] + l * x->bytes);
-    x->row = w->mask == FULL_WARP && !wrong;
+    return !wrong;
+}
+
+/* Base register plus offset, lane by lane. */
+static void lane_addresses(const Warp *w, const Inst *i, Access *x) {
+    const u64 *wide = src(w, i, 0);
+    const u32 *narrow = src(w, i, 0);
+    if (i->wide_addr)
+        LANES x->at[l] = wide[l] + (u64)i->imm;
+    else
+        LANES x->at[l] = (u64)(u32)(narrow[l] + (u32)i->imm);
+    x->mask = w->mask;
+    x->row = w->mask == FULL_WARP && is_row(x);
 }
 
 static bool aligned_lanes(Warp *w, const Access *x) {
@@ -100,7 +103,7 @@ static void copy_lanes(Access *x, u8 *memory, u64 base, bool store) {
     }
     EACH(l, x->mask) {
         u8 *p = memory + (x->at[l] - base), *data = x->data + l * x->bytes;
-        if (x->bytes == 4)
+        if (x->bytes == 4) /* a constant size is quicker */
             memcpy(store ? p : data, store ? data : p, 4);
         else
             memcpy(store ? p : data, store ? data : p, x->bytes);
@@ -128,7 +131,6 @@ static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 sp
 static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
     u64 low = ~0ull, high = 0;
     u32 mask = w->mask, left = x->mask;
-    if (!aligned_lanes(w, x)) return;
     EACH(l, left) {
         low = x->at[l] < low ? x->at[l] : low;
         high = x->at[l] > high ? x->at[l] : high;
@@ -152,33 +154,30 @@ static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
 }
 
 /* ------------------------------------------------------------------------------------------------
- * shared, local and parameter memory */
+ * shared, local and parameter memory: windows that begin at address 0 */
 
-static bool shared_in_bounds(Warp *w, int lane, u64 address, u64 bytes) {
-    u64 size = w->worker->launch->shared_bytes;
+static bool inside(Warp *w, u32 lane, u64 address, u64 bytes, u64 size, const char *what) {
     if (address <= size && bytes <= size - address) return true;
-    finding(w, SIM_BOUNDS, lane, address, "shared memory of this block is %llu bytes",
-            (unsigned long long)size);
+    finding(w, SIM_BOUNDS, (int)lane, address, "%s %llu bytes", what, (unsigned long long)size);
     return false;
 }
 
+static bool inside_shared(Warp *w, u32 lane, u64 address, u64 bytes) {
+    return inside(w, lane, address, bytes, w->worker->launch->shared_bytes,
+                  "shared memory of this block is");
+}
+
 /* Says which byte is unset, or still on its way. */
-static void check_shared_state(Warp *w, int lane, u64 address, u32 bytes, bool store) {
+static void check_shared_state(Warp *w, u32 lane, u64 address, u32 bytes, bool store) {
     const u8 *state = w->worker->shared_state + address;
-    for (u32 b = 0; b < bytes; b++) {
-        if (state[b] == 2) {
-            finding(w, SIM_CP_ASYNC, lane, address + b,
-                    "%s of shared memory that an asynchronous "
-                    "copy still fills: a wait (and a barrier) is missing",
-                    store ? "write" : "read");
-            return;
-        }
-        if (state[b] == 0 && !store && sim_options.check_init) {
-            finding(w, SIM_UNINIT, lane, address + b,
-                    "read of shared memory that nothing wrote in this block");
-            return;
-        }
-    }
+    u32 b = 0;
+    while (b < bytes && state[b] != 2 && (state[b] || store || !sim_options.check_init)) b++;
+    if (b < bytes && state[b] == 2)
+        finding(w, SIM_CP_ASYNC, (int)lane, address + b, "%s of shared memory that an asynchronous "
+                "copy still fills: a wait (and a barrier) is missing", store ? "write" : "read");
+    else if (b < bytes)
+        finding(w, SIM_UNINIT, (int)lane, address + b,
+                "read of shared memory that nothing wrote in this block");
 }
 
 /* Are all bytes of the lane set and no copy under way? */
@@ -192,67 +191,50 @@ static inline bool state_good(const u8 *state, u32 bytes) {
 
 static void move_shared(Warp *w, const Inst *i, Access *x, bool store) {
     Worker *k = w->worker;
-    u64 high = 0;
-    if (!aligned_lanes(w, x)) return;
-    EACH(l, x->mask) high = x->at[l] > high ? x->at[l] : high;
-    if (high > k->launch->shared_bytes || x->bytes > k->launch->shared_bytes - high)
-        EACH(l, x->mask)
-            if (!shared_in_bounds(w, (int)l, x->at[l], x->bytes)) return;
+    EACH(l, x->mask)
+        if (!inside_shared(w, l, x->at[l], x->bytes)) return;
     if (i->class != SIM_C_ATOMIC) count_shared(w, x->at, x->bytes, x->row);
     EACH(l, x->mask)
         if (!state_good(k->shared_state + x->at[l], x->bytes))
-            check_shared_state(w, (int)l, x->at[l], x->bytes, store);
+            check_shared_state(w, l, x->at[l], x->bytes, store);
     if (sim_options.check_races)
         race_shared(w, x->mask, x->at, x->bytes, how_of(i, store), x->row, store ? x->data : NULL);
     copy_lanes(x, k->shared, 0, store);
     if (store && x->row)
         memset(k->shared_state + x->at[0], 1, 32 * x->bytes);
     else if (store)
-        EACH(l, x->mask)
-            memset(k->shared_state + x->at[l], 1, x->bytes);
+        EACH(l, x->mask) memset(k->shared_state + x->at[l], 1, x->bytes);
 }
 
-/* A thread's local memory: .local arrays and the parameters of inlined calls. */
-static void move_local(Warp *w, Access *x, bool store) {
-    u32 each = (w->worker->code->local_bytes + 15) & ~15u;
-    if (!aligned_lanes(w, x)) return;
+/* Memory of which each lane has `size` bytes, `stride` apart: no checks but the bounds. */
+static void move_private(Warp *w, Access *x, u8 *memory, u64 stride, u64 size, const char *what,
+                         bool store) {
     EACH(l, x->mask) {
-        u8 *memory = w->worker->locals + ((size_t)w->index * 32 + l) * each;
-        u8 *data = x->data + l * x->bytes;
-        if (x->at[l] > each || x->bytes > each - x->at[l]) {
-            finding(w, SIM_BOUNDS, (int)l, x->at[l], "local memory of a thread is %u bytes", each);
-            return;
-        }
-        memory += x->at[l];
-        memcpy(store ? memory : data, store ? data : memory, x->bytes);
+        if (!inside(w, l, x->at[l], x->bytes, size, what)) return;
+        u8 *p = memory + l * stride + x->at[l], *data = x->data + l * x->bytes;
+        memcpy(store ? p : data, store ? data : p, x->bytes);
     }
 }
 
-/* The parameter block of the launch, the same for all threads. */
-static void move_param(Warp *w, Access *x, bool store) {
-    const Launch *launch = w->worker->launch;
-    u32 size = launch->kernel->param_bytes;
-    if (store) {
-        finding(w, SIM_READONLY, -1, x->at[0], "store to kernel parameters");
-        return;
-    }
-    if (!aligned_lanes(w, x)) return;
-    EACH(l, x->mask) {
-        if (x->at[l] > size || x->bytes > size - x->at[l]) {
-            finding(w, SIM_BOUNDS, (int)l, x->at[l], "the kernel's parameters are %u bytes", size);
-            return;
-        }
-        memcpy(x->data + l * x->bytes, launch->params + x->at[l], x->bytes);
-    }
-}
-
+/* Local memory: .local arrays and the parameters of inlined calls. Parameters: the block of the
+ * launch, the same for all threads. */
 static void move_space(Warp *w, const Inst *i, Access *x, Space space, bool store) {
-    switch (space) {
-    case SP_SHARED: move_shared(w, i, x, store); break;
-    case SP_LOCAL: move_local(w, x, store); break;
-    case SP_PARAM: move_param(w, x, store); break;
-    default: move_global(w, i, x, store);
-    }
+    Launch *launch = w->worker->launch;
+    u64 each = (launch->code->local_bytes + 15) & ~15u;
+    if (space == SP_PARAM && store)
+        finding(w, SIM_READONLY, -1, x->at[0], "store to kernel parameters");
+    else if (!aligned_lanes(w, x))
+        return;
+    else if (space == SP_SHARED)
+        move_shared(w, i, x, store);
+    else if (space == SP_LOCAL)
+        move_private(w, x, w->worker->locals + (u64)w->index * 32 * each, each, each,
+                     "local memory of a thread is", store);
+    else if (space == SP_PARAM)
+        move_private(w, x, launch->params, 0, launch->kernel->param_bytes,
+                     "the kernel's parameters are", false);
+    else
+        move_global(w, i, x, store);
 }
 
 static u8 class_of(Space space) {
@@ -294,18 +276,6 @@ static void move(Warp *w, const Inst *i, Access *x, bool store) {
 /* ------------------------------------------------------------------------------------------------
  * ld and st */
 
-/* The value of an element, widened as its type says. */
-static u64 extend(Type t, const u8 *p) {
-    u64 v = 0;
-    memcpy(&v, p, (size_t)type_bytes(t));
-    switch (t) {
-    case T_S8: return (u64)(int64_t)(int8_t)v;
-    case T_S16: return (u64)(int64_t)(int16_t)v;
-    case T_S32: return (u64)(int64_t)(int32_t)v;
-    default: return v;
-    }
-}
-
 /* Buffer -> registers: element k of each lane to register k. */
 static void unpack(const Warp *w, const Inst *i, const Access *x) {
     u32 size = (u32)type_bytes((Type)i->type);
@@ -314,20 +284,17 @@ static void unpack(const Warp *w, const Inst *i, const Access *x) {
         u32 *to = slot(w, i->dst[k]);
         if (size == 4 && !i->wide_dst && w->mask == FULL_WARP) {
             const u32 *words = (const u32 *)(const void *)from;
-            u32 stride = i->n_dst;
-            if (stride == 1)
-                memcpy(to, words, 128);
-            else if (stride == 2)
+            if (i->n_dst == 2)
                 LANES to[l] = words[2 * l];
-            else
+            else if (i->n_dst == 4)
                 LANES to[l] = words[4 * l];
+            else
+                memcpy(to, words, 128);
         } else {
             EACH(l, w->mask) {
-                u64 v = extend((Type)i->type, from + l * x->bytes);
-                if (i->wide_dst)
-                    ((u64 *)(void *)to)[l] = v;
-                else
-                    to[l] = (u32)v;
+                u64 v = 0;
+                memcpy(&v, from + l * x->bytes, size);
+                put_lane(to, i->wide_dst, l, (u64)integer_of((Type)i->type, v));
             }
         }
     }
@@ -343,8 +310,7 @@ static void pack(const Warp *w, const Inst *i, Access *x) {
             memcpy(to, from, 128);
         else
             for (u32 l = 0; l < 32; l++)
-                memcpy(to + l * x->bytes, i->wide_src ? (const void *)((const u64 *)from + l)
-                                                      : (const void *)(from + l), size);
+                memcpy(to + l * x->bytes, from + (i->wide_src ? 2 * l : l), size);
     }
 }
 
@@ -352,43 +318,32 @@ static void fence_block(Warp *w, const Inst *i) {
     if (i->fence) w->worker->fenced = true;
 }
 
-static void load(Warp *w, const Inst *i, void *out) {
-    Access x;
-    (void)out;
-    if (!w->mask) return;
-    x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
-    lane_addresses(w, i, &x);
-    fence_block(w, i);
-    move(w, i, &x, false);
-    if (!w->worker->stop) unpack(w, i, &x);
-}
+/* ld and st, by arg: vec elements of the type. */
+enum { LOAD, STORE };
 
-static void store(Warp *w, const Inst *i, void *out) {
+HANDLER(transfer) {
     Access x;
-    (void)out;
     if (!w->mask) return;
     x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
     lane_addresses(w, i, &x);
     fence_block(w, i);
-    pack(w, i, &x);
-    move(w, i, &x, true);
+    if (i->arg) pack(w, i, &x);
+    move(w, i, &x, i->arg);
+    if (!i->arg && !w->worker->stop) unpack(w, i, &x);
 }
 
 /* prefetch: no effect, hardware ignores bad addresses too. Fences inside a block: lanes and warps
  * see each other's stores at once here. */
-static void nothing(Warp *w, const Inst *i, void *out) {
-    (void)w, (void)i, (void)out;
+HANDLER(nothing) {
 }
 
 /* A fence: what this block reads from now on may be ordered by flags, which is not followed. */
-static void membar(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+HANDLER(membar) {
     w->worker->fenced = true;
 }
 
 /* createpolicy: a cache policy is only a hint, its bits mean nothing here. */
-static void createpolicy(Warp *w, const Inst *i, void *out) {
-    (void)w, (void)i;
+HANDLER(createpolicy) {
     memset(out, 0, 256);
 }
 
@@ -410,21 +365,14 @@ static u64 add_values(Type t, u64 a, u64 b) {
     }
 }
 
-static bool below(Type t, u64 a, u64 b) {
-    switch (t) {
-    case T_S32: return (int32_t)a < (int32_t)b;
-    case T_S64: return (int64_t)a < (int64_t)b;
-    default: return a < b;
-    }
-}
-
 /* New value from the old one and the operands. */
 static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c) {
     Type t = (Type)i->type;
+    bool less = type_is_signed(t) ? integer_of(t, b) < integer_of(t, old) : b < old;
     switch (i->op) {
     case OP_ADD: return add_values(t, old, b);
-    case OP_MIN: return below(t, b, old) ? b : old;
-    case OP_MAX: return below(t, old, b) ? b : old;
+    case OP_MIN: return less ? b : old;
+    case OP_MAX: return less ? old : b;
     case OP_AND: return old & b;
     case OP_OR: return old | b;
     case OP_XOR: return old ^ b;
@@ -436,33 +384,28 @@ static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c) {
 }
 
 /* Lanes in ascending order; launches with global atomics use one worker, so this is exact. */
-static void atomic(Warp *w, const Inst *i, void *out) {
+HANDLER(atomic) {
     Access x;
     u32 all = w->mask;
-    (void)out;
-    if (!w->mask) return;
+    bool wide = type_bytes((Type)i->type) == 8;
+    if (!all) return;
     x.bytes = (u32)type_bytes((Type)i->type);
+    lane_addresses(w, i, &x);
+    x.row = false;
     fence_block(w, i);
-    for (u32 left = all; left && !w->worker->stop; left &= left - 1) {
-        u32 l = (u32)__builtin_ctz(left);
-        u64 old = 0, value, b[2] = {0, 0};
-        w->mask = 1u << l;
-        lane_addresses(w, i, &x);
-        for (int k = 1; k < i->n_src && k < 3; k++)
-            b[k - 1] = x.bytes == 8 ? ((u64 *)src(w, i, k))[l] : ((u32 *)src(w, i, k))[l];
-        u8 *data = x.data + l * x.bytes;
-        Access y = {.mask = x.mask, .bytes = x.bytes};
-        memcpy(y.at, x.at, sizeof y.at);
+    EACH(l, all) {
+        u64 at = x.at[l], old = 0;
+        x.mask = w->mask = 1u << l;
         move(w, i, &x, false);
         if (w->worker->stop) break;
-        memcpy(&old, data, x.bytes);
-        value = combine_atomic(i, old, b[0], b[1]);
-        memcpy(y.data + l * x.bytes, &value, x.bytes);
-        move(w, i, &y, true);
-        if (i->n_dst && x.bytes == 8)
-            ((u64 *)slot(w, i->dst[0]))[l] = old;
-        else if (i->n_dst)
-            ((u32 *)slot(w, i->dst[0]))[l] = (u32)old;
+        memcpy(&old, x.data + l * x.bytes, x.bytes);
+        u64 value = combine_atomic(i, old, get_lane(src(w, i, 1), wide, l),
+                                   get_lane(src(w, i, 2), wide, l));
+        memcpy(x.data + l * x.bytes, &value, x.bytes);
+        x.at[l] = at; /* a generic address, if it was one */
+        x.mask = w->mask;
+        move(w, i, &x, true);
+        if (i->n_dst) put_lane(slot(w, i->dst[0]), wide, l, old);
     }
     w->mask = all;
 }
@@ -477,48 +420,50 @@ static void async_sources(Warp *w, const Inst *i, Access *from, u32 *whole, u32 
     *whole = *part = 0;
     EACH(l, w->mask) {
         u32 n = size ? size[l] : i->vec;
-        from->at[l] = global[l] + (u64)(int64_t)(int32_t)i->target;
+        from->at[l] = global[l] + (u64)(s32)i->target;
         *whole |= (u32)(n == i->vec) << l;
         *part |= (u32)(n > 0 && n < i->vec) << l;
         if (n > i->vec)
             finding(w, SIM_CP_ASYNC, (int)l, from->at[l], "source size %u above the copy's %u", n,
                     i->vec);
     }
-    from->row = *whole == FULL_WARP;
-    for (u64 l = 0; l < 32 && from->row; l++)
-        from->row = from->at[l] == from->at[0] + l * from->bytes;
+    from->bytes = i->vec;
+    from->mask = *whole;
+    from->row = *whole == FULL_WARP && is_row(from);
     memset(from->data, 0, sizeof from->data);
 }
 
-/* Reads the source at once, marks the destination as under way; the bytes arrive at the wait. */
-static void cp_async(Warp *w, const Inst *i, void *out) {
-    Access to, from;
-    u32 all = w->mask, whole, part;
-    (void)out;
-    if (!all) return;
-    to.bytes = from.bytes = i->vec;
-    lane_addresses(w, i, &to);
-    EACH(l, all)
-        if (i->wide_addr && space_of(to.at[l]) == SP_SHARED)
-            to.at[l] &= 0xffffffff;
-    async_sources(w, i, &from, &whole, &part);
-    if (!aligned_lanes(w, &to)) return;
-    w->mask = from.mask = whole;
-    if (whole) move_global(w, i, &from, false);
+/* The source's bytes as they are now; lanes with fewer than the whole get zeros behind. */
+static void async_read(Warp *w, const Inst *i, Access *from, u32 part) {
+    u32 all = w->mask;
+    w->mask = from->mask;
+    if (w->mask && aligned_lanes(w, from)) move_global(w, i, from, false);
     w->mask = all;
     EACH(l, part) {
         u32 n = ((u32 *)src(w, i, 2))[l];
-        Alloc *a = locate(w, from.at[l], n, (int)l, false);
-        if (a)
-            memcpy(from.data + l * from.bytes, a->host + (from.at[l] - a->base), n);
+        Alloc *a = locate(w, from->at[l], n, (int)l, false);
+        if (a) memcpy(from->data + l * from->bytes, a->host + (from->at[l] - a->base), n);
     }
+}
+
+/* Reads the source at once, marks the destination as under way; the bytes arrive at the wait. */
+HANDLER(cp_async) {
+    Access to, from;
+    u32 all = w->mask, whole, part;
+    if (!all) return;
+    to.bytes = i->vec;
+    lane_addresses(w, i, &to);
     EACH(l, all)
-        if (w->worker->stop || !shared_in_bounds(w, (int)l, to.at[l], to.bytes)) return;
+        if (i->wide_addr && space_of(to.at[l]) == SP_SHARED) to.at[l] &= 0xffffffff;
+    async_sources(w, i, &from, &whole, &part);
+    if (!aligned_lanes(w, &to)) return;
+    async_read(w, i, &from, part);
+    EACH(l, all)
+        if (w->worker->stop || !inside_shared(w, l, to.at[l], to.bytes)) return;
     count_shared(w, to.at, to.bytes, to.row);
     EACH(l, all) {
         u8 *state = w->worker->shared_state + to.at[l];
-        if (memchr(state, 2, to.bytes))
-            check_shared_state(w, (int)l, to.at[l], to.bytes, true);
+        if (memchr(state, 2, to.bytes)) check_shared_state(w, l, to.at[l], to.bytes, true);
         memset(state, 2, to.bytes);
     }
     w->async = xgrow(w->async, w->n_async, &w->cap_async, sizeof *w->async);
@@ -530,13 +475,12 @@ static void cp_async(Warp *w, const Inst *i, void *out) {
 }
 
 /* Closes the group of copies of these lanes. */
-static void cp_commit(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+HANDLER(cp_commit) {
     EACH(l, w->mask) w->committed[l]++;
 }
 
 /* Delivers what the lanes' `keep` newest committed groups do not hold; ~0u: all. */
-void async_deliver(Warp *w, u32 lanes, u32 keep) {
+static void async_deliver(Warp *w, u32 lanes, u32 keep) {
     Worker *k = w->worker;
     u32 kept = 0;
     for (u32 n = 0; n < w->n_async; n++) {
@@ -557,13 +501,11 @@ void async_deliver(Warp *w, u32 lanes, u32 keep) {
     w->n_async = kept;
 }
 
-static void cp_wait_group(Warp *w, const Inst *i, void *out) {
-    (void)out;
+HANDLER(cp_wait_group) {
     async_deliver(w, w->mask, (u32)i->imm);
 }
 
-static void cp_wait_all(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+HANDLER(cp_wait_all) {
     async_deliver(w, w->mask, ~0u);
 }
 
@@ -571,11 +513,10 @@ static void cp_wait_all(Warp *w, const Inst *i, void *out) {
  * ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4), 2(l%4)+1
  * of row l/4, or with .trans of column l/4 */
 
-static void ldmatrix(Warp *w, const Inst *i, void *out) {
+HANDLER(ldmatrix) {
     Access x;
     u32 n = i->vec;
     u16 value[4][8][8]; /* matrix, row, column */
-    (void)out;
     if (!whole_warp(w, "ldmatrix")) return;
     x.bytes = 16;
     lane_addresses(w, i, &x);
@@ -587,7 +528,7 @@ static void ldmatrix(Warp *w, const Inst *i, void *out) {
         }
     x.mask = w->mask = n == 4 ? FULL_WARP : (1u << n * 8) - 1;
     x.row = x.row && n == 4;
-    move_shared(w, i, &x, false);
+    if (aligned_lanes(w, &x)) move_shared(w, i, &x, false);
     w->mask = FULL_WARP;
     if (w->worker->stop) return;
     memcpy(value, x.data, n * 128);
@@ -610,19 +551,22 @@ static void ldmatrix(Warp *w, const Inst *i, void *out) {
 #define TYPES ".b8|.u8|.s8|.b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64"
 #define OPS ".and|.or|.xor|.add|.inc|.dec|.min|.max|.exch"
 
+#define PLACE SCOPE " [.global|.shared|.shared::cta] "
+#define ATOM "atom [.relaxed|.acquire|.release|.acq_rel] " PLACE
+#define RED "red [.relaxed|.release] " PLACE
+
 const Form mem_forms[] = {
-    {"ld .param [.v2|.v4] " TYPES, "Dm", SIM_C_CONST, 0, load},
-    {"ld .const [.v2|.v4] " TYPES, "Dm", SIM_C_CONST, 0, load},
-    {"ld " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "Dm", SIM_C_SHARED, 0, load},
-    {"ld " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "Dm", SIM_C_LOCAL, 0, load},
+    {"ld .param|.const [.v2|.v4] " TYPES, "Dm", SIM_C_CONST, 0, transfer, LOAD},
+    {"ld " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "Dm", SIM_C_SHARED, 0, transfer, LOAD},
+    {"ld " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "Dm", SIM_C_LOCAL, 0, transfer, LOAD},
     {"ld " ORDER " " SCOPE " [.global] " CACHE " [.nc] " EVICT " [.L2::cache_hint] " PREFETCH " "
-     "[.v2|.v4] " TYPES, "Dm?l", SIM_C_GLOBAL, 0, load},
-    {"ldu .global [.v2|.v4] " TYPES, "Dm", SIM_C_GLOBAL, 0, load},
-    {"st .param [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, store},
-    {"st " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "mA", SIM_C_SHARED, 0, store},
-    {"st " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, store},
+     "[.v2|.v4] " TYPES, "Dm?l", SIM_C_GLOBAL, 0, transfer, LOAD},
+    {"ldu .global [.v2|.v4] " TYPES, "Dm", SIM_C_GLOBAL, 0, transfer, LOAD},
+    {"st .param [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, transfer, STORE},
+    {"st " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "mA", SIM_C_SHARED, 0, transfer, STORE},
+    {"st " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, transfer, STORE},
     {"st " ORDER " " SCOPE " [.global] " CACHE " " EVICT " [.v2|.v4] " TYPES, "mA",
-     SIM_C_GLOBAL, 0, store},
+     SIM_C_GLOBAL, 0, transfer, STORE},
     {"prefetch [.global|.local] .L1|.L2|.L2::evict_last|.L2::evict_normal", "m", SIM_C_GLOBAL, 0,
      nothing},
     {"prefetchu .L1", "m", SIM_C_GLOBAL, 0, nothing},
@@ -633,16 +577,11 @@ const Form mem_forms[] = {
     {"createpolicy .fractional .L2::evict_last|.L2::evict_first|.L2::evict_normal|"
      ".L2::evict_unchanged [.L2::evict_unchanged|.L2::evict_first] .b64", "d?w", SIM_C_INT, 64,
      createpolicy},
-    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] " OPS " "
-     ".b32|.u32|.s32|.b64|.u64|.s64", "dma", SIM_C_ATOMIC, 0, atomic},
-    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] .add "
-     "[.noftz] .f32|.f64|.f16x2", "dma", SIM_C_ATOMIC, 0, atomic},
-    {"atom [.relaxed|.acquire|.release|.acq_rel] " SCOPE " [.global|.shared|.shared::cta] .cas "
-     ".b16|.b32|.u32|.b64|.u64", "dmaa", SIM_C_ATOMIC, 0, atomic},
-    {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] " OPS " "
-     ".b32|.u32|.s32|.b64|.u64|.s64", "ma", SIM_C_ATOMIC, 0, atomic},
-    {"red [.relaxed|.release] " SCOPE " [.global|.shared|.shared::cta] .add [.noftz] "
-     ".f32|.f64|.f16x2", "ma", SIM_C_ATOMIC, 0, atomic},
+    {ATOM OPS " .b32|.u32|.s32|.b64|.u64|.s64", "dma", SIM_C_ATOMIC, 0, atomic},
+    {ATOM ".add [.noftz] .f32|.f64|.f16x2", "dma", SIM_C_ATOMIC, 0, atomic},
+    {ATOM ".cas .b16|.b32|.u32|.b64|.u64", "dmaa", SIM_C_ATOMIC, 0, atomic},
+    {RED OPS " .b32|.u32|.s32|.b64|.u64|.s64", "ma", SIM_C_ATOMIC, 0, atomic},
+    {RED ".add [.noftz] .f32|.f64|.f16x2", "ma", SIM_C_ATOMIC, 0, atomic},
     {"cp .async .ca|.cg .shared|.shared::cta .global " PREFETCH, "mMn?w",
      SIM_C_ASYNC, 0, cp_async},
     {"cp .async .commit_group", "", SIM_C_ASYNC, 0, cp_commit},

@@ -1,8 +1,6 @@
 /* exec_warp.c: what lanes do together: shuffles, votes, barriers, matrix products; and control. */
 #include "ptx.h"
 
-#include <immintrin.h>
-
 /* ------------------------------------------------------------------------------------------------
  * the lanes that take part */
 
@@ -54,32 +52,27 @@ static u32 shfl_sources(const Inst *i, const u32 *b, const u32 *c, int *from) {
     return inside;
 }
 
-static void shfl(Warp *w, const Inst *i, void *out) {
+/* Lane l gets a of the lane that b and c name; p: whether that lane lay in the segment. */
+HANDLER(shfl) {
     const u32 *a = src(w, i, 0);
-    u32 result[32], inside, all = w->mask, *to = slot(w, i->dst[0]);
+    u32 result[32], *to = slot(w, i->dst[0]);
     int from[32];
-    (void)out;
     if (!members_ok(w, i, 3, "shfl")) return;
-    inside = shfl_sources(i, src(w, i, 1), src(w, i, 2), from);
-    EACH(l, all) {
-        if (!(all >> from[l] & 1))
+    u32 inside = shfl_sources(i, src(w, i, 1), src(w, i, 2), from);
+    EACH(l, w->mask) {
+        if (!(w->mask >> from[l] & 1))
             finding(w, SIM_WARP_MASK, (int)l, 0, "shfl reads lane %d, which does not take part",
                     from[l]);
         result[l] = a[from[l]];
     }
-    EACH(l, all) to[l] = result[l];
-    if (i->dst_pred) {
-        u32 *p = slot(w, i->dst_pred);
-        *p = (*p & ~all) | (inside & all);
-    }
+    EACH(l, w->mask) to[l] = result[l];
+    put_pred(w, i->dst_pred, inside, w->mask);
 }
 
 /* Counts only the lanes that the mask names. */
-static void vote(Warp *w, const Inst *i, void *out) {
-    u32 p = src_mask(w, i, 0);
+HANDLER(vote) {
+    u32 p = src_mask(w, i, 0), *to = slot(w, i->dst[0]);
     const u32 *members = src(w, i, 1);
-    u32 *to = slot(w, i->dst[0]);
-    (void)out;
     if (!members_ok(w, i, 1, "vote")) return;
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask, yes = p & of;
@@ -87,29 +80,24 @@ static void vote(Warp *w, const Inst *i, void *out) {
         if (i->op == OP_BALLOT)
             to[l] = yes;
         else
-            *to = (*to & ~(1u << l)) | (u32)r << l;
+            put_pred(w, i->dst[0], r ? ~0u : 0, 1u << l);
     }
 }
 
-/* Which named lanes hold the same value. */
-static void match(Warp *w, const Inst *i, void *out) {
+/* Which named lanes hold the same value; .all: do all of them? */
+HANDLER(match) {
     bool wide = type_bytes((Type)i->type) == 8;
     const u32 *members = src(w, i, 1);
-    u64 v[32];
-    (void)out;
+    u32 result[32];
     if (!members_ok(w, i, 1, "match")) return;
-    for (int l = 0; l < 32; l++)
-        v[l] = wide ? ((u64 *)src(w, i, 0))[l] : ((u32 *)src(w, i, 0))[l];
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask, same = 0;
-        EACH(m, of) same |= (u32)(v[m] == v[l]) << m;
-        bool all = same == of;
-        ((u32 *)slot(w, i->dst[0]))[l] = i->op == OP_ANY ? same : all ? of : 0;
-        if (i->dst_pred) {
-            u32 *p = slot(w, i->dst_pred);
-            *p = (*p & ~(1u << l)) | (u32)all << l;
-        }
+        EACH(m, of)
+            same |= (u32)(get_lane(src(w, i, 0), wide, m) == get_lane(src(w, i, 0), wide, l)) << m;
+        result[l] = i->op == OP_ANY ? same : same == of ? of : 0;
+        put_pred(w, i->dst_pred, same == of ? ~0u : 0, 1u << l);
     }
+    EACH(l, w->mask) put_lane(slot(w, i->dst[0]), false, l, result[l]);
 }
 
 static u32 reduce(const Inst *i, u32 x, u32 y) {
@@ -124,10 +112,9 @@ static u32 reduce(const Inst *i, u32 x, u32 y) {
     }
 }
 
-static void redux(Warp *w, const Inst *i, void *out) {
+HANDLER(redux) {
     const u32 *a = src(w, i, 0), *members = src(w, i, 1);
     u32 result[32];
-    (void)out;
     if (!members_ok(w, i, 1, "redux")) return;
     EACH(l, w->mask) {
         u32 of = members[l] & w->mask;
@@ -137,13 +124,9 @@ static void redux(Warp *w, const Inst *i, void *out) {
     EACH(l, w->mask) ((u32 *)slot(w, i->dst[0]))[l] = result[l];
 }
 
-static void activemask(Warp *w, const Inst *i, void *out) {
-    (void)i;
-    for (int l = 0; l < 32; l++) ((u32 *)out)[l] = w->mask;
-}
+OP(activemask, u32, u32, u32, u32, w->mask)
 
-static void warp_sync(Warp *w, const Inst *i, void *out) {
-    (void)out;
+HANDLER(warp_sync) {
     members_ok(w, i, 0, "bar.warp.sync");
 }
 
@@ -158,12 +141,11 @@ static void release_barrier(Worker *k, Barrier *b, u32 id) {
         const Inst *i = &k->code->inst[w->pc];
         w->state = W_RUN;
         if (i->n_dst) {
-            u32 *to = slot(w, i->dst[0]);
             bool yes = i->op == OP_AND ? !b->all : b->any;
-            if (i->op == OP_POPC)
-                EACH(l, w->active) to[l] = b->popc;
+            if (i->op != OP_POPC)
+                put_pred(w, i->dst[0], yes ? ~0u : 0, w->active);
             else
-                *to = (*to & ~w->active) | (yes ? w->active : 0);
+                EACH(l, w->active) put_lane(slot(w, i->dst[0]), false, l, b->popc);
         }
         w->pc++;
     }
@@ -171,12 +153,16 @@ static void release_barrier(Worker *k, Barrier *b, u32 id) {
     k->epoch++;
 }
 
-/* Operands: barrier, then optionally the number of threads (0: all of the block). */
-static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait) {
+/* Operands: barrier, then optionally the number of threads (0: all of the block). arg: BAR_SYNC
+ * waits, BAR_ARRIVE does not, BAR_RED also reduces a predicate. */
+enum { BAR_SYNC, BAR_ARRIVE, BAR_RED };
+
+HANDLER(bar) {
     Worker *k = w->worker;
     u32 lane = (u32)__builtin_ctz(w->mask | 1u << 31);
     u32 id = ((u32 *)src(w, i, 0))[lane];
-    u32 count = i->n_src > count_at ? ((u32 *)src(w, i, (int)count_at))[lane] : 0;
+    u32 count = i->n_src > 1 ? ((u32 *)src(w, i, 1))[lane] : 0;
+    Barrier *b = &k->barriers[id & 15];
     if (!w->mask || (w->active != w->alive && park(w))) return;
     if (w->mask != w->alive) {
         finding(w, SIM_BARRIER, -1, 0, "barrier in divergent code: lanes %08x of %08x are here",
@@ -187,41 +173,17 @@ static void arrive(Warp *w, const Inst *i, u32 count_at, bool wait) {
     } else if (id > 15 || count % 32 || count > (u32)k->n_warps * 32) {
         finding(w, SIM_BARRIER, -1, 0, "bad barrier %u or number of threads %u", id, count);
     } else {
-        Barrier *b = &k->barriers[id];
+        u32 p = i->arg == BAR_RED ? src_mask(w, i, 2) : 0;
+        b->any |= (p & w->mask) != 0;
+        b->all |= (~p & w->mask) != 0;
+        b->popc += (u32)__builtin_popcount(p & w->mask);
         b->expected = count ? count : (u32)k->n_warps * 32;
         b->arrived += 32;
         w->bar_id = id;
-        if (wait) {
-            w->state = W_BARRIER;
-            w->pc--; /* the loop adds one; stays on this instruction until released */
-        }
-        if (b->arrived >= b->expected) {
-            if (wait) w->pc++;
-            release_barrier(k, b, id);
-            if (wait) w->pc--;
-        }
+        if (i->arg != BAR_ARRIVE) w->state = W_BARRIER; /* the release moves the pc on */
+        if (b->arrived >= b->expected) release_barrier(k, b, id);
+        if (i->arg != BAR_ARRIVE) w->pc--; /* the loop adds one */
     }
-}
-
-static void bar_sync(Warp *w, const Inst *i, void *out) {
-    (void)out;
-    arrive(w, i, 1, true);
-}
-
-static void bar_arrive(Warp *w, const Inst *i, void *out) {
-    (void)out;
-    arrive(w, i, 1, false);
-}
-
-static void bar_red(Warp *w, const Inst *i, void *out) {
-    Barrier *b = &w->worker->barriers[((u32 *)src(w, i, 0))[0] & 15];
-    u32 p = src_mask(w, i, 2);
-    (void)out;
-    if (w->mask && w->active != w->alive && park(w)) return;
-    b->any |= (p & w->mask) != 0;
-    b->all |= (~p & w->mask) != 0;
-    b->popc += (u32)__builtin_popcount(p & w->mask);
-    arrive(w, i, 1, true);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -314,11 +276,10 @@ static void multiply_int(Tile *t, bool a_signed, bool b_signed) {
     }
 }
 
-static void mma(Warp *w, const Inst *i, void *out) {
+HANDLER(mma) {
     bool half = i->type == T_F32;
-    Tile t = {.groups = i->vec};
-    u64 mac = 16 * 8 * (u64)i->vec * (half ? 2 : 4);
-    (void)out;
+    Tile t = {.groups = i->arg};
+    u64 mac = 16 * 8 * (u64)i->arg * (half ? 2 : 4);
     if (!whole_warp(w, "mma")) return;
     load_tile(w, i, &t);
     if (half) {
@@ -333,26 +294,21 @@ static void mma(Warp *w, const Inst *i, void *out) {
     store_tile(w, i, &t);
 }
 
-/* vec becomes the number of 32-bit groups along k. */
-static Handler *mma_groups(Inst *i, int groups) {
-    i->vec = (u8)groups;
+/* arg: the number of 32-bit groups along k, which decides the number of registers. */
+static Handler *choose_mma(Inst *i) {
+    int groups = i->arg;
     bool same = i->type != T_F32 || i->type2 == i->type3;
     return same && i->n_dst == 4 && i->n_src == groups / 2 + groups / 4 + 4 ? mma : NULL;
 }
 
-static Handler *choose_mma_4(Inst *i) {
-    return mma_groups(i, 4);
-}
-
-static Handler *choose_mma_8(Inst *i) {
-    return mma_groups(i, 8);
-}
-
-static void sleep_lanes(Warp *w, const Inst *i, void *out) {
-    (void)i, (void)out;
+HANDLER(sleep_lanes) {
     w->yield = true;
     w->next_pc = 0;
 }
+
+#define MMA "mma .sync .aligned "
+#define HALVES " .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", SIM_C_MMA, 0, mma
+#define BYTES " .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", SIM_C_MMA, 0, mma
 
 const Form warp_forms[] = {
     {"shfl .sync .up|.down|.bfly|.idx .b32", "daaaa", SIM_C_WARP, 0, shfl},
@@ -363,22 +319,18 @@ const Form warp_forms[] = {
     {"redux .sync .and|.or|.xor .b32", "daw", SIM_C_WARP, 0, redux},
     {"activemask .b32", "d", SIM_C_WARP, 32, activemask},
     {"bar .warp .sync", "w", SIM_C_WARP, 0, warp_sync},
-    {"bar [.cta] .sync", "w?w", SIM_C_BARRIER, 0, bar_sync},
-    {"bar [.cta] .arrive", "ww", SIM_C_BARRIER, 0, bar_arrive},
-    {"bar [.cta] .red .popc .u32", "dwB", SIM_C_BARRIER, 0, bar_red},
-    {"bar [.cta] .red .and|.or .pred", "dwB", SIM_C_BARRIER, 0, bar_red},
-    {"barrier [.cta] .sync [.aligned]", "w?w", SIM_C_BARRIER, 0, bar_sync},
-    {"barrier [.cta] .arrive [.aligned]", "ww", SIM_C_BARRIER, 0, bar_arrive},
-    {"barrier [.cta] .red .popc [.aligned] .u32", "dwB", SIM_C_BARRIER, 0, bar_red},
-    {"barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", SIM_C_BARRIER, 0, bar_red},
-    {"mma .sync .aligned .m16n8k16 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", SIM_C_MMA,
-     0, .choose = choose_mma_8},
-    {"mma .sync .aligned .m16n8k8 .row .col .f32 .bf16|.f16 .bf16|.f16 .f32", "VUUU", SIM_C_MMA, 0,
-     .choose = choose_mma_4},
-    {"mma .sync .aligned .m16n8k32 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", SIM_C_MMA, 0,
-     .choose = choose_mma_8},
-    {"mma .sync .aligned .m16n8k16 .row .col .s32 .u8|.s8 .u8|.s8 .s32", "VUUU", SIM_C_MMA, 0,
-     .choose = choose_mma_4},
+    {"bar [.cta] .sync", "w?w", SIM_C_BARRIER, 0, bar, BAR_SYNC},
+    {"bar [.cta] .arrive", "ww", SIM_C_BARRIER, 0, bar, BAR_ARRIVE},
+    {"bar [.cta] .red .popc .u32", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
+    {"bar [.cta] .red .and|.or .pred", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
+    {"barrier [.cta] .sync [.aligned]", "w?w", SIM_C_BARRIER, 0, bar, BAR_SYNC},
+    {"barrier [.cta] .arrive [.aligned]", "ww", SIM_C_BARRIER, 0, bar, BAR_ARRIVE},
+    {"barrier [.cta] .red .popc [.aligned] .u32", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
+    {"barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
+    {MMA ".m16n8k16" HALVES, 8, choose_mma},
+    {MMA ".m16n8k8" HALVES, 4, choose_mma},
+    {MMA ".m16n8k32" BYTES, 8, choose_mma},
+    {MMA ".m16n8k16" BYTES, 4, choose_mma},
     {"bra [.uni]", "L", SIM_C_CONTROL, 0, run_bra},
     {"ret [.uni]", "", SIM_C_CONTROL, 0, run_exit},
     {"exit", "", SIM_C_CONTROL, 0, run_exit},

@@ -223,7 +223,7 @@ struct Warp {
     int n_waiting;
     WarpState state;
     int index;         /* within the block */
-    u32 bar_id, bar_count, carry;
+    u32 bar_id, carry;
     bool yield;
     bool parking, forced; /* park the running group; nobody is left to wait for */
     u64 branches;
@@ -239,18 +239,28 @@ typedef struct {
     u32 any, all, popc; /* bar.red: some true, some false, how many true */
 } Barrier;
 
+/* What a worker needs, kept from launch to launch: launches come one at a time and are often short. */
+typedef struct {
+    struct Part {
+        void *at;
+        size_t size;
+    } part[11];
+    u32 serial;
+} Pool;
+enum { P_WARPS, P_FRAMES, P_INITS, P_LOCALS, P_SHARED, P_STATE, P_WRITES, P_READS, P_WARP_COUNT,
+       P_LANE_COUNT, P_CACHE };
+
 /* One CPU thread at work on blocks of a launch. */
 struct Worker {
     struct Launch *launch;
-    void *pool;
+    Pool *pool;
     const SimCode *code;
     SimCounters count;
     u64 *warp_count, *lane_count; /* per instruction */
     Alloc **cache;     /* per instruction: the allocation last used */
     Warp *warps;
     int n_warps;
-    u8 *frames, *locals;
-    u32 *inits;
+    u8 *locals;
     u8 *shared, *shared_state; /* bytes; state per byte: 0 unset, 1 set, 2 cp.async under way */
     u64 *shared_writes, *shared_reads;
     u32 serial;        /* of the block, names it in the shared race records */
@@ -259,7 +269,6 @@ struct Worker {
     u32 block_index, ctaid[3];
     Barrier barriers[16];
     bool stop;
-    u64 rng;
 };
 
 typedef struct Launch {
@@ -344,9 +353,8 @@ static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed) {
 
 /* An instruction: it computes all 32 lanes into `out`, of which the warp loop keeps the active ones
  * (forms with out_bits), or writes the lanes of w->mask itself. */
-#define HANDLER(name)                                                                             \
-    static void name(__attribute__((unused)) Warp *w, __attribute__((unused)) const Inst *i,      \
-                     __attribute__((unused)) void *out)
+#define UNUSED __attribute__((unused))
+#define HANDLER(name) static void name(UNUSED Warp *w, UNUSED const Inst *i, UNUSED void *out)
 
 /* The loop over lanes; the operands of one lane never overlap those of another. */
 #if defined(__clang__)
@@ -389,9 +397,6 @@ void regroup(Warp *w); /* after a change of control flow: continue with the lowe
 bool park(Warp *w);
 /* exec_warp.c: are all 32 lanes here? If not: parked, or a finding. */
 bool whole_warp(Warp *w, const char *what);
-
-/* exec_mem.c: delivers the asynchronous copies that group `keep` newest ones do not cover. */
-void async_deliver(Warp *w, u32 lanes, u32 keep);
 
 /* check.c: race records. */
 enum { ACC_READ, ACC_WRITE, ACC_ATOMIC, ACC_STRONG_READ, ACC_STRONG_WRITE };
