@@ -34,8 +34,8 @@ static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
     *device = owner(address);
     if (*device >= 0 && !sim_mem_check(address, bytes, why, sizeof why)) return OK;
     if (*device < 0) snprintf(why, sizeof why, "not device memory");
-    return misuse("device pointer 0x%llx, %llu bytes: %s", (unsigned long long)address,
-                  (unsigned long long)bytes, why);
+    return misuse("device pointer 0x%lx, %lu bytes: %s", address,
+                  bytes, why);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ static CUresult release(CUdeviceptr address) {
     if (!address) return OK;
     if (c) run_ctx(c);
     if (c && c->sticky) return c->sticky;
-    return !sim_mem_free(address) ? OK : misuse("0x%llx is not the start of an allocation",
-                                                (unsigned long long)address);
+    return !sim_mem_free(address) ? OK : misuse("0x%lx is not the start of an allocation",
+                                                address);
 }
 
 API(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), mem_info(free_bytes, total))
@@ -176,7 +176,7 @@ static CUresult side(uint64_t p, uint64_t bytes, int want, int *device, bool *pi
     *pinned = false;
     *device = owner(p);
     if (*device >= 0 && want == HOST)
-        return misuse("0x%llx is device memory, host memory is expected", (unsigned long long)p);
+        return misuse("0x%lx is device memory, host memory is expected", p);
     if (*device >= 0 || want == DEVICE) {
         HostRange *h = want == DEVICE ? host_find(p, bytes) : NULL;
         if (!h) return device_range(p, bytes, device);
@@ -241,9 +241,9 @@ CUresult work_copy(const Work *w) {
         if (good < w->bytes) {
             SimFinding f = { .kind = SIM_UNINIT, .kernel = "", .device = w->src_dev, .file = "",
                              .address = w->src + good };
-            snprintf(f.text, sizeof f.text, "a copy of %llu bytes to the host reads bytes that "
-                     "nothing wrote, the first at offset %llu", (unsigned long long)w->bytes,
-                     (unsigned long long)good);
+            snprintf(f.text, sizeof f.text, "a copy of %lu bytes to the host reads bytes that "
+                     "nothing wrote, the first at offset %lu", w->bytes,
+                     good);
             sim_report(&f);
         }
     }

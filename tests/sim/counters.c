@@ -161,10 +161,10 @@ char *sim_finding_text(const SimFinding *f, char *out, size_t size) {
     if (f->kernel && f->kernel[0] && n >= 0 && (size_t)n < size)
         n += snprintf(out + n, size - (size_t)n,
                       "kernel %s, device %d, PTX line %d%s%s%s%.0d, block (%u,%u,%u), thread "
-                      "(%u,%u,%u), address 0x%llx: ", f->kernel, f->device, f->ptx_line,
+                      "(%u,%u,%u), address 0x%lx: ", f->kernel, f->device, f->ptx_line,
                       f->line ? ", " : "", f->line ? f->file : "", f->line ? ":" : "", f->line,
                       f->block[0], f->block[1], f->block[2], f->thread[0], f->thread[1],
-                      f->thread[2], (unsigned long long)f->address);
+                      f->thread[2], f->address);
     if (n >= 0 && (size_t)n < size)
         snprintf(out + n, size - (size_t)n, "%s", f->text);
     return out;

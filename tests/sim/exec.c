@@ -147,8 +147,8 @@ static void count_branch(Warp *w) {
         w->next_pc = 0;
     }
     if (w->branches > sim_options.watchdog)
-        finding(w, SIM_TIMEOUT, -1, 0, "endless loop: more than %llu taken branches",
-                (unsigned long long)sim_options.watchdog);
+        finding(w, SIM_TIMEOUT, -1, 0, "endless loop: more than %lu taken branches",
+                sim_options.watchdog);
 }
 
 /* The handlers of control flow leave pc one before where to go on: the loop adds one. */

@@ -73,8 +73,8 @@ static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store) {
     if (store && a && a->read_only)
         finding(w, SIM_READONLY, lane, address, "store to constant memory");
     else
-        finding(w, kind, lane, address, "%s of %llu bytes %s", store ? "store" : "load",
-                (unsigned long long)bytes, text);
+        finding(w, kind, lane, address, "%s of %lu bytes %s", store ? "store" : "load",
+                bytes, text);
     return NULL;
 }
 
@@ -85,8 +85,8 @@ static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, i
     u64 at = address - a->base, n = bits_prefix(a->valid, at, bytes);
     if (n < bytes)
         finding(w, SIM_UNINIT, lane, address + n,
-                "read of global memory that nothing wrote, %llu bytes into a block of %llu",
-                (unsigned long long)(at + n), (unsigned long long)a->size);
+                "read of global memory that nothing wrote, %lu bytes into a block of %lu",
+                (at + n), a->size);
 }
 
 static int how_of(const Inst *i, bool store) {
@@ -158,7 +158,7 @@ static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
 
 static bool inside(Warp *w, u32 lane, u64 address, u64 bytes, u64 size, const char *what) {
     if (address <= size && bytes <= size - address) return true;
-    finding(w, SIM_BOUNDS, (int)lane, address, "%s %llu bytes", what, (unsigned long long)size);
+    finding(w, SIM_BOUNDS, (int)lane, address, "%s %lu bytes", what, size);
     return false;
 }
 

@@ -114,9 +114,10 @@ static CUresult instantiate(Exec **exec, Graph *graph, unsigned long long flags)
 API(CTX, 11040, cuGraphInstantiateWithFlags, (CUgraphExec *exec, CUgraph graph,
     unsigned long long flags), instantiate(exec, graph, flags))
 SYMBOL(new_instantiate, "cuGraphInstantiate", 12000, cuGraphInstantiateWithFlags)
+/* The old form has room for a message and a node at fault, of which there are none. */
 API(CTX, 11000, cuGraphInstantiate_v2, (CUgraphExec *exec, CUgraph graph, CUgraphNode *error_node,
-    char *log, size_t log_size),
-    (log && log_size ? *log = 0 : 0, GIVE(error_node, NULL), instantiate(exec, graph, 0)))
+    char *log, size_t log_size), ((void)(error_node && (*error_node = NULL)),
+    (void)(log && log_size && (*log = 0)), instantiate(exec, graph, 0)))
 
 static CUresult exec_destroy(Exec *e) {
     if (!obj_ok(e, T_EXEC)) return E_INVALID_VALUE;

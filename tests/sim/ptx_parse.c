@@ -255,7 +255,7 @@ u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
 static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const char *what) {
     u64 at = (*used + align - 1) & ~(align - 1);
     if (at + bytes > limit)
-        ptx_fail(p, "%s memory over %llu bytes", what, (unsigned long long)limit);
+        ptx_fail(p, "%s memory over %lu bytes", what, limit);
     *used = (u32)(at + bytes);
     return (u32)at;
 }

@@ -194,29 +194,48 @@ static void ask_ptxas(const char *ptxas) {
 /* ------------------------------------------------------------------------------------------------
  * writing */
 
+static double us_of(uint64_t ps) {
+    return (double)ps * 1e-6;
+}
+
 /* Warps per multiprocessor, of 48, with the largest block and shared memory of any launch. */
 static int occupancy(const KernelStats *k) {
     return occupancy_blocks(k->registers, k->threads, k->shared + k->max_dynamic) *
            ((k->threads + 31) / 32);
 }
 
+/* A list of "name": number for JSON. */
+typedef struct {
+    const char *name;
+    uint64_t n;
+} Number;
+
+static void put_numbers(FILE *f, const Number *list, size_t n, const char *separator) {
+    for (size_t i = 0; i < n; i++)
+        fprintf(f, "%s\"%s\": %lu", i ? separator : "", list[i].name, list[i].n);
+}
+#define PUT_NUMBERS(f, separator, ...)                                                             \
+    put_numbers(f, (Number[]){ __VA_ARGS__ }, sizeof(Number[]){ __VA_ARGS__ } / sizeof(Number),    \
+                separator)
+
 /* By bytes per thread: how often, how much, in how many sectors. */
 static void put_access(FILE *f, const char *name, const SimAccess *a) {
     fprintf(f, "      \"%s\": {", name);
-    for (int w = 0; w < SIM_N_WIDTHS; w++)
-        fprintf(f, "%s\"%d\": {\"warp\": %llu, \"lane\": %llu, \"bytes\": %llu, \"sectors\": %llu}",
-                w ? ", " : "", 1 << w, (unsigned long long)a[w].warp, (unsigned long long)a[w].lane,
-                (unsigned long long)a[w].bytes, (unsigned long long)a[w].sectors);
+    for (int w = 0; w < SIM_N_WIDTHS; w++) {
+        fprintf(f, "%s\"%d\": {", w ? ", " : "", 1 << w);
+        PUT_NUMBERS(f, ", ", { "warp", a[w].warp }, { "lane", a[w].lane }, { "bytes", a[w].bytes },
+                    { "sectors", a[w].sectors });
+        fprintf(f, "}");
+    }
     fprintf(f, "},\n");
 }
 
 static void put_computed(FILE *f, const KernelStats *k) {
     fprintf(f, "      \"computed_us\": {");
     for (int i = 0; i < N_CARDS; i++) {
-        fprintf(f, "%s\"%s\": {\"total\": %.6f", i ? ", " : "", cards[i].name,
-                (double)k->ps[i] * 1e-6);
+        fprintf(f, "%s\"%s\": {\"total\": %.6f", i ? ", " : "", cards[i].name, us_of(k->ps[i]));
         for (int b = 0; b < N_BOUNDS; b++)
-            fprintf(f, ", \"bound_by_%s\": %.6f", bound_name[b], (double)k->bound[i][b] * 1e-6);
+            fprintf(f, ", \"bound_by_%s\": %.6f", bound_name[b], us_of(k->bound[i][b]));
         fprintf(f, "}");
     }
     fprintf(f, "}\n");
@@ -224,7 +243,9 @@ static void put_computed(FILE *f, const KernelStats *k) {
 
 static void put_kernel(FILE *f, const KernelStats *k, bool ptxas, bool first) {
     const SimCounters *c = &k->sum;
-    const struct { const char *name; uint64_t n; } list[] = {
+    Number classes[SIM_N_CLASSES];
+    fprintf(f, "%s    \"%s\": {\n      ", first ? "" : ",\n", k->name);
+    PUT_NUMBERS(f, ",\n      ",
         { "launches", c->launches }, { "blocks", c->blocks }, { "threads", c->threads },
         { "warp_instructions", sim_warp_instructions(c) },
         { "lane_instructions", sim_lane_instructions(c) },
@@ -237,16 +258,12 @@ static void put_kernel(FILE *f, const KernelStats *k, bool ptxas, bool first) {
         { "mma_half_mac", c->mma_half_mac }, { "mma_int_mac", c->mma_int_mac },
         { "registers", (uint64_t)k->registers }, { "shared_static_bytes", k->shared },
         { "shared_dynamic_bytes", k->max_dynamic }, { "local_bytes", k->local },
-        { "occupancy_warps", (uint64_t)occupancy(k) },
-    };
-    fprintf(f, "%s    \"%s\": {\n", first ? "" : ",\n", k->name);
-    for (size_t i = 0; i < sizeof list / sizeof *list; i++)
-        fprintf(f, "      \"%s\": %llu,\n", list[i].name, (unsigned long long)list[i].n);
-    fprintf(f, "      \"registers_from\": \"%s\",\n", ptxas ? "ptxas" : "estimate");
-    fprintf(f, "      \"warp\": {");
+        { "occupancy_warps", (uint64_t)occupancy(k) });
+    fprintf(f, ",\n      \"registers_from\": \"%s\",\n      \"warp\": {",
+            ptxas ? "ptxas" : "estimate");
     for (int i = 0; i < SIM_N_CLASSES; i++)
-        fprintf(f, "%s\"%s\": %llu", i ? ", " : "", sim_class_name((SimClass)i),
-                (unsigned long long)c->warp[i]);
+        classes[i] = (Number){ sim_class_name((SimClass)i), c->warp[i] };
+    put_numbers(f, classes, SIM_N_CLASSES, ", ");
     fprintf(f, "},\n");
     put_access(f, "load", c->load);
     put_access(f, "store", c->store);
@@ -256,42 +273,39 @@ static void put_kernel(FILE *f, const KernelStats *k, bool ptxas, bool first) {
 
 static void put_totals(FILE *f) {
     static const char *way[] = { "to_device", "from_device", "between" };
+    Number found[SIM_N_KINDS];
     uint64_t launches = 0;
+    size_t n = 0;
     fprintf(f, "  \"devices\": [");
     for (int d = 0; d < config.devices; d++) {
         launches += devices[d].launches;
-        fprintf(f, "%s{\"launches\": %llu, \"computed_kernel_us\": {", d ? ", " : "",
-                (unsigned long long)devices[d].launches);
+        fprintf(f, "%s{\"launches\": %lu, \"computed_kernel_us\": {", d ? ", " : "",
+                devices[d].launches);
         for (int i = 0; i < N_CARDS; i++)
-            fprintf(f, "%s\"%s\": %.6f", i ? ", " : "", cards[i].name,
-                    (double)devices[d].ps[i] * 1e-6);
+            fprintf(f, "%s\"%s\": %.6f", i ? ", " : "", cards[i].name, us_of(devices[d].ps[i]));
         fprintf(f, "}}");
     }
     fprintf(f, "],\n  \"copies\": {");
     for (int i = 0; i < 3; i++)
-        fprintf(f, "%s\"%s\": {\"count\": %llu, \"bytes\": %llu}", i ? ", " : "", way[i],
-                (unsigned long long)copies[i].count, (unsigned long long)copies[i].bytes);
-    fprintf(f, "},\n  \"launches\": %llu, \"computed_gaps_us\": %.2f,\n  \"hops\": %llu, "
-            "\"computed_hops_us\": %.1f,\n  \"findings\": {", (unsigned long long)launches,
-            (double)launches * gap_us, (unsigned long long)hops, (double)hops * hop_us);
-    bool first = true;
-    for (int i = 0; i < SIM_N_KINDS; i++) {
-        if (!findings[i]) continue;
-        fprintf(f, "%s\"%s\": %llu", first ? "" : ", ", sim_kind_name((SimKind)i),
-                (unsigned long long)findings[i]);
-        first = false;
-    }
+        fprintf(f, "%s\"%s\": {\"count\": %lu, \"bytes\": %lu}", i ? ", " : "", way[i],
+                copies[i].count, copies[i].bytes);
+    fprintf(f, "},\n  \"launches\": %lu, \"computed_gaps_us\": %.2f,\n  \"hops\": %lu, "
+            "\"computed_hops_us\": %.1f,\n  \"findings\": {", launches,
+            (double)launches * gap_us, hops, (double)hops * hop_us);
+    for (int i = 0; i < SIM_N_KINDS; i++)
+        if (findings[i]) found[n++] = (Number){ sim_kind_name((SimKind)i), findings[i] };
+    put_numbers(f, found, n, ", ");
     fprintf(f, "},\n");
 }
 
 static void put_json(FILE *f, bool ptxas) {
+    bool first = true;
     fprintf(f, "{\n  \"device\": \"%s\",\n  \"model\": \"computed, not measured: per launch max("
             "unique bytes / (%.2f x DRAM bandwidth), warp instructions / issue rate, tensor "
             "operations / rate, %.0f us); gaps of %.2f us and hops of %.0f us apart\",\n",
             config.name, dram_share, floor_us, gap_us, hop_us);
     put_totals(f);
     fprintf(f, "  \"kernels\": {\n");
-    bool first = true;
     for (KernelStats *k = kernels; k; k = k->next) {
         if (!k->sum.launches) continue;
         put_kernel(f, k, ptxas, first);
@@ -304,9 +318,9 @@ static double ratio(uint64_t a, uint64_t b) {
     return b ? (double)a / (double)b : 0;
 }
 
-/* sect/ideal: 32-byte sectors touched over bytes asked for / 32; bank: passes over the ideal. */
+/* sect: 32-byte sectors touched over bytes asked for / 32; bank: passes over the ideal. */
 static void put_table(FILE *f, bool ptxas) {
-    uint64_t launches = 0, us[N_CARDS] = { 0 };
+    uint64_t launches = 0, ps[N_CARDS] = { 0 };
     fprintf(f, "%s; times are computed, not measured (registers: %s)\n", config.name,
             ptxas ? "ptxas" : "estimate");
     fprintf(f, "%-28s %8s %10s %10s %9s %9s %5s %5s %4s %4s %10s %10s\n", "kernel", "launches",
@@ -320,22 +334,19 @@ static void put_table(FILE *f, bool ptxas) {
             bytes += c->load[w].bytes + c->store[w].bytes;
             sectors += c->load[w].sectors + c->store[w].sectors;
         }
-        fprintf(f, "%-28s %8llu %10llu %10llu %9.3f %9.3f %5.2f %5.2f %4d %4d %10.2f %10.2f\n",
-                k->name, (unsigned long long)c->launches,
-                (unsigned long long)sim_warp_instructions(c),
-                (unsigned long long)sim_lane_instructions(c), c->unique_load_sectors * 32e-6,
-                c->unique_store_sectors * 32e-6, ratio(32 * sectors, bytes),
-                ratio(c->shared_passes, c->shared_ideal), k->registers, occupancy(k),
-                (double)k->ps[0] * 1e-6, (double)k->ps[1] * 1e-6);
+        fprintf(f, "%-28s %8lu %10lu %10lu %9.3f %9.3f %5.2f %5.2f %4d %4d %10.2f %10.2f\n",
+                k->name, c->launches, sim_warp_instructions(c), sim_lane_instructions(c),
+                (double)c->unique_load_sectors * 32e-6, (double)c->unique_store_sectors * 32e-6,
+                ratio(32 * sectors, bytes), ratio(c->shared_passes, c->shared_ideal), k->registers,
+                occupancy(k), us_of(k->ps[0]), us_of(k->ps[1]));
         launches += c->launches;
-        for (int i = 0; i < N_CARDS; i++) us[i] += k->ps[i];
+        for (int i = 0; i < N_CARDS; i++) ps[i] += k->ps[i];
     }
-    fprintf(f, "sect: sectors touched x 32 / bytes asked for by threads; bank: shared passes / ideal; "
-            "occ: warps of %d\n", WARPS_PER_SM);
-    fprintf(f, "sum of kernels: computed %.2f us (3090), %.2f us (A5000); apart from that %llu "
-            "gaps (computed %.1f us) and %llu hops (computed %.1f us)\n", (double)us[0] * 1e-6,
-            (double)us[1] * 1e-6, (unsigned long long)launches, (double)launches * gap_us,
-            (unsigned long long)hops, (double)hops * hop_us);
+    fprintf(f, "sect: sectors touched x 32 / bytes asked for by threads; bank: shared passes / "
+            "ideal; occ: warps of %d\n", WARPS_PER_SM);
+    fprintf(f, "sum of kernels: computed %.2f us (3090), %.2f us (A5000); apart from that %lu gaps "
+            "(computed %.1f us) and %lu hops (computed %.1f us)\n", us_of(ps[0]), us_of(ps[1]),
+            launches, (double)launches * gap_us, hops, (double)hops * hop_us);
 }
 
 /* Writes the report so far: JSON, or the table if the name ends in .txt or is "-" (stderr). Returns
