@@ -49,8 +49,7 @@ static bool parse_number(const char *s, uint64_t *value) {
     return good;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * SIM_FAULT: comma-separated list, README.md has the forms */
+/* ---- SIM_FAULT: comma-separated list, README.md has the forms */
 
 typedef struct {
     char what[64];      /* a function, or launch, oom, lost, missing, corrupt */
@@ -103,8 +102,7 @@ bool fault_missing(const char *symbol) {
     return fault(what, -1, 1, E_NOT_FOUND) != OK;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * configuration */
+/* ---- configuration */
 
 static uint64_t env_number(const char *name, uint64_t usual, uint64_t max) {
     const char *s = getenv(name);
@@ -171,8 +169,7 @@ __attribute__((constructor)) static void load_config(void) {
     free(copy);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * entry */
+/* ---- entry */
 
 Ctx *cur(void) {
     return self.depth ? self.stack[self.depth - 1] : NULL;
@@ -220,8 +217,7 @@ static CUresult text(const char **to, const char *s) {
 API(ANY, 6000, cuGetErrorName, (CUresult code, const char **to), text(to, error_name(code)))
 API(ANY, 6000, cuGetErrorString, (CUresult code, const char **to), text(to, error_text(code)))
 
-/* ------------------------------------------------------------------------------------------------
- * devices */
+/* ---- devices */
 
 /* What `call` gives, if the device exists. */
 #define ON_DEVICE(dev, call) ((dev) < 0 || (dev) >= config.devices ? E_INVALID_DEVICE : (call))
@@ -271,8 +267,7 @@ API(INIT, 2000, cuDeviceGetAttribute, (int *value, CUdevice_attribute which, CUd
 API(INIT, 4000, cuDeviceCanAccessPeer, (int *can, CUdevice dev, CUdevice peer),
     ON_DEVICE(dev, ON_DEVICE(peer, GIVE(can, config.peer && dev != peer))))
 
-/* ------------------------------------------------------------------------------------------------
- * contexts: primary ones only */
+/* ---- contexts: primary ones only */
 
 Ctx *device_ctx(int device) {
     return device >= 0 && device < config.devices && contexts[device].retained ? &contexts[device]

@@ -60,24 +60,7 @@ typedef struct {
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* CUresult, without the CUDA_ERROR_ (and STREAM_) of the long names. */
-enum {
-    OK = 0, E_INVALID_VALUE = 1, E_OUT_OF_MEMORY = 2, E_NOT_INITIALIZED = 3, E_NO_DEVICE = 100,
-    E_INVALID_DEVICE = 101, E_INVALID_IMAGE = 200, E_INVALID_CONTEXT = 201,
-    E_NO_BINARY_FOR_GPU = 209, E_PEER_ACCESS_UNSUPPORTED = 217, E_FILE_NOT_FOUND = 301,
-    E_INVALID_HANDLE = 400, E_ILLEGAL_STATE = 401, E_NOT_FOUND = 500, E_NOT_READY = 600,
-    E_LAUNCH_OUT_OF_RESOURCES = 701, E_PEER_ACCESS_ALREADY_ENABLED = 704,
-    E_PEER_ACCESS_NOT_ENABLED = 705, E_PRIMARY_CONTEXT_ACTIVE = 708, E_CONTEXT_IS_DESTROYED = 709,
-    E_HOST_MEMORY_ALREADY_REGISTERED = 712, E_HOST_MEMORY_NOT_REGISTERED = 713,
-    E_LAUNCH_FAILED = 719, E_COOPERATIVE_LAUNCH_TOO_LARGE = 720, E_NOT_PERMITTED = 800,
-    E_NOT_SUPPORTED = 801, E_CAPTURE_UNSUPPORTED = 900, E_CAPTURE_INVALIDATED = 901,
-    E_CAPTURE_MERGE = 902, E_CAPTURE_UNMATCHED = 903, E_CAPTURE_UNJOINED = 904,
-    E_CAPTURE_ISOLATION = 905, E_CAPTURE_IMPLICIT = 906, E_CAPTURED_EVENT = 907,
-    E_CAPTURE_WRONG_THREAD = 908, E_GRAPH_EXEC_UPDATE_FAILURE = 910, E_UNKNOWN = 999,
-};
-
-/* ------------------------------------------------------------------------------------------------
- * configuration, from the environment (README.md lists the variables) */
+/* ---- configuration, from the environment (README.md lists the variables) */
 
 typedef struct {
     int devices;
@@ -92,8 +75,7 @@ typedef struct {
 
 extern Config config;
 
-/* ------------------------------------------------------------------------------------------------
- * objects. Every handle starts with an Obj; destroyed objects stay in a list, marked dead, so that
+/* ---- objects. Every handle starts with an Obj; destroyed objects stay in a list, marked dead, so that
  * a stale handle is an error and not a crash. */
 
 typedef enum { T_CTX = 0x51A0, T_MODULE, T_FUNC, T_STREAM, T_EVENT, T_GRAPH, T_EXEC } Type;
@@ -227,8 +209,7 @@ struct Capture {
     Capture *next;
 };
 
-/* ------------------------------------------------------------------------------------------------
- * api.c: entry, contexts */
+/* ---- api.c: entry, contexts */
 
 enum { ANY = 0, INIT = 1, CTX = 3, UNSAFE = 7 }; /* UNSAFE: CTX, and not during a capture */
 

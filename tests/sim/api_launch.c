@@ -1,15 +1,13 @@
 /* api_launch.c: modules, functions, launches, occupancy. */
 #include "api.h"
 
-/* ------------------------------------------------------------------------------------------------
- * modules: PTX text only */
+/* ---- modules: PTX text only */
 
 /* Where the just-in-time compiler's messages go. */
 typedef struct {
     char *error, *info;             /* buffers or NULL */
     size_t error_size, info_size;
     void **error_slot, **info_slot; /* receive the bytes written */
-    bool verbose;
 } JitLogs;
 
 /* Takes what matters from the option list: the log buffers. Option numbers are CUjit_option; sizes
@@ -23,7 +21,6 @@ static CUresult jit_options(unsigned n, const CUjit_option *options, void **valu
         case 4: logs->info_size = (uint32_t)(uintptr_t)*v, logs->info_slot = v; break;
         case 5: logs->error = *v; break;
         case 6: logs->error_size = (uint32_t)(uintptr_t)*v, logs->error_slot = v; break;
-        case 12: logs->verbose = *v != NULL; break;
         default:
             if ((int)options[i] < 0 || (int)options[i] > 33) return E_INVALID_VALUE;
         }
@@ -40,13 +37,6 @@ static void put_log(char *buffer, size_t size, void **slot, const char *text) {
     if (slot) *slot = (void *)(uintptr_t)n;
 }
 
-/* The number behind a directive such as ".target sm_", or -1. Comments are not skipped: NVRTC
- * writes none that contains a directive. */
-static int directive(const char *text, const char *name) {
-    const char *p = strstr(text, name);
-    return p ? atoi(p + strlen(name)) : -1;
-}
-
 /* Is it PTX, and for this device? Binaries (ELF, fat binaries) are for real devices only. */
 static CUresult check_image(const char *image, char *log, size_t size) {
     static const unsigned char fat[4] = { 0x50, 0xED, 0x55, 0xBA };
@@ -54,9 +44,9 @@ static CUresult check_image(const char *image, char *log, size_t size) {
         snprintf(log, size, "the simulated device runs PTX, not machine code");
         return E_NO_BINARY_FOR_GPU;
     }
-    const char *p = strstr(image, ".version");
+    const char *p = strstr(image, ".version"), *t = p ? strstr(p, ".target sm_") : NULL;
     if (!p) return E_INVALID_IMAGE;
-    int target = directive(p, ".target sm_");
+    int target = t ? atoi(t + strlen(".target sm_")) : -1;
     if (target <= sim_options.sm) return OK;
     snprintf(log, size, "fatal: SM version specified by .target (%d) is higher than the device's "
              "(%d)", target, sim_options.sm);
@@ -75,18 +65,6 @@ static void make_functions(Module *m) {
         f->max_dynamic = f->kernel->shared_bytes < 49152 ? 49152 - f->kernel->shared_bytes : 0;
         f->carveout = -1;
         f->stats = stats_of(f);
-    }
-}
-
-/* What ptxas -v would say (option 12), with the registers estimated. */
-static void verbose_log(const Module *m, char *log, size_t size) {
-    size_t n = 0;
-    for (int i = 0; i < m->n_funcs && n < size; i++) {
-        const SimKernel *k = m->funcs[i].kernel;
-        int w = snprintf(log + n, size - n, "info: %s: about %d registers, %u bytes shared, "
-                         "%u bytes local\n", k->name, k->registers, k->shared_bytes,
-                         k->local_bytes);
-        n += w > 0 ? (size_t)w : 0;
     }
 }
 
@@ -110,9 +88,7 @@ static CUresult load(CUmodule *module, const char *image, unsigned n, const CUji
     m->sim = sim;
     m->text = strdup(image);
     make_functions(m);
-    log[0] = 0;
-    if (logs.verbose) verbose_log(m, log, sizeof log);
-    put_log(logs.info, logs.info_size, logs.info_slot, log);
+    put_log(logs.info, logs.info_size, logs.info_slot, "");
     *module = m;
     return OK;
 }
@@ -160,8 +136,7 @@ API(CTX, 2000, cuModuleGetFunction, (CUfunction *function, CUmodule m, const cha
 API(CTX, 3020, cuModuleGetGlobal_v2, (CUdeviceptr *address, size_t *bytes, CUmodule m, const char *name),
     get_global(address, bytes, m, name))
 
-/* ------------------------------------------------------------------------------------------------
- * functions */
+/* ---- functions */
 
 /* CUfunction_attribute: 0 threads, 1 shared, 2 constant, 3 local bytes, 4 registers, 5 PTX and 6
  * machine version, 7 cache mode, 8 and 9 as below. */
@@ -212,8 +187,7 @@ static CUresult max_active_blocks(int *blocks, const Func *f, int threads, size_
 API(CTX, 6050, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *blocks, CUfunction f, int threads,
     size_t dynamic_shared), max_active_blocks(blocks, f, threads, dynamic_shared))
 
-/* ------------------------------------------------------------------------------------------------
- * launches */
+/* ---- launches */
 
 /* The limits of compute capability 8.6; a block that has too many threads for the registers or for
  * .maxntid is "out of resources", everything else an invalid value. */

@@ -38,8 +38,7 @@ static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
                   bytes, why);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * device memory */
+/* ---- device memory */
 
 static CUresult mem_info(size_t *free_bytes, size_t *total) {
     uint64_t left, all;
@@ -72,8 +71,7 @@ API(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), mem_info(fr
 API(UNSAFE, 3020, cuMemAlloc_v2, (CUdeviceptr *address, size_t bytes), allocate(address, bytes))
 API(UNSAFE, 3020, cuMemFree_v2, (CUdeviceptr address), release(address))
 
-/* ------------------------------------------------------------------------------------------------
- * host memory */
+/* ---- host memory */
 
 static size_t pages(uint64_t bytes) {
     return (size_t)((bytes + 4095) & ~(uint64_t)4095);
@@ -166,8 +164,7 @@ static CUresult pointer_attribute(void *out, int which, uint64_t p) {
 API(INIT, 4000, cuPointerGetAttribute, (void *out, CUpointer_attribute which, CUdeviceptr p),
     pointer_attribute(out, (int)which, p))
 
-/* ------------------------------------------------------------------------------------------------
- * copies */
+/* ---- copies */
 
 enum { HOST = 1, DEVICE = 2, EITHER = 3 }; /* what an argument has to be */
 
@@ -200,7 +197,7 @@ static CUresult copy(uint64_t dst, int dst_is, uint64_t src, int src_is, uint64_
     if (r) return r;
     w.ctx = s->ctx;
     bool pageable = (w.dst_dev < 0 && !dst_pinned) || (w.src_dev < 0 && !src_pinned);
-    if (s->capture && pageable) return capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (s->capture && pageable) return capture_break(s->capture, E_STREAM_CAPTURE_UNSUPPORTED);
     if (w.src_dev < 0 && !src_pinned) {
         w.owned = zalloc(bytes);
         memcpy(w.owned, (void *)(uintptr_t)src, bytes);
@@ -296,8 +293,7 @@ API(CTX, 4000, cuMemcpyPeerAsync, (CUdeviceptr dst, CUcontext to, CUdeviceptr sr
 API(UNSAFE, 4000, cuMemcpyPeer, (CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
     size_t bytes), peer_copy(dst, to, src, from, bytes, NULL, true))
 
-/* ------------------------------------------------------------------------------------------------
- * memset */
+/* ---- memset */
 
 CUresult work_set(const Work *w) {
     char why[200] = "";

@@ -129,8 +129,7 @@ const char *sim_class_name(SimClass class) {
     return class < SIM_N_CLASSES ? names[class] : "?";
 }
 
-/* ------------------------------------------------------------------------------------------------
- * findings as text */
+/* ---- findings as text */
 
 static void (*sink)(void *, const SimFinding *);
 static void *sink_user;

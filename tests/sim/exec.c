@@ -23,8 +23,7 @@ SimOptions sim_options = {
 static Pool pools[MAX_WORKERS];
 static pthread_mutex_t report_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* ------------------------------------------------------------------------------------------------
- * findings */
+/* ---- findings */
 
 /* Linear thread number -> threadIdx. */
 static void thread_index(const Launch *launch, u32 linear, unsigned out[3]) {
@@ -38,11 +37,11 @@ static void thread_index(const Launch *launch, u32 linear, unsigned out[3]) {
 static int error_of(SimKind kind) {
     switch (kind) {
     case SIM_BOUNDS: case SIM_FREED: case SIM_FOREIGN: case SIM_READONLY:
-        return SIM_ERROR_ILLEGAL_ADDRESS;
-    case SIM_ALIGN: return SIM_ERROR_MISALIGNED_ADDRESS;
-    case SIM_TIMEOUT: return SIM_ERROR_LAUNCH_TIMEOUT;
-    case SIM_TRAP: case SIM_UNSUPPORTED: return SIM_ERROR_ILLEGAL_INSTRUCTION;
-    default: return SIM_ERROR_LAUNCH_FAILED;
+        return E_ILLEGAL_ADDRESS;
+    case SIM_ALIGN: return E_MISALIGNED_ADDRESS;
+    case SIM_TIMEOUT: return E_LAUNCH_TIMEOUT;
+    case SIM_TRAP: case SIM_UNSUPPORTED: return E_ILLEGAL_INSTRUCTION;
+    default: return E_LAUNCH_FAILED;
     }
 }
 
@@ -53,7 +52,7 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     const Inst *i = &k->code->inst[w->pc];
     const SimModule *m = launch->kernel->module;
     int error = error_of(kind);
-    bool survivable = error == SIM_ERROR_LAUNCH_FAILED && kind != SIM_BARRIER;
+    bool survivable = error == E_LAUNCH_FAILED && kind != SIM_BARRIER;
     bool stop = sim_options.strict || !survivable;
     u32 lanes = w->mask ? w->mask : w->alive ? w->alive : 1;
     if (k->stop) return;
@@ -95,8 +94,7 @@ float perturb(const Warp *w, float x, u32 lane) {
     return bits_float(bits + (u32)(h % (2 * range + 1)) - range);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * control flow */
+/* ---- control flow */
 
 /* Ends the running group's turn at its PC (if it still has lanes) and continues with the lowest.
  * Groups that are parked run only when no other is left; meeting another group unparks them. */
@@ -180,7 +178,7 @@ void run_trap(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
 void run_assert(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
     if (!w->mask) return;
     finding(w, SIM_TRAP, -1, 0, "assertion failed");
-    w->worker->launch->result = SIM_ERROR_ASSERT;
+    w->worker->launch->result = E_ASSERT;
 }
 
 void run_clock(Warp *w, const Inst *i, UNUSED void *out) {
@@ -207,8 +205,7 @@ void run_wrapped(Warp *w, const Inst *i, void *out) {
         d[l] = d[l] > 0 ? d[l] < 1 ? d[l] : 1 : 0;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * the loop of a warp */
+/* ---- the loop of a warp */
 
 /* Reads of registers that the dataflow could not prove to be set. A plain copy is not a use: the
  * copy is then as unset as its source (compilers copy undefined values). */
@@ -272,8 +269,7 @@ static void run_warp(Warp *w) {
     if (w->active) w->next_pc = 0;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * blocks */
+/* ---- blocks */
 
 /* Fills a slot that may be unused: with one value, or lane by lane. */
 static void fill(const Warp *w, u32 offset, bool wide, u64 value) {
@@ -433,8 +429,7 @@ static void *worker_main(void *arg) {
     return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * launches */
+/* ---- launches */
 
 /* Small launches are not worth a thread. */
 static int n_workers(const Launch *launch) {
@@ -465,16 +460,16 @@ static int check_limits(const SimLaunch *in, Launch *launch) {
         threads *= in->block[d];
         if (!in->grid[d] || !in->block[d] || (kernel->required_block[d] &&
                                               kernel->required_block[d] != in->block[d]))
-            return SIM_ERROR_INVALID_VALUE;
-        if (blocks > 1u << 31 || threads > 1024) return SIM_ERROR_INVALID_VALUE;
+            return E_INVALID_VALUE;
+        if (blocks > 1u << 31 || threads > 1024) return E_INVALID_VALUE;
     }
-    if (threads > (u64)kernel->max_threads) return SIM_ERROR_INVALID_VALUE;
+    if (threads > (u64)kernel->max_threads) return E_INVALID_VALUE;
     u64 shared = ((kernel->shared_bytes + 15) & ~15u) + (u64)in->dynamic_shared;
-    if (shared > SIM_SHARED_MAX) return SIM_ERROR_INVALID_VALUE;
+    if (shared > SIM_SHARED_MAX) return E_INVALID_VALUE;
     launch->n_blocks = (u32)blocks;
     launch->n_threads = (u32)threads;
     launch->shared_bytes = (u32)shared;
-    return SIM_SUCCESS;
+    return OK;
 }
 
 int sim_launch(const SimLaunch *in, SimCounters *counters) {

@@ -11,8 +11,7 @@
 typedef __int128 s128;
 typedef unsigned __int128 u128;
 
-/* ------------------------------------------------------------------------------------------------
- * integers. Results are modulo 2^bits; there are no flags but the carry of .cc. */
+/* ---- integers. Results are modulo 2^bits; there are no flags but the carry of .cc. */
 
 /* One expression for all sizes, where the sign does not matter; for all types, where it does. */
 #define INT3(name, expression)                                                                    \
@@ -113,8 +112,7 @@ HANDLER(carry_chain) {
     if (i->carry) w->carry = (w->carry & ~w->mask) | carry;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * bits. The second operand of a shift is 32 bits wide whatever the type; shifts by the width or
+/* ---- bits. The second operand of a shift is 32 bits wide whatever the type; shifts by the width or
  * more give zeros, or sign bits. */
 
 OP(shl_16, u16, u16, u32, u32, y < 16 ? x << (y & 15) : 0)
@@ -238,8 +236,7 @@ static u32 dot2(const Inst *i, u32 a, u32 b, u32 sum) {
 
 OP(dp2a_32, u32, u32, u32, u32, dot2(i, x, y, z))
 
-/* ------------------------------------------------------------------------------------------------
- * f32 and f64. Other rounding modes, .ftz and .sat are added around these by run_wrapped. */
+/* ---- f32 and f64. Other rounding modes, .ftz and .sat are added around these by run_wrapped. */
 
 static inline f32 canon_f32(f32 x) {
     return x == x ? x : bits_float(CANON_NAN);
@@ -308,8 +305,7 @@ APPROX(sin, sin(x))
 APPROX(cos, cos(x))
 APPROX(tanh, tanh(x))
 
-/* ------------------------------------------------------------------------------------------------
- * comparisons, predicates, selection, moves */
+/* ---- comparisons, predicates, selection, moves */
 
 /* The sign bits of 32 words. */
 static inline u32 pack_mask(const u32 *t) {
@@ -522,8 +518,7 @@ const Form alu_forms[] = {
     {"add " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, add_f32},
     {"sub " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, sub_f32},
     {"mul " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, mul_f32},
-    {"fma .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", SIM_C_FP32, 32, fma_f32},
-    {"mad .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", SIM_C_FP32, 32, fma_f32},
+    {"fma|mad .rn|.rz|.rm|.rp [.ftz] [.sat] .f32", "daaa", SIM_C_FP32, 32, fma_f32},
     {"min [.ftz] .f32", "daa", SIM_C_FP32, 32, min_f32},
     {"min [.ftz] .NaN .f32", "daa", SIM_C_FP32, 32, min_nan_f32},
     {"max [.ftz] .f32", "daa", SIM_C_FP32, 32, max_f32},
@@ -546,8 +541,7 @@ const Form alu_forms[] = {
     {"add " RND " .f64", "daa", SIM_C_FP64, 64, add_f64},
     {"sub " RND " .f64", "daa", SIM_C_FP64, 64, sub_f64},
     {"mul " RND " .f64", "daa", SIM_C_FP64, 64, mul_f64},
-    {"fma .rn|.rz|.rm|.rp .f64", "daaa", SIM_C_FP64, 64, fma_f64},
-    {"mad .rn|.rz|.rm|.rp .f64", "daaa", SIM_C_FP64, 64, fma_f64},
+    {"fma|mad .rn|.rz|.rm|.rp .f64", "daaa", SIM_C_FP64, 64, fma_f64},
     {"div .rn|.rz|.rm|.rp .f64", "daa", SIM_C_FP64, 64, div_f64},
     {"rcp .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, rcp_f64},
     {"sqrt .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, sqrt_f64},

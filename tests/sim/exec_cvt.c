@@ -7,8 +7,7 @@
 
 #include <math.h>
 
-/* ------------------------------------------------------------------------------------------------
- * short formats */
+/* ---- short formats */
 
 /* To an integer value, in the mode of a float (.rn ...) or of an integer result (.rni ...). */
 static double integral(double x, u8 mode) {
@@ -55,8 +54,7 @@ static u16 float_to_bf16(float f, Rounding mode) {
     return shorten((double)f, 7, 127, mode);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * cvt, one lane after the other: any type to any other */
+/* ---- cvt, one lane after the other: any type to any other */
 
 s64 integer_of(Type type, u64 lane) {
     switch (type) {
@@ -143,8 +141,7 @@ HANDLER(cvt_any) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
- * the frequent conversions, a vector at a time */
+/* ---- the frequent conversions, a vector at a time */
 
 OP(cvt_u64_u32, u64, u32, u32, u32, x)
 OP(cvt_s64_s32, s64, s32, u32, u32, x)
@@ -247,8 +244,7 @@ static u32 pack(const Inst *i, s32 a, s32 b, u32 c) {
 
 OP(cvt_pack, u32, s32, s32, u32, pack(i, x, y, z))
 
-/* ------------------------------------------------------------------------------------------------
- * half arithmetic */
+/* ---- half arithmetic */
 
 /* a b + c as a double whose last bit is odd whenever the sum is inexact; a b is exact. */
 static double fma_odd(double a, double b, double c) {

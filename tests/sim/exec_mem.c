@@ -12,8 +12,7 @@ typedef struct {
     _Alignas(64) u8 data[32 * 16];
 } Access;
 
-/* ------------------------------------------------------------------------------------------------
- * addresses */
+/* ---- addresses */
 
 static bool is_row(const Access *x) {
     u64 wrong = 0;
@@ -78,8 +77,7 @@ static Alloc *locate(Warp *w, u64 address, u64 bytes, int lane, bool store) {
     return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * global memory */
+/* ---- global memory */
 
 static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, int lane) {
     u64 at = address - a->base, n = bits_prefix(a->valid, at, bytes);
@@ -153,8 +151,7 @@ static void move_global(Warp *w, const Inst *i, Access *x, bool store) {
     w->mask = x->mask = mask;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * shared, local and parameter memory: windows that begin at address 0 */
+/* ---- shared, local and parameter memory: windows that begin at address 0 */
 
 static bool inside(Warp *w, u32 lane, u64 address, u64 bytes, u64 size, const char *what) {
     if (address <= size && bytes <= size - address) return true;
@@ -273,8 +270,7 @@ static void move(Warp *w, const Inst *i, Access *x, bool store) {
         move_space(w, i, x, (Space)i->space, store);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * ld and st */
+/* ---- ld and st */
 
 /* Buffer -> registers: element k of each lane to register k. */
 static void unpack(const Warp *w, const Inst *i, const Access *x) {
@@ -347,8 +343,7 @@ HANDLER(createpolicy) {
     memset(out, 0, 256);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * atomics */
+/* ---- atomics */
 
 static u64 add_values(Type t, u64 a, u64 b) {
     float f = bits_float((u32)a) + bits_float((u32)b);
@@ -410,8 +405,7 @@ HANDLER(atomic) {
     w->mask = all;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * cp.async */
+/* ---- cp.async */
 
 /* Source addresses, and the lanes that copy all their bytes or only some (the rest is zero). */
 static void async_sources(Warp *w, const Inst *i, Access *from, u32 *whole, u32 *part) {
@@ -509,8 +503,7 @@ HANDLER(cp_wait_all) {
     async_deliver(w, w->mask, ~0u);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4), 2(l%4)+1
+/* ---- ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4), 2(l%4)+1
  * of row l/4, or with .trans of column l/4 */
 
 HANDLER(ldmatrix) {

@@ -1,8 +1,7 @@
 /* exec_warp.c: what lanes do together: shuffles, votes, barriers, matrix products; and control. */
 #include "ptx.h"
 
-/* ------------------------------------------------------------------------------------------------
- * the lanes that take part */
+/* ---- the lanes that take part */
 
 /* Checks the member mask of every executing lane: it must name the lane, and no lane that is alive
  * and elsewhere. */
@@ -130,8 +129,7 @@ HANDLER(warp_sync) {
     members_ok(w, i, 0, "bar.warp.sync");
 }
 
-/* ------------------------------------------------------------------------------------------------
- * barriers */
+/* ---- barriers */
 
 /* The barrier is complete: everyone goes on; bar.red results are handed out. */
 static void release_barrier(Worker *k, Barrier *b, u32 id) {
@@ -186,8 +184,7 @@ HANDLER(bar) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
- * mma: D = A B + C, A 16 x K, B K x 8
+/* ---- mma: D = A B + C, A 16 x K, B K x 8
  *
  * With g = lane / 4 and t = lane % 4, register r of A holds row g + 8 (r & 1) and the 32-bit group
  * of columns t + 4 (r / 2); register r of B the group of rows t + 4 r of column g; C and D: rows g
@@ -319,14 +316,10 @@ const Form warp_forms[] = {
     {"redux .sync .and|.or|.xor .b32", "daw", SIM_C_WARP, 0, redux},
     {"activemask .b32", "d", SIM_C_WARP, 32, activemask},
     {"bar .warp .sync", "w", SIM_C_WARP, 0, warp_sync},
-    {"bar [.cta] .sync", "w?w", SIM_C_BARRIER, 0, bar, BAR_SYNC},
-    {"bar [.cta] .arrive", "ww", SIM_C_BARRIER, 0, bar, BAR_ARRIVE},
-    {"bar [.cta] .red .popc .u32", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
-    {"bar [.cta] .red .and|.or .pred", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
-    {"barrier [.cta] .sync [.aligned]", "w?w", SIM_C_BARRIER, 0, bar, BAR_SYNC},
-    {"barrier [.cta] .arrive [.aligned]", "ww", SIM_C_BARRIER, 0, bar, BAR_ARRIVE},
-    {"barrier [.cta] .red .popc [.aligned] .u32", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
-    {"barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
+    {"bar|barrier [.cta] .sync [.aligned]", "w?w", SIM_C_BARRIER, 0, bar, BAR_SYNC},
+    {"bar|barrier [.cta] .arrive [.aligned]", "ww", SIM_C_BARRIER, 0, bar, BAR_ARRIVE},
+    {"bar|barrier [.cta] .red .popc [.aligned] .u32", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
+    {"bar|barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
     {MMA ".m16n8k16" HALVES, 8, choose_mma},
     {MMA ".m16n8k8" HALVES, 4, choose_mma},
     {MMA ".m16n8k32" BYTES, 8, choose_mma},
@@ -334,8 +327,7 @@ const Form warp_forms[] = {
     {"bra [.uni]", "L", SIM_C_CONTROL, 0, run_bra},
     {"ret [.uni]", "", SIM_C_CONTROL, 0, run_exit},
     {"exit", "", SIM_C_CONTROL, 0, run_exit},
-    {"trap", "", SIM_C_CONTROL, 0, run_trap},
-    {"brkpt", "", SIM_C_CONTROL, 0, run_trap},
+    {"trap|brkpt", "", SIM_C_CONTROL, 0, run_trap},
     {"nanosleep .u32", "a", SIM_C_CONTROL, 0, sleep_lanes},
     {0},
 };

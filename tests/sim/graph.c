@@ -7,8 +7,7 @@
 
 static Capture *captures; /* all, ended ones included */
 
-/* ------------------------------------------------------------------------------------------------
- * graphs */
+/* ---- graphs */
 
 static Graph *graph_new(void) {
     return obj_new(T_GRAPH, sizeof(Graph));
@@ -89,8 +88,7 @@ API(CTX, 12000, cuGraphAddKernelNode_v2, (CUgraphNode *node, CUgraph graph, cons
     size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params),
     add_kernel(node, graph, deps, n_deps, params))
 
-/* ------------------------------------------------------------------------------------------------
- * executable graphs */
+/* ---- executable graphs */
 
 /* Functions of a module that is gone cannot run any more. */
 static CUresult functions_ok(const Graph *g) {
@@ -135,7 +133,7 @@ static CUresult launch(Exec *e, CUstream h) {
     CUresult r = get_stream(h, &s);
     if (r) return r;
     if (!obj_ok(e, T_EXEC)) return E_INVALID_VALUE;
-    if (s->capture) return capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (s->capture) return capture_break(s->capture, E_STREAM_CAPTURE_UNSUPPORTED);
     r = functions_ok(e->graph);
     if (!r) r = append(s, &(Work){ .ctx = s->ctx }, e->last);
     if (r) return r;
@@ -213,14 +211,13 @@ static CUresult set_params(Exec *e, Node *node, const CUDA_KERNEL_NODE_PARAMS_v2
 API(CTX, 12000, cuGraphExecKernelNodeSetParams_v2, (CUgraphExec exec, CUgraphNode node,
     const CUDA_KERNEL_NODE_PARAMS_v2 *params), set_params(exec, node, params))
 
-/* ------------------------------------------------------------------------------------------------
- * capture */
+/* ---- capture */
 
 /* Spoils a capture and passes the reason on. */
 CUresult capture_break(Capture *c, CUresult why) {
     bool was = c->broken;
     c->broken = true;
-    return was ? E_CAPTURE_INVALIDATED : why;
+    return was ? E_STREAM_CAPTURE_INVALIDATED : why;
 }
 
 /* Calls that may wait for the device or change its memory map are not allowed while the calling
@@ -230,7 +227,7 @@ CUresult capture_allows(void) {
     for (Capture *c = captures; c; c = c->next) {
         bool mine = pthread_equal(c->thread, pthread_self());
         if (c->ended || c->mode == 2 || (c->mode == 1 && !mine)) continue;
-        r = capture_break(c, E_CAPTURE_UNSUPPORTED);
+        r = capture_break(c, E_STREAM_CAPTURE_UNSUPPORTED);
     }
     return r;
 }
@@ -258,7 +255,7 @@ static void set_front(Front *front, const Front *to) {
 CUresult capture_add(Stream *s, Work *work) {
     if (s->capture->broken) {
         work_free(work);
-        return E_CAPTURE_INVALIDATED;
+        return E_STREAM_CAPTURE_INVALIDATED;
     }
     Node *n = graph_add(s->capture->graph, work, s->front.nodes, s->front.n);
     set_front(&s->front, &(Front){ &n, 1 });
@@ -267,7 +264,7 @@ CUresult capture_add(Stream *s, Work *work) {
 
 /* The event stands for the stream's place in the graph, and no longer for any real record. */
 CUresult capture_record(Event *e, Stream *s) {
-    if (s->capture->broken) return E_CAPTURE_INVALIDATED;
+    if (s->capture->broken) return E_STREAM_CAPTURE_INVALIDATED;
     e->capture = s->capture;
     op_hold(&e->op, NULL);
     set_front(&e->front, &s->front);
@@ -278,13 +275,13 @@ CUresult capture_record(Event *e, Stream *s) {
  * the capture or in another one spoils it; so does making the legacy stream wait. */
 CUresult capture_wait(Stream *s, Event *e) {
     Capture *of_event = e->capture && !e->capture->ended ? e->capture : NULL;
-    if (s->capture && s->capture->broken) return E_CAPTURE_INVALIDATED;
-    if (!of_event) return e->op || e->capture ? capture_break(s->capture, E_CAPTURE_ISOLATION) : OK;
-    if (of_event->broken) return E_CAPTURE_INVALIDATED;
-    if (s == s->ctx->legacy) return capture_break(of_event, E_CAPTURE_IMPLICIT);
+    if (s->capture && s->capture->broken) return E_STREAM_CAPTURE_INVALIDATED;
+    if (!of_event) return e->op || e->capture ? capture_break(s->capture, E_STREAM_CAPTURE_ISOLATION) : OK;
+    if (of_event->broken) return E_STREAM_CAPTURE_INVALIDATED;
+    if (s == s->ctx->legacy) return capture_break(of_event, E_STREAM_CAPTURE_IMPLICIT);
     if (s->capture && s->capture != of_event) {
-        capture_break(of_event, E_CAPTURE_MERGE);
-        return capture_break(s->capture, E_CAPTURE_MERGE);
+        capture_break(of_event, E_STREAM_CAPTURE_MERGE);
+        return capture_break(s->capture, E_STREAM_CAPTURE_MERGE);
     }
     if (!s->capture) s->front.n = 0;
     s->capture = of_event;
@@ -298,7 +295,7 @@ static CUresult begin(CUstream h, int mode) {
     CUresult r = get_stream(h, &s);
     if (r) return r;
     if (mode < 0 || mode > 2) return E_INVALID_VALUE;
-    if (s == s->ctx->legacy) return E_CAPTURE_UNSUPPORTED;
+    if (s == s->ctx->legacy) return E_STREAM_CAPTURE_UNSUPPORTED;
     if (s->capture) return E_ILLEGAL_STATE;
     Capture *c = zalloc(sizeof *c);
     *c = (Capture){ graph_new(), s, mode, pthread_self(), false, false, captures };
@@ -339,10 +336,10 @@ static CUresult end(CUstream h, CUgraph *graph) {
     if (!graph) return E_INVALID_VALUE;
     Capture *c = s->capture;
     if (!c) return E_ILLEGAL_STATE;
-    if (s != c->origin) return capture_break(c, E_CAPTURE_UNMATCHED);
-    if (c->mode != 2 && !pthread_equal(c->thread, pthread_self())) return E_CAPTURE_WRONG_THREAD;
-    r = leave_capture(c) ? OK : E_CAPTURE_UNJOINED;
-    if (c->broken) r = E_CAPTURE_INVALIDATED;
+    if (s != c->origin) return capture_break(c, E_STREAM_CAPTURE_UNMATCHED);
+    if (c->mode != 2 && !pthread_equal(c->thread, pthread_self())) return E_STREAM_CAPTURE_WRONG_THREAD;
+    r = leave_capture(c) ? OK : E_STREAM_CAPTURE_UNJOINED;
+    if (c->broken) r = E_STREAM_CAPTURE_INVALIDATED;
     c->ended = true;
     *graph = r ? NULL : c->graph;
     if (r) graph_free(c->graph);
@@ -357,7 +354,7 @@ static CUresult is_capturing(CUstream h, CUstreamCaptureStatus *status) {
     CUresult r = get_stream(h, &s);
     if (r) return r;
     for (Stream *t = s == s->ctx->legacy ? s->ctx->streams : NULL; t; t = t->next)
-        if (t->capture && !(t->flags & 1)) return E_CAPTURE_IMPLICIT;
+        if (t->capture && !(t->flags & 1)) return E_STREAM_CAPTURE_IMPLICIT;
     return GIVE(status, !s->capture ? 0 : s->capture->broken ? 2 : 1);
 }
 

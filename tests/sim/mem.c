@@ -24,8 +24,7 @@ static Device *device_of(int index) {
     return d;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * memory of the simulator itself */
+/* ---- memory of the simulator itself */
 
 static void *got(void *p, size_t bytes) {
     if (p) return p;
@@ -46,8 +45,7 @@ void *xgrow(void *array, u32 count, u32 *cap, size_t item) {
     return array;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * bit sets: one bit per byte of memory */
+/* ---- bit sets: one bit per byte of memory */
 
 bool bits_all(const u8 *bits, u64 first, u64 count) {
     return bits_prefix(bits, first, count) == count;
@@ -64,10 +62,6 @@ u64 bits_prefix(const u8 *bits, u64 first, u64 count) {
                 n += 64;
                 continue;
             }
-        }
-        if (at % 8 == 0 && count - n >= 8 && bits[at / 8] == 0xff) {
-            n += 8;
-            continue;
         }
         if (!(bits[at / 8] >> (at % 8) & 1)) return n;
         n++;
@@ -95,8 +89,7 @@ void bits_set(u8 *bits, u64 first, u64 count, bool value) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
- * the table */
+/* ---- the table */
 
 /* Index of the first allocation above `address`. */
 static u32 upper(u64 address) {
@@ -162,8 +155,7 @@ static void drop_records(Alloc *a) {
     a->seen_load = a->seen_store = NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * device memory */
+/* ---- device memory */
 
 void sim_mem_limit(int device, u64 bytes) {
     device_of(device)->limit = bytes;
@@ -184,9 +176,9 @@ static void poison(u8 *p, u64 bytes) {
 int mem_alloc(int device, u64 bytes, bool global, Alloc **out) {
     Device *d = device_of(device);
     u64 room = (bytes + RED_ZONE - 1) & ~(u64)(RED_ZONE - 1);
-    if (!bytes) return SIM_ERROR_INVALID_VALUE;
+    if (!bytes) return E_INVALID_VALUE;
     if (room < bytes || room > d->limit - d->used || d->next + room + RED_ZONE > DEVICE_SPAN)
-        return SIM_ERROR_OUT_OF_MEMORY;
+        return E_OUT_OF_MEMORY;
     Alloc *a = zalloc(sizeof *a);
     a->device = device;
     a->base = DEVICE_BASE + (u64)device * DEVICE_SPAN + RED_ZONE + d->next;
@@ -200,7 +192,7 @@ int mem_alloc(int device, u64 bytes, bool global, Alloc **out) {
     d->next += room + RED_ZONE;
     insert(a);
     *out = a;
-    return SIM_SUCCESS;
+    return OK;
 }
 
 int sim_mem_alloc(int device, u64 bytes, u64 *address) {
@@ -224,9 +216,9 @@ static void release(Alloc *a) {
 int sim_mem_free(u64 address) {
     Alloc *a = mem_lookup(address);
     if (!a || a->base != address || a->freed || a->device < 0 || a->module_global)
-        return SIM_ERROR_INVALID_VALUE;
+        return E_INVALID_VALUE;
     release(a);
-    return SIM_SUCCESS;
+    return OK;
 }
 
 void sim_mem_reset(int device) {
@@ -254,14 +246,13 @@ void mem_prepare_launch(u32 number) {
         }
 }
 
-/* ------------------------------------------------------------------------------------------------
- * host memory */
+/* ---- host memory */
 
 int sim_mem_host_add(void *host, u64 bytes) {
     u64 base = (u64)(uintptr_t)host;
-    if (!host || !bytes || base + bytes < base) return SIM_ERROR_INVALID_VALUE;
+    if (!host || !bytes || base + bytes < base) return E_INVALID_VALUE;
     u32 at = upper(base + bytes - 1);
-    if (at && table[at - 1]->base + table[at - 1]->size > base) return SIM_ERROR_INVALID_VALUE;
+    if (at && table[at - 1]->base + table[at - 1]->size > base) return E_INVALID_VALUE;
     Alloc *a = zalloc(sizeof *a);
     a->device = -1;
     a->base = base;
@@ -269,23 +260,22 @@ int sim_mem_host_add(void *host, u64 bytes) {
     a->host = host;
     add_records(a);
     insert(a);
-    return SIM_SUCCESS;
+    return OK;
 }
 
 int sim_mem_host_remove(void *host) {
     u64 base = (u64)(uintptr_t)host;
     Alloc *a = mem_lookup(base);
-    if (!a || a->base != base || a->device >= 0) return SIM_ERROR_INVALID_VALUE;
+    if (!a || a->base != base || a->device >= 0) return E_INVALID_VALUE;
     u32 at = upper(base) - 1;
     memmove(table + at, table + at + 1, (n_table - at - 1) * sizeof *table);
     n_table--;
     drop_records(a);
     free(a);
-    return SIM_SUCCESS;
+    return OK;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * questions */
+/* ---- questions */
 
 bool sim_mem_find(u64 address, SimRange *r) {
     const Alloc *a = mem_lookup(address);
@@ -328,10 +318,10 @@ int sim_mem_check(u64 address, u64 bytes, char *text, size_t text_size) {
     const Alloc *a = mem_lookup(address);
     char scratch[8];
     SimKind kind;
-    if (a && !a->freed && bytes <= a->size - (address - a->base)) return SIM_SUCCESS;
+    if (a && !a->freed && bytes <= a->size - (address - a->base)) return OK;
     mem_explain(address, bytes, -1, &kind, text ? text : scratch,
                 text ? text_size : sizeof scratch);
-    return SIM_ERROR_INVALID_VALUE;
+    return E_INVALID_VALUE;
 }
 
 void *sim_mem_ptr(u64 address) {
@@ -348,17 +338,13 @@ void sim_mem_copy_marks(u64 destination, u64 source, u64 bytes) {
     const Alloc *from = mem_lookup(source);
     Alloc *to = mem_lookup(destination);
     if (!to || !to->valid) return;
-    u64 d = destination - to->base, n = 0;
-    while (n < bytes) { /* runs of set and of unset bytes in turn */
-        u64 s = from && from->valid ? source + n - from->base : 0;
-        u64 run = from && from->valid ? bits_prefix(from->valid, s, bytes - n) : bytes - n;
+    u64 d = destination - to->base, run;
+    for (u64 n = 0; n < bytes; n++) { /* runs of set bytes, and single unset ones */
+        run = from && from->valid ? bits_prefix(from->valid, source + n - from->base, bytes - n)
+                                  : bytes;
         bits_set(to->valid, d + n, run, true);
         n += run;
-        for (; n < bytes; n++) {
-            s = source + n - from->base;
-            if (from->valid[s / 8] >> (s % 8) & 1) break;
-            bits_set(to->valid, d + n, 1, false);
-        }
+        if (n < bytes) bits_set(to->valid, d + n, 1, false);
     }
 }
 

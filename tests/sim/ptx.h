@@ -47,8 +47,7 @@ typedef struct Alloc Alloc;
 #define LOCAL_BASE 0xf10000000000ull
 #define PARAM_BASE 0xf20000000000ull
 
-/* ------------------------------------------------------------------------------------------------
- * decoded instructions */
+/* ---- decoded instructions */
 
 typedef enum {
     T_NONE, T_PRED,
@@ -160,17 +159,16 @@ struct SimModule {
         const char *name;
         u64 address, bytes;
     } *globals;
-    u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, const_bytes;
-    struct Chunk *arena;
+    u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, n_memory, cap_memory, const_bytes;
+    void **memory; /* that lives as long as the module */
 };
 
-void *arena_get(SimModule *m, size_t bytes); /* zeroed; aborts when memory is out */
+void *module_memory(SimModule *m, size_t bytes); /* zeroed, lives as long as the module */
 
 /* ptx_decode.c: definite assignment and register pressure of finished code. */
 void analyse(SimModule *m, SimKernel *kernel);
 
-/* ------------------------------------------------------------------------------------------------
- * memory records */
+/* ---- memory records */
 
 struct Alloc {
     u64 base, size;
@@ -192,8 +190,7 @@ bool bits_all(const u8 *bits, u64 first, u64 count); /* are these bits all set? 
 void bits_set(u8 *bits, u64 first, u64 count, bool value);
 u64 bits_prefix(const u8 *bits, u64 first, u64 count); /* number of set bits at the start */
 
-/* ------------------------------------------------------------------------------------------------
- * running */
+/* ---- running */
 
 /* Lanes at a PC. Parked: they stand before an instruction that needs lanes of other groups too. */
 typedef struct {

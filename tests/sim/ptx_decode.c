@@ -14,8 +14,7 @@
  * A destination may be followed by |p, a predicate (shfl, match). */
 #include "ptx_parser.h"
 
-/* ------------------------------------------------------------------------------------------------
- * opcodes */
+/* ---- opcodes */
 
 /* What a modifier puts into which field of the instruction; the others change nothing here. */
 #define FIELD(name) offsetof(Inst, name)
@@ -85,9 +84,9 @@ static bool element_allows(const char *element, size_t n, const char *mod, size_
 /* Matches an opcode against a pattern; on failure `reach` is how much of the opcode was matched. */
 static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
     size_t n = strcspn(pattern, " "), name = strcspn(opcode, ".");
+    const char *mod = opcode + name, *e = pattern + n;
     *reach = 0;
-    if (n != name || memcmp(pattern, opcode, n)) return false;
-    const char *mod = opcode + n, *e = pattern + n;
+    if (!element_allows(pattern, n, opcode, name)) return false;
     while (*e == ' ') e++;
     while (*e) {
         bool optional = *e == '[';
@@ -124,8 +123,7 @@ static const Form *find_form(Parser *p, const char *opcode) {
     ptx_fail(p, "unsupported modifier '%.*s' in '%s'", (int)bad + 1, opcode + best, opcode);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * operands */
+/* ---- operands */
 
 static const char *const special_names[SR_COUNT] = {
     "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y",
@@ -385,8 +383,7 @@ static void operands(Parser *p, Inst *i, const char *letters) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
- * instructions */
+/* ---- instructions */
 
 /* %clock and the other registers that change by themselves. */
 static bool reads_clock(const SimCode *c, const Inst *i) {
@@ -469,8 +466,7 @@ void decode_instruction(Parser *p, u32 guard, bool flip) {
     p->line = next_line;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * dataflow: a register is live where some path leads to a read of it without a write before. Those
+/* ---- dataflow: a register is live where some path leads to a read of it without a write before. Those
  * that are live at the entry may be read unset: they alone are tracked at run time, so that correct
  * code pays nothing. The most registers that are live at once estimate what ptxas allots. */
 
@@ -581,7 +577,7 @@ static int find_live(const SimCode *c, Basic *b, u32 n, u32 words, const u8 *wid
 
 /* Notes which instructions read or write registers that are tracked, those of `set`. */
 static void mark_checks(SimModule *m, SimCode *c, const u64 *set) {
-    c->tracked = arena_get(m, c->frame_bytes / 32 * sizeof *c->tracked);
+    c->tracked = module_memory(m, c->frame_bytes / 32 * sizeof *c->tracked);
     for (u32 offset = 0; offset < c->frame_bytes; offset += 32)
         if (is_live(set, offset)) c->tracked[c->n_tracked++] = offset / 32;
     for (u32 x = 0; x < c->n_inst && c->n_tracked; x++) {

@@ -8,36 +8,17 @@
 #include <ctype.h>
 #include <stdarg.h>
 
-/* ------------------------------------------------------------------------------------------------
- * memory that lives as long as the module */
-
-struct Chunk {
-    struct Chunk *next;
-    size_t used, size;
-    _Alignas(16) u8 bytes[];
-};
-
-void *arena_get(SimModule *m, size_t bytes) {
-    bytes = (bytes + 15) & ~(size_t)15;
-    if (!m->arena || m->arena->size - m->arena->used < bytes) {
-        size_t size = bytes > 65536 ? bytes : 65536;
-        struct Chunk *c = zalloc(sizeof *c + size);
-        c->size = size;
-        c->next = m->arena;
-        m->arena = c;
-    }
-    void *p = m->arena->bytes + m->arena->used;
-    m->arena->used += bytes;
-    return p;
+void *module_memory(SimModule *m, size_t bytes) {
+    m->memory = xgrow(m->memory, m->n_memory, &m->cap_memory, sizeof *m->memory);
+    return m->memory[m->n_memory++] = zalloc(bytes);
 }
 
 char *keep(Parser *p, const char *text) {
     size_t n = strlen(text) + 1;
-    return memcpy(arena_get(p->m, n), text, n);
+    return memcpy(module_memory(p->m, n), text, n);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * tokens */
+/* ---- tokens */
 
 /* Ends the parse: the line and the reason go to the log. */
 void ptx_fail(Parser *p, const char *format, ...) {
@@ -47,7 +28,7 @@ void ptx_fail(Parser *p, const char *format, ...) {
     if (n >= 0 && (size_t)n < p->log_size)
         vsnprintf(p->log + n, p->log_size - (size_t)n, format, ap);
     va_end(ap);
-    if (!p->error) p->error = SIM_ERROR_INVALID_PTX;
+    if (!p->error) p->error = E_INVALID_PTX;
     longjmp(p->fail, 1);
 }
 
@@ -195,8 +176,7 @@ Type parse_type(const char *dotted) {
     return T_NONE;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * symbols and slots */
+/* ---- symbols and slots */
 
 static Symbol *add_symbol(Parser *p, const char *name, SymKind kind, u64 value) {
     p->syms = xgrow(p->syms, p->n_syms, &p->cap_syms, sizeof *p->syms);
@@ -283,8 +263,7 @@ void add_fixup(Parser *p, u32 inst, const char *label) {
     p->fixups[p->n_fixups++] = (Fixup){inst, label, p->line};
 }
 
-/* ------------------------------------------------------------------------------------------------
- * variables */
+/* ---- variables */
 
 typedef struct {
     const char *name;
@@ -374,8 +353,8 @@ static void add_global(Parser *p, const Variable *v, SymKind kind, bool external
     Alloc *a;
     if (p->code) ptx_fail(p, "unsupported: global variable '%s' inside a function", v->name);
     if (external || !v->bytes) ptx_fail(p, "unsupported: external variable '%s'", v->name);
-    if (mem_alloc(m->device, v->bytes, true, &a) != SIM_SUCCESS) {
-        p->error = SIM_ERROR_OUT_OF_MEMORY;
+    if (mem_alloc(m->device, v->bytes, true, &a) != OK) {
+        p->error = E_OUT_OF_MEMORY;
         ptx_fail(p, "no device memory for '%s'", v->name);
     }
     memset(a->host, 0, v->bytes);
@@ -427,8 +406,7 @@ static void declare_registers(Parser *p) {
     expect(p, ';');
 }
 
-/* ------------------------------------------------------------------------------------------------
- * bodies */
+/* ---- bodies */
 
 static void skip_statement(Parser *p) {
     while (p->tok != TOK_END && !at_punct(p, ';')) next(p);
@@ -522,8 +500,7 @@ static void parse_scope(Parser *p) {
     next(p);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * functions and calls */
+/* ---- functions and calls */
 
 /* Goes on reading where `saved` was, with what has been declared and emitted since. */
 static void resume(Parser *p, const Parser *saved) {
@@ -666,7 +643,7 @@ static void entry_params(Parser *p) {
         accept(p, ',');
     }
     size_t bytes = (size_t)k->n_params * sizeof *params;
-    k->params = memcpy(arena_get(p->m, bytes + 1), params, bytes);
+    k->params = memcpy(module_memory(p->m, bytes + 1), params, bytes);
 }
 
 /* .maxntid, .reqntid and the like, between the parameters and the body. */
@@ -691,7 +668,7 @@ static void entry_limits(Parser *p) {
 /* ".entry name (params) { body }" -> a kernel with its code. */
 static void parse_entry(Parser *p) {
     SimModule *m = p->m;
-    SimKernel *k = arena_get(m, sizeof *k);
+    SimKernel *k = module_memory(m, sizeof *k);
     SimCode *c = zalloc(sizeof *c);
     m->kernels = xgrow(m->kernels, m->n_kernels, &m->cap_kernels, sizeof *m->kernels);
     m->kernels[m->n_kernels++] = k;
@@ -718,15 +695,14 @@ static void parse_entry(Parser *p) {
     p->code = NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * modules */
+/* ---- modules */
 
 /* ".version 7.4" */
 static void parse_version(Parser *p) {
     p->m->version = (int)(bits_double(expect_number(p)) * 10 + 0.5);
     int limit = sim_options.ptx_version_max;
     if (limit && p->m->version > limit) {
-        p->error = SIM_ERROR_UNSUPPORTED_PTX_VERSION;
+        p->error = E_UNSUPPORTED_PTX_VERSION;
         ptx_fail(p, "PTX version %d.%d is newer than the %d.%d of this driver",
                  p->m->version / 10, p->m->version % 10, limit / 10, limit % 10);
     }
@@ -850,11 +826,8 @@ void sim_module_unload(SimModule *m) {
     free(m->kernels);
     free(m->globals);
     free(m->files);
-    while (m->arena) {
-        struct Chunk *c = m->arena;
-        m->arena = c->next;
-        free(c);
-    }
+    for (u32 k = 0; k < m->n_memory; k++) free(m->memory[k]);
+    free(m->memory);
     free(m);
 }
 
@@ -877,7 +850,7 @@ int sim_module_global(const SimModule *m, const char *name, u64 *address, u64 *b
         if (!strcmp(m->globals[g].name, name)) {
             *address = m->globals[g].address;
             *bytes = m->globals[g].bytes;
-            return SIM_SUCCESS;
+            return OK;
         }
-    return SIM_ERROR_NOT_FOUND;
+    return E_NOT_FOUND;
 }

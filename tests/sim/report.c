@@ -63,8 +63,7 @@ int occupancy_blocks(int registers, int threads, uint64_t shared_bytes) {
     return fit;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * collecting */
+/* ---- collecting */
 
 KernelStats *stats_of(const Func *func) {
     KernelStats **at = &kernels;
@@ -153,8 +152,7 @@ __attribute__((constructor)) static void start(void) {
     sim_set_sink(on_finding, NULL);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * registers as ptxas allots them, where SIM_PTXAS names one */
+/* ---- registers as ptxas allots them, where SIM_PTXAS names one */
 
 /* Reads "Compiling entry function 'name'" and "Used N registers" from ptxas -v. */
 static void read_ptxas(FILE *in) {
@@ -191,8 +189,7 @@ static void ask_ptxas(const char *ptxas) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------
- * writing */
+/* ---- writing */
 
 static double us_of(uint64_t ps) {
     return (double)ps * 1e-6;

@@ -13,22 +13,65 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The CUresult values that the lower half returns. */
-enum {
-    SIM_SUCCESS = 0,
-    SIM_ERROR_INVALID_VALUE = 1,
-    SIM_ERROR_OUT_OF_MEMORY = 2,
-    SIM_ERROR_INVALID_PTX = 218,
-    SIM_ERROR_UNSUPPORTED_PTX_VERSION = 222,
-    SIM_ERROR_NOT_FOUND = 500,
-    SIM_ERROR_ILLEGAL_ADDRESS = 700,
-    SIM_ERROR_LAUNCH_OUT_OF_RESOURCES = 701,
-    SIM_ERROR_LAUNCH_TIMEOUT = 702,
-    SIM_ERROR_ASSERT = 710,
-    SIM_ERROR_ILLEGAL_INSTRUCTION = 715, /* also trap */
-    SIM_ERROR_MISALIGNED_ADDRESS = 716,
-    SIM_ERROR_LAUNCH_FAILED = 719, /* every other finding: races, uninitialised reads, ... */
-};
+/* The CUresult values that this library gives or that a test may want to inject. 715 is a trap too;
+ * 719 stands for every finding that no other number fits: races, uninitialised reads, ... */
+#define ERRORS(X)                                                                                  \
+    X(1, INVALID_VALUE, "invalid argument")                                                        \
+    X(2, OUT_OF_MEMORY, "out of memory")                                                           \
+    X(3, NOT_INITIALIZED, "initialization error")                                                  \
+    X(46, DEVICE_UNAVAILABLE, "CUDA-capable device(s) is/are busy or unavailable")                 \
+    X(100, NO_DEVICE, "no CUDA-capable device is detected")                                        \
+    X(101, INVALID_DEVICE, "invalid device ordinal")                                               \
+    X(200, INVALID_IMAGE, "device kernel image is invalid")                                        \
+    X(201, INVALID_CONTEXT, "invalid device context")                                              \
+    X(209, NO_BINARY_FOR_GPU, "no kernel image is available for execution on the device")          \
+    X(214, ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                               \
+    X(217, PEER_ACCESS_UNSUPPORTED, "peer access is not supported between these two devices")      \
+    X(218, INVALID_PTX, "a PTX JIT compilation failed")                                            \
+    X(220, NVLINK_UNCORRECTABLE, "uncorrectable NVLink error detected")                            \
+    X(221, JIT_COMPILER_NOT_FOUND, "PTX JIT compiler library not found")                           \
+    X(222, UNSUPPORTED_PTX_VERSION,                                                                \
+      "the provided PTX was compiled with an unsupported toolchain")                               \
+    X(301, FILE_NOT_FOUND, "file not found")                                                       \
+    X(400, INVALID_HANDLE, "invalid resource handle")                                              \
+    X(401, ILLEGAL_STATE, "the operation cannot be performed in the present state")                \
+    X(500, NOT_FOUND, "named symbol not found")                                                    \
+    X(600, NOT_READY, "device not ready")                                                          \
+    X(700, ILLEGAL_ADDRESS, "an illegal memory access was encountered")                            \
+    X(701, LAUNCH_OUT_OF_RESOURCES, "too many resources requested for launch")                     \
+    X(702, LAUNCH_TIMEOUT, "the launch timed out and was terminated")                              \
+    X(704, PEER_ACCESS_ALREADY_ENABLED, "peer access is already enabled")                          \
+    X(705, PEER_ACCESS_NOT_ENABLED, "peer access has not been enabled")                            \
+    X(709, CONTEXT_IS_DESTROYED, "context is destroyed")                                           \
+    X(710, ASSERT, "device-side assert triggered")                                                 \
+    X(712, HOST_MEMORY_ALREADY_REGISTERED,                                                         \
+      "part or all of the requested memory range is already mapped")                               \
+    X(713, HOST_MEMORY_NOT_REGISTERED,                                                             \
+      "pointer does not correspond to a registered memory region")                                 \
+    X(715, ILLEGAL_INSTRUCTION, "an illegal instruction was encountered")                          \
+    X(716, MISALIGNED_ADDRESS, "misaligned address")                                               \
+    X(719, LAUNCH_FAILED, "unspecified launch failure")                                            \
+    X(720, COOPERATIVE_LAUNCH_TOO_LARGE, "too many blocks in cooperative launch")                  \
+    X(800, NOT_PERMITTED, "operation not permitted")                                               \
+    X(801, NOT_SUPPORTED, "operation not supported")                                               \
+    X(900, STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing")         \
+    X(901, STREAM_CAPTURE_INVALIDATED, "operation failed due to a previous error during capture")  \
+    X(902, STREAM_CAPTURE_MERGE,                                                                   \
+      "operation would result in a merge of separate capture sequences")                           \
+    X(903, STREAM_CAPTURE_UNMATCHED, "capture was not ended in the same stream")                   \
+    X(904, STREAM_CAPTURE_UNJOINED, "capturing stream has unjoined work")                          \
+    X(905, STREAM_CAPTURE_ISOLATION, "dependency created on uncaptured work in another stream")    \
+    X(906, STREAM_CAPTURE_IMPLICIT,                                                                \
+      "operation would make the legacy stream depend on a capturing blocking stream")              \
+    X(907, CAPTURED_EVENT,                                                                         \
+      "operation not permitted on an event last recorded in a capturing stream")                   \
+    X(908, STREAM_CAPTURE_WRONG_THREAD,                                                            \
+      "attempt to terminate a thread-local capture sequence from another thread")                  \
+    X(910, GRAPH_EXEC_UPDATE_FAILURE,                                                              \
+      "the graph update was not performed because it included changes which violated constraints") \
+    X(999, UNKNOWN, "unknown error")
+#define ERROR_CODE(code, name, text) E_##name = code,
+enum { OK = 0, ERRORS(ERROR_CODE) };
 
 /* Memory of the simulator itself: zeroed; it does not outlive a host without memory. */
 void *zalloc(size_t bytes);
@@ -37,8 +80,7 @@ uint64_t mix64(uint64_t x); /* a hash: the source of all seeded orders */
 
 enum { SIM_MAX_DEVICES = 16, SIM_SHARED_MAX = 101376, SIM_WARP = 32 };
 
-/* ------------------------------------------------------------------------------------------------
- * options: set before the first module is loaded, read by both halves */
+/* ---- options: set before the first module is loaded, read by both halves */
 
 typedef struct {
     int threads;         /* worker threads of a launch; 0: one per CPU, at most 4 */
@@ -55,8 +97,7 @@ typedef struct {
 
 extern SimOptions sim_options; /* holds the defaults from the start */
 
-/* ------------------------------------------------------------------------------------------------
- * findings: everything a check has to say goes through one sink */
+/* ---- findings: everything a check has to say goes through one sink */
 
 typedef enum {
     SIM_BOUNDS,      /* outside every allocation, or across the end of one */
@@ -97,8 +138,7 @@ const char *sim_kind_name(SimKind kind);
 /* One line: kernel, PTX line, source line, block, thread, address and text. Returns `out`. */
 char *sim_finding_text(const SimFinding *finding, char *out, size_t size);
 
-/* ------------------------------------------------------------------------------------------------
- * memory */
+/* ---- memory */
 
 /* What lies at an address. */
 typedef struct {
@@ -113,7 +153,7 @@ void sim_mem_limit(int device, uint64_t bytes);
 /* Free and total bytes of a device. */
 void sim_mem_info(int device, uint64_t *free_bytes, uint64_t *total_bytes);
 /* Allocates device memory, 512-byte aligned, with red zones, filled with poison and marked
- * uninitialised. SIM_ERROR_OUT_OF_MEMORY past the limit, INVALID_VALUE for 0 bytes. */
+ * uninitialised. E_OUT_OF_MEMORY past the limit, INVALID_VALUE for 0 bytes. */
 int sim_mem_alloc(int device, uint64_t bytes, uint64_t *address);
 /* Frees; INVALID_VALUE unless `address` is the start of a live allocation of a device. */
 int sim_mem_free(uint64_t address);
@@ -139,8 +179,7 @@ uint64_t sim_mem_initialised(uint64_t address, uint64_t bytes);
 /* Lets kernels on `device` use memory of `peer`, or not (default: not). */
 void sim_mem_peer(int device, int peer, bool allowed);
 
-/* ------------------------------------------------------------------------------------------------
- * modules and kernels */
+/* ---- modules and kernels */
 
 typedef struct SimModule SimModule;
 
@@ -177,8 +216,7 @@ SimKernel *sim_module_find(const SimModule *module, const char *name); /* NULL: 
 int sim_module_global(const SimModule *module, const char *name, uint64_t *address,
                       uint64_t *bytes);
 
-/* ------------------------------------------------------------------------------------------------
- * counters */
+/* ---- counters */
 
 typedef enum {
     SIM_C_INT,     /* integer, logic, moves, comparisons, select */
@@ -230,8 +268,7 @@ const char *sim_class_name(SimClass class);
 uint64_t sim_warp_instructions(const SimCounters *counters);
 uint64_t sim_lane_instructions(const SimCounters *counters);
 
-/* ------------------------------------------------------------------------------------------------
- * launch */
+/* ---- launch */
 
 typedef struct {
     const SimKernel *kernel;
@@ -240,7 +277,7 @@ typedef struct {
     const void *params;      /* param_bytes bytes laid out as kernel->params says */
 } SimLaunch;
 
-/* Runs a kernel to its end on its module's device and adds to `counters`. Returns SIM_SUCCESS or
+/* Runs a kernel to its end on its module's device and adds to `counters`. Returns OK or
  * the error of the first finding (which went to the sink). */
 int sim_launch(const SimLaunch *launch, SimCounters *counters);
 

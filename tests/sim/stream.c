@@ -23,8 +23,7 @@ void work_free(Work *work) {
     work->owned = NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------
- * operations */
+/* ---- operations */
 
 void op_hold(Op **slot, Op *op) {
     Op *old = *slot;
@@ -231,8 +230,7 @@ static void start_idle_thread(void) {
     if (!pthread_create(&t, NULL, idle_thread, NULL)) pthread_detach(t);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * streams */
+/* ---- streams */
 
 Stream *stream_new(Ctx *ctx, unsigned flags, int priority) {
     Stream *s = obj_new(T_STREAM, sizeof *s);
@@ -280,7 +278,7 @@ void stream_tail(Stream *s, Op *op) {
 static CUresult implicit_capture(Stream *s) {
     CUresult r = OK;
     for (Stream *t = s->ctx->streams; s == s->ctx->legacy && t; t = t->next)
-        if (t->capture && !(t->flags & 1)) r = capture_break(t->capture, E_CAPTURE_IMPLICIT);
+        if (t->capture && !(t->flags & 1)) r = capture_break(t->capture, E_STREAM_CAPTURE_IMPLICIT);
     return r;
 }
 
@@ -323,7 +321,7 @@ static CUresult destroy(CUstream h) {
     Stream *s;
     CUresult r = get_stream(h, &s);
     if (!r && s == s->ctx->legacy) r = E_INVALID_HANDLE;
-    if (!r && s->capture) r = capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (!r && s->capture) r = capture_break(s->capture, E_STREAM_CAPTURE_UNSUPPORTED);
     if (!r) s->obj.dead = true;
     return r;
 }
@@ -349,7 +347,7 @@ static CUresult wait_for(const Ctx *c, Op *op, bool query) {
 static CUresult wait_stream(CUstream h, bool query) {
     Stream *s;
     CUresult r = get_stream(h, &s);
-    if (!r && s->capture) r = capture_break(s->capture, E_CAPTURE_UNSUPPORTED);
+    if (!r && s->capture) r = capture_break(s->capture, E_STREAM_CAPTURE_UNSUPPORTED);
     if (!r) r = capture_allows();
     if (!r && s == s->ctx->legacy) r = append(s, &(Work){ .ctx = s->ctx }, NULL);
     return r ? r : wait_for(s->ctx, s->tail, query);
@@ -368,8 +366,7 @@ static CUresult launch_host(CUstream h, CUhostFn fn, void *user) {
 API(CTX, 10000, cuLaunchHostFunc, (CUstream stream, CUhostFn fn, void *user),
     launch_host(stream, fn, user))
 
-/* ------------------------------------------------------------------------------------------------
- * events */
+/* ---- events */
 
 /* Flags: 1 blocking wait (no difference here), 2 no timing, 4 between processes (refused). */
 static CUresult event_create(Event **event, unsigned flags) {

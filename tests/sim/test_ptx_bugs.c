@@ -327,7 +327,7 @@ static void run_refused(void) {
     for (size_t k = 0; k < sizeof refused / sizeof *refused; k++) {
         char *text = kernel_text(refused[k].body, "");
         int error = sim_module_load(0, text, strlen(text), &m, log, sizeof log);
-        result(error == SIM_ERROR_INVALID_PTX, refused[k].body, "accepted", "");
+        result(error == E_INVALID_PTX, refused[k].body, "accepted", "");
         result(strstr(log, refused[k].words) != NULL, refused[k].body, "wrong words", log);
         result(!strncmp(log, "line ", 5), refused[k].body, "no line", log);
     }
@@ -335,9 +335,9 @@ static void run_refused(void) {
     static const char target[] = ".version 7.4\n.target sm_90\n.address_size 64\n";
     sim_options.ptx_version_max = 85;
     result(sim_module_load(0, newer, sizeof newer, &m, log, sizeof log) ==
-               SIM_ERROR_UNSUPPORTED_PTX_VERSION, "version 9.0", "accepted", log);
+               E_UNSUPPORTED_PTX_VERSION, "version 9.0", "accepted", log);
     sim_options.ptx_version_max = 0;
-    result(sim_module_load(0, target, sizeof target, &m, log, sizeof log) == SIM_ERROR_INVALID_PTX,
+    result(sim_module_load(0, target, sizeof target, &m, log, sizeof log) == E_INVALID_PTX,
            "target sm_90", "accepted", log);
 }
 
@@ -357,7 +357,7 @@ static void run_reports(void) {
         n_findings = 0;
         sim_options.strict = strict;
         int error = sim_launch(&l, &counters);
-        result(error == (strict ? SIM_ERROR_LAUNCH_FAILED : 0), ".loc", "strict", last_line);
+        result(error == (strict ? E_LAUNCH_FAILED : 0), ".loc", "strict", last_line);
         result(strict ? n_findings == 1 : n_findings > 1 && n_findings <= 20, ".loc", "count", "");
         bool found = strstr(last_line, "PTX line 11, src/t.cu:42, block") != NULL;
         result(found, ".loc", "line", last_line);
