@@ -121,8 +121,7 @@ static CUresult host_alloc(void **out, size_t bytes) {
 static CUresult host_register(void *p, size_t bytes, unsigned flags) {
     if (!p || !bytes || flags & ~15u) return E_INVALID_VALUE;
     if (flags & 12) return E_NOT_SUPPORTED;
-    if (((uintptr_t)p | bytes) & 4095)
-        return misuse("address and size must be multiples of 4096");
+    if (((uintptr_t)p | bytes) & 4095) return misuse("address and size must be multiples of 4096");
     return host_add((uintptr_t)p, bytes, true);
 }
 

@@ -54,13 +54,11 @@ static bool ordered(const Warp *w, u64 old, u64 tag, bool shared, bool read_reco
 static void report(Warp *w, u64 old, u64 tag, u64 address, const char *what, const char *other,
                    bool shared) {
     u32 tid = (u32)(old >> S_TID) & 0x3ff, block = (u32)(old >> S_BLOCK) & 0xfffff;
-    int lane = (int)(tag >> S_TID & 31);
-    if (shared)
-        finding(w, SIM_RACE, lane, address, "shared-memory race: this %s and a %s by thread %u are "
-                "not ordered by a barrier", what, other, tid);
-    else
-        finding(w, SIM_RACE, lane, address, "global-memory race: this %s and a %s by thread %u of "
-                "block %u are not ordered", what, other, tid, block);
+    char who[64];
+    snprintf(who, sizeof who, shared ? "thread %u" : "thread %u of block %u", tid, block);
+    finding(w, SIM_RACE, (int)(tag >> S_TID & 31), address, "%s-memory race: this %s and a %s by %s "
+            "are not ordered%s", shared ? "shared" : "global", what, other, who,
+            shared ? " by a barrier" : "");
 }
 
 static void note_read(u64 *record, u64 tag, bool shared) {
@@ -90,43 +88,32 @@ static void note_write(u64 *record, u64 tag, bool strong) {
         *record = tag;
 }
 
-/* One access to one word. silent: a store that changes nothing. */
-static void touch(Warp *w, u64 *writes, u64 *reads, u64 tag, int how, bool shared, u64 address,
-                  bool silent) {
+/* Where accesses are recorded: base is the address of the first record and of memory. */
+typedef struct {
+    u64 *writes, *reads, base;
+    u8 *memory;
+    bool shared;
+} Records;
+
+/* One access to one word, record `at`. silent: a store that changes nothing. */
+static void touch(Warp *w, const Records *r, u64 at, u64 tag, int how, u64 address, bool silent) {
     bool strong = how == ACC_ATOMIC || how == ACC_STRONG_READ || how == ACC_STRONG_WRITE;
     bool is_read = how == ACC_READ || how == ACC_STRONG_READ;
     const char *what = how == ACC_ATOMIC ? "atomic" : is_read ? "read" : "write";
-    u32 multi = multi_of(*writes);
-    bool other_warp = (*writes ^ tag) >> (S_TID + 5) & 31;
+    u64 *wrote = &r->writes[at], *read = &r->reads[at];
+    u32 multi = multi_of(*wrote);
+    bool other_warp = (*wrote ^ tag) >> (S_TID + 5) & 31;
     /* else it is unknown who wrote our byte */
     bool known = multi == 0 || (multi == 1 && other_warp) || (multi == 3 && !strong);
-    if (known && *writes & tag & 15 && !silent && !ordered(w, *writes & ~FIELD_MULTI, tag, shared,
-                                                           false))
-        report(w, *writes, tag, address, what, multi == 3 ? "strong write" : "write", shared);
-    if (!is_read && *reads & tag & 15 && !silent && !ordered(w, *reads, tag, shared, true))
-        report(w, *reads, tag, address, what, "read", shared);
+    if (known && *wrote & tag & 15 && !silent &&
+        !ordered(w, *wrote & ~FIELD_MULTI, tag, r->shared, false))
+        report(w, *wrote, tag, address, what, multi == 3 ? "strong write" : "write", r->shared);
+    if (!is_read && *read & tag & 15 && !silent && !ordered(w, *read, tag, r->shared, true))
+        report(w, *read, tag, address, what, "read", r->shared);
     if (how == ACC_READ)
-        note_read(reads, tag, shared);
+        note_read(read, tag, r->shared);
     else if (!is_read)
-        note_write(writes, tag, strong);
-}
-
-/* One lane's access of up to 16 bytes; `data` are the bytes a store will put, `now` those there. */
-static void touch_lane(Warp *w, u64 *writes, u64 *reads, int lane, u64 offset, u64 address,
-                       u32 bytes, int how, bool shared, const u8 *data, const u8 *now) {
-    u64 base = base_tag(w, shared);
-    u64 word = offset / 4;
-    if (bytes < 4) {
-        u32 mask = ((1u << bytes) - 1) << (offset % 4) & 15;
-        bool silent = data && !memcmp(data, now, bytes);
-        touch(w, &writes[word], &reads[word], lane_tag(w, base, (u32)lane, mask), how, shared,
-              address, silent);
-        return;
-    }
-    u64 tag = lane_tag(w, base, (u32)lane, 15);
-    for (u32 b = 0; b < bytes; b += 4, word++)
-        touch(w, &writes[word], &reads[word], tag, how, shared, address + b,
-              data && !memcmp(data + b, now + b, 4));
+        note_write(wrote, tag, strong);
 }
 
 /* A plain access of whole words where the records say nothing of this scope and epoch, or reads by
@@ -146,69 +133,49 @@ static inline bool touch_quick(u64 *writes, u64 *reads, u64 tag, u32 words, bool
     return true;
 }
 
-/* The lanes of `lanes`, anywhere: `base` is the address of the first record and of `memory`. */
-static void touch_lanes(Warp *w, u64 *writes, u64 *reads, u32 lanes, const u64 *address, u64 base,
-                        u32 bytes, int how, bool shared, const u8 *data, u8 *memory) {
-    u64 tag = base_tag(w, shared) | 15, mask = shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
-    u64 settled = (tag & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
-    bool plain = bytes >= 4 && (how == ACC_READ || how == ACC_WRITE);
-    u64 last = ~0ull;
-    u32 same = 0;
-    EACH(l, lanes) {
-        same = address[l] == last ? same + 1 : 0;
-        last = address[l];
-        if (how == ACC_READ && same > 1)
-            continue; /* a third reader in the warp changes nothing */
-        u64 at = address[l] - base, lane = (u64)(u32)(w->index * 32 + (int)l) << S_TID;
-        if (!plain || !touch_quick(writes + at / 4, reads + at / 4, tag | lane, bytes / 4,
-                                   how == ACC_READ, mask, settled))
-            touch_lane(w, writes, reads, (int)l, at, address[l], bytes, how, shared,
-                       data ? data + l * bytes : NULL, memory + at);
-        if (data) /* so that lanes that store the same value in one instruction excuse themselves */
-            memcpy(memory + at, data + l * bytes, bytes);
-    }
-}
-
 /* A full warp's access to consecutive words: if no record is of this scope and epoch, as is usual,
  * the new ones are written without looking at each. */
-static bool touch_row(Warp *w, u64 *writes, u64 *reads, u32 lane_bytes, bool read, bool shared) {
-    u64 base = base_tag(w, shared);
-    u64 mask = shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
-    u64 shape = mask | FIELD_MULTI | 15,
-        full = (base & mask) | (shared ? 2ull : 3ull) << S_MULTI | 15;
+static bool touch_row(const Records *r, u64 at, u64 base, u32 lane_bytes, bool read, u64 mask,
+                      u64 settled) {
+    u64 *writes = r->writes + at, *reads = r->reads + at, *record = read ? reads : writes;
     u32 n = lane_bytes * 8, shift = lane_bytes == 4 ? 0 : lane_bytes == 8 ? 1 : 2;
-    u64 written = 0, was_read = 0, settled = 0;
+    bool written = false, was_read = false, all_settled = true;
     for (u32 j = 0; j < n; j++) {
         written |= ((writes[j] ^ base) & mask) == 0;
         was_read |= ((reads[j] ^ base) & mask) == 0;
-        settled |= (reads[j] & shape) != full;
+        all_settled &= (reads[j] & (mask | FIELD_MULTI | 15)) == settled;
     }
-    if (written || (was_read && !(read && !settled))) return false;
-    if (was_read)
-        return true; /* read by all kinds of threads already */
-    u64 *record = read ? reads : writes;
-    u64 first = lane_tag(w, base, 0, 15);
-    for (u32 j = 0; j < n; j++) record[j] = first + ((u64)(j >> shift) << S_TID);
+    if (written || (was_read && !(read && all_settled))) return false;
+    for (u32 j = 0; j < n && !was_read; j++) record[j] = base + ((u64)(j >> shift) << S_TID);
     return true;
 }
 
-void race_global(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
-                 const u8 *data) {
-    u64 at = address[0] - a->base;
-    if (row && bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
-        touch_row(w, a->writes + at / 4, a->reads + at / 4, bytes, how == ACC_READ, false))
-        return;
-    touch_lanes(w, a->writes, a->reads, lanes, address, a->base, bytes, how, false, data, a->host);
-}
-
-void race_shared(Warp *w, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
-                 const u8 *data) {
+void race(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
+          const u8 *data) {
     Worker *k = w->worker;
-    u64 at = address[0];
-    if (row && bytes >= 4 && (how == ACC_READ || how == ACC_WRITE) &&
-        touch_row(w, k->shared_writes + at / 4, k->shared_reads + at / 4, bytes, how == ACC_READ,
-                  true))
+    Records r = a ? (Records){a->writes, a->reads, a->base, a->host, false}
+                  : (Records){k->shared_writes, k->shared_reads, 0, k->shared, true};
+    u64 base = base_tag(w, r.shared), last = ~0ull;
+    u64 mask = r.shared ? FIELD_SCOPE | FIELD_EPOCH : FIELD_SCOPE;
+    u64 settled = (base & mask) | (r.shared ? 2ull : 3ull) << S_MULTI | 15;
+    bool plain = bytes >= 4 && (how == ACC_READ || how == ACC_WRITE), read = how == ACC_READ;
+    u32 same = 0;
+    if (row && plain && touch_row(&r, (address[0] - r.base) / 4, lane_tag(w, base, 0, 15), bytes,
+                                  read, mask, settled))
         return;
-    touch_lanes(w, k->shared_writes, k->shared_reads, lanes, address, 0, bytes, how, true, data,
-                k->shared);
+    EACH(l, lanes) {
+        same = address[l] == last ? same + 1 : 0;
+        last = address[l];
+        if (read && same > 1) continue; /* a third reader in the warp changes nothing */
+        u64 at = address[l] - r.base, tag = lane_tag(w, base, l, 15);
+        const u8 *put = data ? data + l * bytes : NULL;
+        if (bytes < 4) tag = lane_tag(w, base, l, ((1u << bytes) - 1) << (at % 4) & 15);
+        if (!plain || !touch_quick(r.writes + at / 4, r.reads + at / 4, tag, bytes / 4, read, mask,
+                                   settled))
+            for (u32 b = 0; b < bytes; b += 4)
+                touch(w, &r, (at + b) / 4, tag, how, address[l] + b,
+                      put && !memcmp(put + b, r.memory + at + b, bytes < 4 ? bytes : 4));
+        if (put) /* so that lanes that store the same value in one instruction excuse themselves */
+            memcpy(r.memory + at, put, bytes);
+    }
 }

@@ -2,10 +2,6 @@
  * text of findings. */
 #include "ptx.h"
 
-static int width_index(u32 bytes) {
-    return bytes <= 1 ? 0 : bytes == 2 ? 1 : bytes <= 4 ? 2 : bytes <= 8 ? 3 : 4;
-}
-
 /* Adds the sector to those this launch has seen; true if it is new. */
 static bool first_sight(u32 *seen, u32 launch) {
     return *seen != launch && __atomic_exchange_n(seen, launch, __ATOMIC_RELAXED) != launch;
@@ -42,7 +38,7 @@ static u32 distinct_sectors(const Warp *w, const u64 *address, u64 *list) {
 /* row: all 32 lanes at consecutive addresses. All active lanes lie in `a`. */
 void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, Alloc *a) {
     Worker *k = w->worker;
-    SimAccess *c = (store ? k->count.store : k->count.load) + width_index(bytes);
+    SimAccess *c = (store ? k->count.store : k->count.load) + __builtin_ctz(bytes);
     u64 *unique = store ? &k->count.unique_store_sectors : &k->count.unique_load_sectors;
     u32 *seen = (store ? a->seen_store : a->seen_load), launch = k->launch->number;
     u64 list[64], base = a->base >> 5;
@@ -110,15 +106,9 @@ void sim_counters_add(SimCounters *sum, const SimCounters *part) {
         to[n] += from[n];
 }
 
-u64 sim_warp_instructions(const SimCounters *c) {
+u64 sim_class_sum(const u64 *of_class) {
     u64 n = 0;
-    for (int k = 0; k < SIM_N_CLASSES; k++) n += c->warp[k];
-    return n;
-}
-
-u64 sim_lane_instructions(const SimCounters *c) {
-    u64 n = 0;
-    for (int k = 0; k < SIM_N_CLASSES; k++) n += c->lane[k];
+    for (int k = 0; k < SIM_N_CLASSES; k++) n += of_class[k];
     return n;
 }
 

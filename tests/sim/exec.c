@@ -183,7 +183,7 @@ void run_assert(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
 
 void run_clock(Warp *w, const Inst *i, UNUSED void *out) {
     u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
-    EACH(l, w->mask) put_lane(slot(w, i->dst[0]), type_bytes((Type)i->type) == 8, l, now);
+    EACH(l, w->mask) put_lane(slot(w, i->dst[0]), type_bytes(i->type) == 8, l, now);
 }
 
 /* Rounding modes other than to nearest, .ftz (denormal operands and results are zeros with their
@@ -271,46 +271,29 @@ static void run_warp(Warp *w) {
 
 /* ---- blocks */
 
-/* Fills a slot that may be unused: with one value, or lane by lane. */
-static void fill(const Warp *w, u32 offset, bool wide, u64 value) {
-    for (u32 l = 0; l < 32 && offset; l++) put_lane(slot(w, offset), wide, l, value);
-}
-
-static void fill_lane(const Warp *w, u32 offset, u32 lane, u32 value) {
-    if (offset) put_lane(slot(w, offset), false, lane, value);
-}
-
-/* Constants and special registers that are the same in all blocks: once per launch and worker. */
+/* Constants, and special registers as they are in all blocks (but %ctaid): once per launch. */
 static void init_frame(const Warp *w) {
     const Launch *launch = w->worker->launch;
     const SimCode *c = launch->code;
-    const u32 *sr = c->special;
-    for (u32 n = 0; n < c->n_consts; n++) {
-        const Const *k = &c->consts[n];
-        u64 v = k->value + (k->dynamic ? (c->static_shared + 15) & ~15u : 0);
-        if (k->bits == 1)
-            put_pred(w, k->offset, (u32)v, FULL_WARP);
-        else
-            fill(w, k->offset, k->bits == 64, v);
-    }
-    for (int d = 0; d < 3; d++) {
-        fill(w, sr[SR_NTID_X + d], false, launch->in->block[d]);
-        fill(w, sr[SR_NCTAID_X + d], false, launch->in->grid[d]);
-    }
-    fill(w, sr[SR_WARPID], false, (u32)w->index);
-    fill(w, sr[SR_NWARPID], false, (u32)w->worker->n_warps);
-    fill(w, sr[SR_SMID], false, 0);
-    fill(w, sr[SR_NSMID], false, 82);
-    fill(w, sr[SR_DYN_SMEM], false, launch->in->dynamic_shared);
-    fill(w, sr[SR_TOTAL_SMEM], false, launch->shared_bytes);
+    const unsigned *block = launch->in->block, *grid = launch->in->grid;
     for (u32 l = 0; l < 32; l++) {
         unsigned t[3];
-        const u32 masks[] = {1u << l, (1u << l) - 1, (2u << l) - 1, ~((2u << l) - 1),
-                             ~((1u << l) - 1)}; /* eq, lt, le, gt, ge */
         thread_index(launch, (u32)w->index * 32 + l, t);
-        for (int d = 0; d < 3; d++) fill_lane(w, sr[SR_TID_X + d], l, t[d]);
-        for (int m = 0; m < 5; m++) fill_lane(w, sr[SR_LANEMASK_EQ + m], l, masks[m]);
-        fill_lane(w, sr[SR_LANEID], l, l);
+        const u32 special[SR_COUNT] = { /* in the order of special_names */
+            t[0], t[1], t[2], block[0], block[1], block[2], 0, 0, 0, grid[0], grid[1], grid[2],
+            l, (u32)w->index, (u32)w->worker->n_warps,
+            1u << l, (1u << l) - 1, (2u << l) - 1, ~((2u << l) - 1), ~((1u << l) - 1),
+            launch->in->dynamic_shared, launch->shared_bytes, 0, 82 };
+        for (int k = 0; k < SR_COUNT; k++)
+            if (c->special[k]) put_lane(slot(w, c->special[k]), k >= SR_GRIDID, l, special[k]);
+        for (u32 n = 0; n < c->n_consts; n++) {
+            const Const *k = &c->consts[n];
+            u64 v = k->value + (k->dynamic ? (c->static_shared + 15) & ~15u : 0);
+            if (k->bits == 1)
+                put_pred(w, k->offset, (u32)v, FULL_WARP);
+            else
+                put_lane(slot(w, k->offset), k->bits == 64, l, v);
+        }
     }
 }
 
@@ -322,7 +305,8 @@ static void init_warp(Worker *k, int index) {
     *w = (Warp){.frame = w->frame, .init = w->init, .worker = k, .index = index,
                 .members = members, .alive = members, .n_waiting = 1, .waiting = {{0, members, 0}},
                 .sync_epoch = w->sync_epoch, .async = w->async, .cap_async = w->cap_async};
-    for (int d = 0; d < 3; d++) fill(w, c->special[SR_CTAID_X + d], false, k->ctaid[d]);
+    for (u32 l = 0; l < 96; l++)
+        put_lane(slot(w, c->special[SR_CTAID_X + l / 32]), false, l % 32, k->ctaid[l / 32]);
     if (c->n_tracked) memset(w->init, 0xff, c->frame_bytes / 32 * 4);
     for (u32 n = 0; n < c->n_tracked; n++) w->init[c->tracked[n]] = 0;
 }

@@ -78,7 +78,7 @@ DIVIDE(rem, %)
 /* Division by zero is undefined in PTX: a finding; the lane gets all ones. */
 HANDLER(run_divide) {
     EACH(l, w->mask)
-        if (!integer_of((Type)i->type, get_lane(src(w, i, 1), type_bytes((Type)i->type) == 8, l))) {
+        if (!integer_of(i->type, get_lane(src(w, i, 1), type_bytes(i->type) == 8, l))) {
             finding(w, SIM_DIV_ZERO, (int)l, 0, "integer division by zero");
             break;
         }
@@ -87,8 +87,8 @@ HANDLER(run_divide) {
 
 /* The low or high half of a product. */
 static u64 half_product(const Inst *i, u64 x, u64 y) {
-    int bits = type_bytes((Type)i->type) * 8;
-    u128 p = type_is_signed((Type)i->type) ? (u128)((s128)(s64)x * (s64)y) : (u128)x * y;
+    int bits = type_bytes(i->type) * 8;
+    u128 p = type_is_signed(i->type) ? (u128)((s128)(s64)x * (s64)y) : (u128)x * y;
     return (u64)(i->high ? p >> bits : p);
 }
 
@@ -98,12 +98,12 @@ enum { CARRY_IN = 128 };
 
 HANDLER(carry_chain) {
     u32 carry = 0;
-    int bits = type_bytes((Type)i->type) * 8, op = i->arg & ~CARRY_IN;
+    int bits = type_bytes(i->type) * 8, op = i->arg & ~CARRY_IN;
     u64 all = ~0ull >> (64 - bits), v[3];
     EACH(l, w->mask) {
         u64 in = i->arg & CARRY_IN ? w->carry >> l & 1 : 0;
         for (int k = 0; k < 3; k++)
-            v[k] = (u64)integer_of((Type)i->type, get_lane(src(w, i, k), bits == 64, l));
+            v[k] = (u64)integer_of(i->type, get_lane(src(w, i, k), bits == 64, l));
         u64 x = op == '*' ? half_product(i, v[0], v[1]) : v[0], y = op == '*' ? v[2] : v[1];
         u128 r = op == '-' ? (u128)(x & all) - (y & all) - in : (u128)(x & all) + (y & all) + in;
         carry |= (u32)(r >> bits & 1) << l;
@@ -360,14 +360,14 @@ static u32 combine(u8 op, u32 x, u32 y) {
 
 /* setp p|q, a, b, c: p = (a ? b) op c, q = !(a ? b) op c. */
 HANDLER(setp_any) {
-    u32 r = compare((Type)i->type, i, src(w, i, 0), src(w, i, 1));
+    u32 r = compare(i->type, i, src(w, i, 0), src(w, i, 1));
     u32 c = i->n_src > 2 ? src_mask(w, i, 2) : 0;
     put_pred(w, i->dst_pred, combine(i->op, ~r, c), w->mask);
     *(u32 *)out = combine(i->op, r, c);
 }
 
 HANDLER(set_any) {
-    u32 r = compare((Type)i->type2, i, src(w, i, 0), src(w, i, 1)), *d = out;
+    u32 r = compare(i->type2, i, src(w, i, 0), src(w, i, 1)), *d = out;
     u32 on = i->type == T_F32 ? float_bits(1) : ~0u;
     LANES d[l] = r >> l & 1 ? on : 0;
 }
@@ -402,7 +402,7 @@ HANDLER(mov_64) {
 
 /* mov.b32 d, {a, b} and the like: elements of bits / n each, the first one lowest. */
 HANDLER(mov_pack) {
-    int bits = type_bytes((Type)i->type) * 8 / i->n_src;
+    int bits = type_bytes(i->type) * 8 / i->n_src;
     for (u32 l = 0; l < 32; l++) {
         u64 v = 0;
         for (int k = 0; k < i->n_src; k++)
@@ -412,16 +412,16 @@ HANDLER(mov_pack) {
 }
 
 HANDLER(mov_unpack) {
-    int bits = type_bytes((Type)i->type) * 8 / i->n_dst;
+    int bits = type_bytes(i->type) * 8 / i->n_dst;
     EACH(l, w->mask) {
-        u64 v = get_lane(src(w, i, 0), type_bytes((Type)i->type) == 8, l);
+        u64 v = get_lane(src(w, i, 0), type_bytes(i->type) == 8, l);
         for (int k = 0; k < i->n_dst; k++)
             put_lane(slot(w, i->dst[k]), false, l, v >> (bits * k) & ((1ull << bits) - 1));
     }
 }
 
 static Handler *choose_mov(Inst *i) {
-    bool wide = type_bytes((Type)i->type) == 8;
+    bool wide = type_bytes(i->type) == 8;
     int parts = i->n_dst > 1 ? i->n_dst : i->n_src;
     i->out_bits = i->type == T_PRED ? 1 : wide ? 64 : 32;
     if ((i->n_dst > 1 && i->n_src > 1) || parts == 3 || (parts == 4 && !wide)) return NULL;

@@ -124,7 +124,7 @@ static double float_to_float(const Inst *i, double x) {
 }
 
 HANDLER(cvt_any) {
-    Type t = (Type)i->type, t2 = (Type)i->type2;
+    Type t = i->type, t2 = i->type2;
     EACH(l, w->mask) {
         u64 v = get_lane(src(w, i, 0), i->wide_src, l);
         if (type_is_float(t) && type_is_float(t2))
@@ -173,9 +173,9 @@ HANDLER(cvt_s32_f32) { /* .rni and .rzi */
 
 /* Conversions between integers without saturation: extension from, or to, the narrower type. */
 static Handler *quick_int(const Inst *i) {
-    int to = type_bytes((Type)i->type), from = type_bytes((Type)i->type2);
+    int to = type_bytes(i->type), from = type_bytes(i->type2);
     int narrow = from < to ? from : to;
-    bool sign = type_is_signed((Type)(from < to ? i->type2 : i->type));
+    bool sign = type_is_signed((from < to ? i->type2 : i->type));
     if (to == 8 && from == 4 && i->wide_dst && !i->wide_src)
         return sign ? cvt_s64_s32 : cvt_u64_u32;
     if (to == 4 && from == 8 && !i->wide_dst && i->wide_src) return cvt_u32_u64;
@@ -189,7 +189,7 @@ static Handler *quick_int(const Inst *i) {
 static Handler *quick(const Inst *i) {
     bool nearest = i->round == RND_RN || i->round == RND_NONE;
     if (i->sat || i->ftz || i->relu) return NULL;
-    if (!type_is_float((Type)i->type) && !type_is_float((Type)i->type2)) return quick_int(i);
+    if (!type_is_float(i->type) && !type_is_float(i->type2)) return quick_int(i);
     if (i->wide_src || i->wide_dst) return NULL;
     if (i->type == T_S32 && i->type2 == T_F32 && (i->round == RND_RNI || i->round == RND_RZI))
         return cvt_s32_f32;
@@ -202,9 +202,9 @@ static Handler *quick(const Inst *i) {
 /* Refuses what PTX does not define: a float result that may be inexact needs a rounding mode (.rn
  * ...), an integer from a float one of its own (.rni ...), integers take none. */
 static Handler *choose_cvt(Inst *i) {
-    bool to_float = type_is_float((Type)i->type), from_float = type_is_float((Type)i->type2);
+    bool to_float = type_is_float(i->type), from_float = type_is_float(i->type2);
     bool float_mode = i->round && i->round < RND_RNI;
-    int to = type_bytes((Type)i->type), from = type_bytes((Type)i->type2);
+    int to = type_bytes(i->type), from = type_bytes(i->type2);
     if (!to_float && from_float != (i->round != RND_NONE)) return NULL;
     if (to_float && !from_float && (!float_mode || (to == 2 && from == 8)))
         return NULL; /* (two roundings would be needed) */
@@ -228,7 +228,7 @@ HANDLER(cvt_pair) {
     for (int l = 0; l < 32; l++) {
         float x = i->relu && !(a[l] > 0) && a[l] == a[l] ? 0 : a[l];
         float y = i->relu && !(b[l] > 0) && b[l] == b[l] ? 0 : b[l];
-        Rounding r = (Rounding)i->round;
+        Rounding r = i->round;
         d[l] = i->type == T_F16X2 ? (u32)float_to_half(x, r) << 16 | float_to_half(y, r)
                                   : (u32)float_to_bf16(x, r) << 16 | float_to_bf16(y, r);
     }
@@ -236,7 +236,7 @@ HANDLER(cvt_pair) {
 
 /* cvt.pack.sat: two clamped integers, below them the low half of the third operand. */
 static u32 pack(const Inst *i, s32 a, s32 b, u32 c) {
-    Type t = (Type)i->type;
+    Type t = i->type;
     u32 bits = (u32)type_bytes(t) * 8, all = (1u << bits) - 1;
     u32 v = ((u32)clamp_integer(t, a, true) & all) << bits | ((u32)clamp_integer(t, b, true) & all);
     return i->n_src > 2 ? c << 16 | v : v;

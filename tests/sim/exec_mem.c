@@ -110,19 +110,17 @@ static void copy_lanes(Access *x, u8 *memory, u64 base, bool store) {
 
 /* All active lanes lie in `a`, from `low` on, over `span` bytes. */
 static void move_in(Warp *w, const Inst *i, Access *x, Alloc *a, u64 low, u64 span, bool store) {
-    bool small = span <= 4096;
-    if (!store && a->valid && sim_options.check_init &&
-        !(small && bits_all(a->valid, low - a->base, span)))
+    bool all_valid = !a->valid ||
+                     (span <= 4096 && bits_prefix(a->valid, low - a->base, span) == span);
+    if (!store && !all_valid && sim_options.check_init)
         EACH(l, x->mask) check_global_init(w, a, x->at[l], x->bytes, (int)l);
     if (sim_options.check_races && !a->read_only)
-        race_global(w, a, x->mask, x->at, x->bytes, how_of(i, store), x->row,
-                    store ? x->data : NULL);
+        race(w, a, x->mask, x->at, x->bytes, how_of(i, store), x->row, store ? x->data : NULL);
     if (i->space != SP_CONST && i->class != SIM_C_ATOMIC)
         count_global(w, x->at, x->bytes, store, x->row, a);
     copy_lanes(x, a->host, a->base, store);
-    if (store && a->valid && !(small && bits_all(a->valid, low - a->base, span)))
-        EACH(l, x->mask)
-            bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
+    if (store && !all_valid)
+        EACH(l, x->mask) bits_set(a->valid, x->at[l] - a->base, x->bytes, true);
 }
 
 /* Most often all lanes lie in one allocation, which is then looked up once. */
@@ -195,7 +193,7 @@ static void move_shared(Warp *w, const Inst *i, Access *x, bool store) {
         if (!state_good(k->shared_state + x->at[l], x->bytes))
             check_shared_state(w, l, x->at[l], x->bytes, store);
     if (sim_options.check_races)
-        race_shared(w, x->mask, x->at, x->bytes, how_of(i, store), x->row, store ? x->data : NULL);
+        race(w, NULL, x->mask, x->at, x->bytes, how_of(i, store), x->row, store ? x->data : NULL);
     copy_lanes(x, k->shared, 0, store);
     if (store && x->row)
         memset(k->shared_state + x->at[0], 1, 32 * x->bytes);
@@ -267,14 +265,14 @@ static void move(Warp *w, const Inst *i, Access *x, bool store) {
     if (i->space == SP_GENERIC)
         move_generic(w, i, x, store);
     else
-        move_space(w, i, x, (Space)i->space, store);
+        move_space(w, i, x, i->space, store);
 }
 
 /* ---- ld and st */
 
 /* Buffer -> registers: element k of each lane to register k. */
 static void unpack(const Warp *w, const Inst *i, const Access *x) {
-    u32 size = (u32)type_bytes((Type)i->type);
+    u32 size = (u32)type_bytes(i->type);
     for (u32 k = 0; k < i->n_dst; k++) {
         const u8 *from = x->data + k * size;
         u32 *to = slot(w, i->dst[k]);
@@ -290,7 +288,7 @@ static void unpack(const Warp *w, const Inst *i, const Access *x) {
             EACH(l, w->mask) {
                 u64 v = 0;
                 memcpy(&v, from + l * x->bytes, size);
-                put_lane(to, i->wide_dst, l, (u64)integer_of((Type)i->type, v));
+                put_lane(to, i->wide_dst, l, (u64)integer_of(i->type, v));
             }
         }
     }
@@ -298,7 +296,7 @@ static void unpack(const Warp *w, const Inst *i, const Access *x) {
 
 /* Registers -> buffer. */
 static void pack(const Warp *w, const Inst *i, Access *x) {
-    u32 size = (u32)type_bytes((Type)i->type);
+    u32 size = (u32)type_bytes(i->type);
     for (int k = 1; k < i->n_src; k++) {
         const u32 *from = src(w, i, k);
         u8 *to = x->data + (u32)(k - 1) * size;
@@ -320,7 +318,7 @@ enum { LOAD, STORE };
 HANDLER(transfer) {
     Access x;
     if (!w->mask) return;
-    x.bytes = (u32)(type_bytes((Type)i->type) * (i->vec ? i->vec : 1));
+    x.bytes = (u32)(type_bytes(i->type) * (i->vec ? i->vec : 1));
     lane_addresses(w, i, &x);
     fence_block(w, i);
     if (i->arg) pack(w, i, &x);
@@ -362,7 +360,7 @@ static u64 add_values(Type t, u64 a, u64 b) {
 
 /* New value from the old one and the operands. */
 static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c) {
-    Type t = (Type)i->type;
+    Type t = i->type;
     bool less = type_is_signed(t) ? integer_of(t, b) < integer_of(t, old) : b < old;
     switch (i->op) {
     case OP_ADD: return add_values(t, old, b);
@@ -382,9 +380,9 @@ static u64 combine_atomic(const Inst *i, u64 old, u64 b, u64 c) {
 HANDLER(atomic) {
     Access x;
     u32 all = w->mask;
-    bool wide = type_bytes((Type)i->type) == 8;
+    bool wide = type_bytes(i->type) == 8;
     if (!all) return;
-    x.bytes = (u32)type_bytes((Type)i->type);
+    x.bytes = (u32)type_bytes(i->type);
     lane_addresses(w, i, &x);
     x.row = false;
     fence_block(w, i);
@@ -483,8 +481,8 @@ static void async_deliver(Warp *w, u32 lanes, u32 keep) {
         EACH(l, c->lanes & lanes)
             ready |= (u32)(keep == ~0u || c->group[l] + keep < w->committed[l]) << l;
         if (sim_options.check_races && ready)
-            race_shared(w, ready, c->shared, c->bytes, ACC_WRITE, c->row && ready == FULL_WARP,
-                        c->data);
+            race(w, NULL, ready, c->shared, c->bytes, ACC_WRITE, c->row && ready == FULL_WARP,
+                 c->data);
         EACH(l, ready) {
             memcpy(k->shared + c->shared[l], c->data + l * c->bytes, c->bytes);
             memset(k->shared_state + c->shared[l], 1, c->bytes);

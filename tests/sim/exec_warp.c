@@ -85,7 +85,7 @@ HANDLER(vote) {
 
 /* Which named lanes hold the same value; .all: do all of them? */
 HANDLER(match) {
-    bool wide = type_bytes((Type)i->type) == 8;
+    bool wide = type_bytes(i->type) == 8;
     const u32 *members = src(w, i, 1);
     u32 result[32];
     if (!members_ok(w, i, 1, "match")) return;

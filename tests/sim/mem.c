@@ -47,10 +47,6 @@ void *xgrow(void *array, u32 count, u32 *cap, size_t item) {
 
 /* ---- bit sets: one bit per byte of memory */
 
-bool bits_all(const u8 *bits, u64 first, u64 count) {
-    return bits_prefix(bits, first, count) == count;
-}
-
 u64 bits_prefix(const u8 *bits, u64 first, u64 count) {
     u64 n = 0;
     while (n < count) {
@@ -130,29 +126,21 @@ static void *zero_pages(u64 bytes) {
     return got(p == MAP_FAILED ? NULL : p, bytes);
 }
 
-static u64 n_words(const Alloc *a) {
-    return a->size / 4 + 8;
+/* Race and sector records: one piece of zero pages, for every 32 bytes 8 + 8 and 1 + 1. */
+static u64 record_bytes(const Alloc *a) {
+    return (a->size / 32 + 8) * (8 * 8 + 8 * 8 + 4 + 4);
 }
 
-static u64 n_sectors(const Alloc *a) {
-    return a->size / 32 + 8;
-}
-
-/* Race and sector records, all zero pages until touched. */
 static void add_records(Alloc *a) {
-    a->writes = zero_pages(n_words(a) * 8);
-    a->reads = zero_pages(n_words(a) * 8);
-    a->seen_load = zero_pages(n_sectors(a) * 4);
-    a->seen_store = zero_pages(n_sectors(a) * 4);
+    u64 n = a->size / 32 + 8;
+    a->writes = zero_pages(record_bytes(a));
+    a->reads = a->writes + 8 * n;
+    a->seen_load = (u32 *)(a->reads + 8 * n);
+    a->seen_store = a->seen_load + n;
 }
 
 static void drop_records(Alloc *a) {
-    munmap(a->writes, n_words(a) * 8);
-    munmap(a->reads, n_words(a) * 8);
-    munmap(a->seen_load, n_sectors(a) * 4);
-    munmap(a->seen_store, n_sectors(a) * 4);
-    a->writes = a->reads = NULL;
-    a->seen_load = a->seen_store = NULL;
+    munmap(a->writes, record_bytes(a));
 }
 
 /* ---- device memory */
@@ -227,10 +215,8 @@ void sim_mem_reset(int device) {
 }
 
 void sim_mem_peer(int device, int peer, bool allowed) {
-    if (allowed)
-        devices[device].peers |= 1u << peer;
-    else
-        devices[device].peers &= ~(1u << peer);
+    devices[device].peers &= ~(1u << peer);
+    devices[device].peers |= (u32)allowed << peer;
 }
 
 bool mem_may_use(int device, const Alloc *a) {

@@ -133,11 +133,9 @@ typedef struct {
     bool dynamic;     /* add the start of dynamic shared memory */
 } Const;
 
-typedef enum { SR_TID_X, SR_TID_Y, SR_TID_Z, SR_NTID_X, SR_NTID_Y, SR_NTID_Z, SR_CTAID_X,
-               SR_CTAID_Y, SR_CTAID_Z, SR_NCTAID_X, SR_NCTAID_Y, SR_NCTAID_Z, SR_LANEID,
-               SR_WARPID, SR_NWARPID, SR_LANEMASK_EQ, SR_LANEMASK_LT, SR_LANEMASK_LE,
-               SR_LANEMASK_GT, SR_LANEMASK_GE, SR_DYN_SMEM, SR_TOTAL_SMEM, SR_SMID, SR_NSMID,
-               SR_GRIDID, SR_CLOCK, SR_CLOCK_HI, SR_CLOCK64, SR_GLOBALTIMER, SR_COUNT } Special;
+/* Special registers, numbered as in special_names (ptx_decode.c); from SR_GRIDID on 64 bits wide,
+ * from SR_CLOCK on different at every read. */
+enum { SR_CTAID_X = 6, SR_GRIDID = 24, SR_CLOCK = 25, SR_COUNT = 29 };
 
 typedef struct SimCode {
     Inst *inst;
@@ -186,7 +184,6 @@ int mem_alloc(int device, u64 bytes, bool global, Alloc **out);
 void mem_prepare_launch(u32 number);      /* clears the records when launch numbers wrap */
 bool mem_may_use(int device, const Alloc *a);
 void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, size_t size);
-bool bits_all(const u8 *bits, u64 first, u64 count); /* are these bits all set? */
 void bits_set(u8 *bits, u64 first, u64 count, bool value);
 u64 bits_prefix(const u8 *bits, u64 first, u64 count); /* number of set bits at the start */
 
@@ -397,11 +394,10 @@ bool whole_warp(Warp *w, const char *what);
 
 /* check.c: race records. */
 enum { ACC_READ, ACC_WRITE, ACC_ATOMIC, ACC_STRONG_READ, ACC_STRONG_WRITE };
-/* lanes: which; row: all 32 at consecutive addresses; data: what a store will put, lane by lane. */
-void race_global(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
-                 const u8 *data);
-void race_shared(Warp *w, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
-                 const u8 *data);
+/* In `a`, or in shared memory if that is NULL. row: all 32 lanes at consecutive addresses; data: what
+ * a store will put, lane by lane. */
+void race(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
+          const u8 *data);
 
 /* counters.c */
 void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, Alloc *a);

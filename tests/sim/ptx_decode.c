@@ -313,7 +313,7 @@ static void single(Parser *p, Inst *i, Type t, int bits) {
 
 /* Reads one operand as its letter says. */
 static void operand(Parser *p, Inst *i, char letter) {
-    Type t = (Type)i->type, t2 = (Type)i->type2;
+    Type t = i->type, t2 = i->type2;
     int bits = width_bits(t);
     u32 at;
     bool wide;
@@ -403,9 +403,9 @@ static void check_vector(Parser *p, const Inst *i, const Form *f) {
 
 /* Finds the function that will run it: by form, by type, or by the form's own choice. */
 static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode) {
-    int size = type_bytes((Type)i->type);
+    int size = type_bytes(i->type);
     Handler *typed = f->by_type[(size == 8 ? 4 : size == 4 ? 2 : 0) +
-                                type_is_signed((Type)i->type)];
+                                type_is_signed(i->type)];
     i->class = f->class;
     i->arg = f->arg;
     i->out_bits = f->out_bits;
@@ -418,7 +418,7 @@ static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode
         return; /* these see to rounding, flushing and saturation themselves */
     bool rounded = i->round == RND_RZ || i->round == RND_RM || i->round == RND_RP;
     bool flushed = i->ftz && (i->type == T_F32 || i->type2 == T_F32);
-    if (rounded || flushed || (i->sat && type_is_float((Type)i->type))) {
+    if (rounded || flushed || (i->sat && type_is_float(i->type))) {
         i->inner = i->run;
         i->run = run_wrapped;
     }

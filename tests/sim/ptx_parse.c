@@ -172,7 +172,7 @@ Type parse_type(const char *dotted) {
         "", ".pred", ".b8", ".u8", ".s8", ".b16", ".u16", ".s16", ".f16", ".bf16", ".b32", ".u32",
         ".s32", ".f32", ".f16x2", ".bf16x2", ".b64", ".u64", ".s64", ".f64"}; /* as in Type */
     for (int t = T_PRED; t <= T_F64; t++)
-        if (!strcmp(dotted, names[t])) return (Type)t;
+        if (!strcmp(dotted, names[t])) return t;
     return T_NONE;
 }
 
@@ -234,8 +234,7 @@ u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
 /* Gives bytes their aligned place after those in use. */
 static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const char *what) {
     u64 at = (*used + align - 1) & ~(align - 1);
-    if (at + bytes > limit)
-        ptx_fail(p, "%s memory over %lu bytes", what, limit);
+    if (at + bytes > limit) ptx_fail(p, "%s memory over %lu bytes", what, limit);
     *used = (u32)(at + bytes);
     return (u32)at;
 }
@@ -429,8 +428,7 @@ static void resolve_labels(Parser *p, u32 first_symbol, u32 first_fixup) {
         Fixup *x = &p->fixups[f];
         Symbol *s = NULL;
         for (u32 i = first_symbol; i < p->n_syms && !s; i++)
-            if (p->syms[i].kind == K_LABEL && !strcmp(p->syms[i].name, x->label))
-                s = &p->syms[i];
+            if (p->syms[i].kind == K_LABEL && !strcmp(p->syms[i].name, x->label)) s = &p->syms[i];
         if (s)
             p->code->inst[x->inst].target = (u32)s->value;
         else
@@ -607,8 +605,7 @@ static void skip_braces(Parser *p) {
     int depth = 0;
     do {
         if (p->tok == TOK_END) ptx_fail(p, "text ends inside a function");
-        if (p->tok == TOK_PUNCT)
-            depth += p->punct == '{' ? 1 : p->punct == '}' ? -1 : 0;
+        if (p->tok == TOK_PUNCT) depth += p->punct == '{' ? 1 : p->punct == '}' ? -1 : 0;
         next(p);
     } while (depth > 0);
 }

@@ -91,7 +91,7 @@ static double dram_bytes(const SimCounters *c) {
 static double model(const Card *card, const SimCounters *c, Bound *bound) {
     double t[N_BOUNDS] = {
         [B_DRAM] = dram_bytes(c) / (dram_share * card->dram_gbs * 1e3),
-        [B_ISSUE] = (double)sim_warp_instructions(c) / (card->sms * 4 * card->clock_ghz * 1e3),
+        [B_ISSUE] = (double)sim_class_sum(c->warp) / (card->sms * 4 * card->clock_ghz * 1e3),
         [B_TENSOR] = 2.0 * (double)c->mma_half_mac / (card->half_tflops * 1e6) +
                      2.0 * (double)c->mma_int_mac / (card->int8_tops * 1e6),
         [B_FLOOR] = floor_us,
@@ -244,8 +244,8 @@ static void put_kernel(FILE *f, const KernelStats *k, bool ptxas, bool first) {
     fprintf(f, "%s    \"%s\": {\n      ", first ? "" : ",\n", k->name);
     PUT_NUMBERS(f, ",\n      ",
         { "launches", c->launches }, { "blocks", c->blocks }, { "threads", c->threads },
-        { "warp_instructions", sim_warp_instructions(c) },
-        { "lane_instructions", sim_lane_instructions(c) },
+        { "warp_instructions", sim_class_sum(c->warp) },
+        { "lane_instructions", sim_class_sum(c->lane) },
         { "unique_load_bytes", 32 * c->unique_load_sectors },
         { "unique_store_bytes", 32 * c->unique_store_sectors },
         { "shared_accesses", c->shared_accesses }, { "shared_passes", c->shared_passes },
@@ -332,7 +332,7 @@ static void put_table(FILE *f, bool ptxas) {
             sectors += c->load[w].sectors + c->store[w].sectors;
         }
         fprintf(f, "%-28s %8lu %10lu %10lu %9.3f %9.3f %5.2f %5.2f %4d %4d %10.2f %10.2f\n",
-                k->name, c->launches, sim_warp_instructions(c), sim_lane_instructions(c),
+                k->name, c->launches, sim_class_sum(c->warp), sim_class_sum(c->lane),
                 (double)c->unique_load_sectors * 32e-6, (double)c->unique_store_sectors * 32e-6,
                 ratio(32 * sectors, bytes), ratio(c->shared_passes, c->shared_ideal), k->registers,
                 occupancy(k), us_of(k->ps[0]), us_of(k->ps[1]));

@@ -264,9 +264,7 @@ typedef struct {
 
 void sim_counters_add(SimCounters *sum, const SimCounters *part);
 const char *sim_class_name(SimClass class);
-/* Sums over the classes / widths. */
-uint64_t sim_warp_instructions(const SimCounters *counters);
-uint64_t sim_lane_instructions(const SimCounters *counters);
+uint64_t sim_class_sum(const uint64_t *of_class); /* of counters' warp or lane */
 
 /* ---- launch */
 
