@@ -132,8 +132,7 @@ typedef struct {
     WorkKind kind;
     Ctx *ctx;
     Func *func;                /* kernel */
-    unsigned grid[3], block[3];
-    uint32_t shared;           /* dynamic, bytes */
+    SimLaunch launch;          /* its shape; parameters in `owned` */
     uint64_t dst, src, bytes;  /* copy and set; device or host addresses */
     int dst_dev, src_dev;      /* owner, -1: host memory */
     void *owned;               /* kernel parameters, or the snapshot of a pageable source */
@@ -281,8 +280,7 @@ CUresult work_set(const Work *work);
 /* api_launch.c */
 void module_end(Module *module);
 CUresult work_kernel(const Work *work, double *us);
-CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[3],
-                          uint32_t shared, void **params, void **extra, Work *work);
+CUresult make_kernel_work(Func *f, const SimLaunch *shape, void **params, void **extra, Work *work);
 
 /* graph.c */
 CUresult capture_allows(void);                 /* the rules for calls during a capture */

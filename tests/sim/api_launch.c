@@ -191,11 +191,11 @@ API(CTX, 6050, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *blocks, CUfunc
 
 /* The limits of compute capability 8.6; a block that has too many threads for the registers or for
  * .maxntid is "out of resources", everything else an invalid value. */
-static CUresult check_shape(const Func *f, const unsigned grid[3], const unsigned block[3],
-                            uint32_t shared) {
+static CUresult check_shape(const Func *f, const SimLaunch *l) {
     static const unsigned grid_max[3] = { 0x7FFFFFFF, 65535, 65535 };
     static const unsigned block_max[3] = { 1024, 1024, 64 };
     const SimKernel *k = f->kernel;
+    const unsigned *grid = l->grid, *block = l->block, shared = l->dynamic_shared;
     uint64_t threads = (uint64_t)block[0] * block[1] * block[2];
     for (int i = 0; i < 3; i++) {
         if (!grid[i] || grid[i] > grid_max[i] || !block[i] || block[i] > block_max[i])
@@ -239,20 +239,18 @@ static CUresult pack(const SimKernel *k, void **params, void **extra, void **out
 }
 
 /* A kernel launch as work, for a stream or a graph node. On error nothing is held. */
-CUresult make_kernel_work(Func *f, const unsigned grid[3], const unsigned block[3],
-                          uint32_t shared, void **params, void **extra, Work *work) {
-    *work = (Work){ .kind = W_KERNEL, .func = f, .shared = shared };
+CUresult make_kernel_work(Func *f, const SimLaunch *shape, void **params, void **extra, Work *work) {
+    *work = (Work){ .kind = W_KERNEL, .func = f, .launch = *shape };
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     work->ctx = f->module->ctx;
-    memcpy(work->grid, grid, sizeof work->grid);
-    memcpy(work->block, block, sizeof work->block);
-    CUresult r = check_shape(f, grid, block, shared);
+    work->launch.kernel = f->kernel;
+    CUresult r = check_shape(f, shape);
     return r ? r : pack(f->kernel, params, extra, &work->owned);
 }
 
 /* A cooperative launch has to fit on the device as a whole. */
-static CUresult launch(Func *f, const unsigned grid[3], const unsigned block[3], uint32_t shared,
-                       CUstream h, void **params, void **extra, bool cooperative) {
+static CUresult launch(Func *f, SimLaunch l, CUstream h, void **params, void **extra,
+                       bool cooperative) {
     Stream *s;
     Work w;
     CUresult r = get_stream(h, &s);
@@ -263,24 +261,23 @@ static CUresult launch(Func *f, const unsigned grid[3], const unsigned block[3],
                f->kernel->name);
         return E_INVALID_HANDLE;
     }
-    r = make_kernel_work(f, grid, block, shared, params, extra, &w);
+    r = make_kernel_work(f, &l, params, extra, &w);
     if (r) return r;
-    int threads = (int)(block[0] * block[1] * block[2]);
-    uint64_t room = (uint64_t)resident_blocks(f, threads, shared) * (uint64_t)report_sms();
-    if (cooperative && (uint64_t)grid[0] * grid[1] * grid[2] > room) {
-        work_free(&w);
-        return E_COOPERATIVE_LAUNCH_TOO_LARGE;
-    }
-    return submit(s, &w);
+    int threads = (int)(l.block[0] * l.block[1] * l.block[2]);
+    int room = resident_blocks(f, threads, l.dynamic_shared) * report_sms();
+    if (!cooperative || (uint64_t)l.grid[0] * l.grid[1] * l.grid[2] <= (uint64_t)room)
+        return submit(s, &w);
+    work_free(&w);
+    return E_COOPERATIVE_LAUNCH_TOO_LARGE;
 }
 
 API(CTX, 4000, cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
     unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params, void **extra),
-    launch(f, (unsigned[]){ gx, gy, gz }, (unsigned[]){ bx, by, bz }, shared, stream, params,
+    launch(f, (SimLaunch){ NULL, { gx, gy, gz }, { bx, by, bz }, shared, NULL }, stream, params,
            extra, false))
 API(CTX, 9000, cuLaunchCooperativeKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz,
     unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params),
-    launch(f, (unsigned[]){ gx, gy, gz }, (unsigned[]){ bx, by, bz }, shared, stream, params,
+    launch(f, (SimLaunch){ NULL, { gx, gy, gz }, { bx, by, bz }, shared, NULL }, stream, params,
            NULL, true))
 
 /* Attributes: 0 ignore, 1 access policy (a hint), 2 cooperative, 8 priority; others are refused. */
@@ -290,22 +287,21 @@ static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **para
     for (unsigned i = 0; i < c->numAttrs; i++) {
         int id = (int)c->attrs[i].id;
         if (id == 2) cooperative = c->attrs[i].value.cooperative != 0;
-        else if (id != 0 && id != 1 && id != 8) return E_NOT_SUPPORTED;
+        if (id != 0 && id != 1 && id != 2 && id != 8) return E_NOT_SUPPORTED;
     }
-    unsigned grid[3] = { c->gridDimX, c->gridDimY, c->gridDimZ };
-    unsigned block[3] = { c->blockDimX, c->blockDimY, c->blockDimZ };
-    return launch(f, grid, block, c->sharedMemBytes, c->hStream, params, extra, cooperative);
+    return launch(f, (SimLaunch){ NULL, { c->gridDimX, c->gridDimY, c->gridDimZ },
+                  { c->blockDimX, c->blockDimY, c->blockDimZ }, c->sharedMemBytes, NULL },
+                  c->hStream, params, extra, cooperative);
 }
 
-API(CTX, 11060, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params, void **extra),
-    launch_config(c, f, params, extra))
+API(CTX, 11060, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params,
+    void **extra), launch_config(c, f, params, extra))
 
 /* Runs a kernel when its turn has come; *us: its computed time. */
 CUresult work_kernel(const Work *w, double *us) {
     SimCounters counters = { .launches = 0 };
-    SimLaunch l = { .kernel = w->func->kernel, .dynamic_shared = w->shared, .params = w->owned };
-    memcpy(l.grid, w->grid, sizeof l.grid);
-    memcpy(l.block, w->block, sizeof l.block);
+    SimLaunch l = w->launch;
+    l.params = w->owned;
     CUresult r = fault("launch", -1, 1, 700);
     if (r) {
         fprintf(stderr, "sim: %s: fault %d as SIM_FAULT asks\n", w->func->kernel->name, r);

@@ -435,21 +435,19 @@ static u32 *shuffled(u32 n) {
     return order;
 }
 
-/* What a device refuses to launch. */
+/* The sizes of a launch; INVALID_VALUE for what no device can hold. */
 static int check_limits(const SimLaunch *in, Launch *launch) {
     const SimKernel *kernel = in->kernel;
     u64 blocks = 1, threads = 1;
+    u64 shared = ((kernel->shared_bytes + 15) & ~15u) + (u64)in->dynamic_shared;
     for (int d = 0; d < 3; d++) {
+        bool wrong = kernel->required_block[d] && kernel->required_block[d] != in->block[d];
         blocks *= in->grid[d];
         threads *= in->block[d];
-        if (!in->grid[d] || !in->block[d] || (kernel->required_block[d] &&
-                                              kernel->required_block[d] != in->block[d]))
+        if (!blocks || !threads || wrong || blocks > 1u << 31 || threads > 1024)
             return E_INVALID_VALUE;
-        if (blocks > 1u << 31 || threads > 1024) return E_INVALID_VALUE;
     }
-    if (threads > (u64)kernel->max_threads) return E_INVALID_VALUE;
-    u64 shared = ((kernel->shared_bytes + 15) & ~15u) + (u64)in->dynamic_shared;
-    if (shared > SIM_SHARED_MAX) return E_INVALID_VALUE;
+    if (threads > (u64)kernel->max_threads || shared > SIM_SHARED_MAX) return E_INVALID_VALUE;
     launch->n_blocks = (u32)blocks;
     launch->n_threads = (u32)threads;
     launch->shared_bytes = (u32)shared;

@@ -67,9 +67,9 @@ API(INIT, 10000, cuGraphGetNodes, (CUgraph graph, CUgraphNode *nodes, size_t *n)
 
 static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
     if (!p) return E_INVALID_VALUE;
-    unsigned grid[3] = { p->gridDimX, p->gridDimY, p->gridDimZ };
-    unsigned block[3] = { p->blockDimX, p->blockDimY, p->blockDimZ };
-    return make_kernel_work(p->func, grid, block, p->sharedMemBytes, p->kernelParams, p->extra, w);
+    SimLaunch l = { NULL, { p->gridDimX, p->gridDimY, p->gridDimZ },
+                    { p->blockDimX, p->blockDimY, p->blockDimZ }, p->sharedMemBytes, NULL };
+    return make_kernel_work(p->func, &l, p->kernelParams, p->extra, w);
 }
 
 /* Dependencies are nodes of the same graph, so the list stays in an order that can run. */

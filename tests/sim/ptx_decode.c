@@ -16,48 +16,28 @@
 
 /* ---- opcodes */
 
-/* What a modifier puts into which field of the instruction; the others change nothing here. */
+/* The modifiers that say 1, 2, 3 ... of a field of the instruction (in the order of its enum; "-": no
+ * such modifier); the others change nothing here. */
 #define FIELD(name) offsetof(Inst, name)
 static const struct {
-    const char *name;
     size_t field;
-    u8 value;
+    const char *names;
 } modifiers[] = {
-    {".global", FIELD(space), SP_GLOBAL}, {".shared", FIELD(space), SP_SHARED},
-    {".shared::cta", FIELD(space), SP_SHARED}, {".local", FIELD(space), SP_LOCAL},
-    {".const", FIELD(space), SP_CONST}, {".param", FIELD(space), SP_PARAM},
-    {".rn", FIELD(round), RND_RN}, {".rz", FIELD(round), RND_RZ}, {".rm", FIELD(round), RND_RM},
-    {".rp", FIELD(round), RND_RP}, {".rna", FIELD(round), RND_RNA},
-    {".rni", FIELD(round), RND_RNI}, {".rzi", FIELD(round), RND_RZI},
-    {".rmi", FIELD(round), RND_RMI}, {".rpi", FIELD(round), RND_RPI},
-    {".eq", FIELD(cmp), EQUAL}, {".ne", FIELD(cmp), LESS | GREATER},
-    {".lt", FIELD(cmp), LESS}, {".le", FIELD(cmp), LESS | EQUAL},
-    {".gt", FIELD(cmp), GREATER}, {".ge", FIELD(cmp), GREATER | EQUAL},
-    {".lo", FIELD(cmp), LESS}, {".ls", FIELD(cmp), LESS | EQUAL}, /* unsigned */
-    {".hi", FIELD(cmp), GREATER}, {".hs", FIELD(cmp), GREATER | EQUAL},
-    {".equ", FIELD(cmp), EQUAL | UNORDERED}, {".neu", FIELD(cmp), LESS | GREATER | UNORDERED},
-    {".ltu", FIELD(cmp), LESS | UNORDERED}, {".leu", FIELD(cmp), LESS | EQUAL | UNORDERED},
-    {".gtu", FIELD(cmp), GREATER | UNORDERED}, {".geu", FIELD(cmp), GREATER | EQUAL | UNORDERED},
-    {".num", FIELD(cmp), LESS | EQUAL | GREATER}, {".nan", FIELD(cmp), UNORDERED},
-    {".and", FIELD(op), OP_AND}, {".or", FIELD(op), OP_OR}, {".xor", FIELD(op), OP_XOR},
-    {".add", FIELD(op), OP_ADD}, {".min", FIELD(op), OP_MIN}, {".max", FIELD(op), OP_MAX},
-    {".inc", FIELD(op), OP_INC}, {".dec", FIELD(op), OP_DEC}, {".exch", FIELD(op), OP_EXCH},
-    {".cas", FIELD(op), OP_CAS}, {".up", FIELD(op), OP_UP}, {".down", FIELD(op), OP_DOWN},
-    {".bfly", FIELD(op), OP_BFLY}, {".idx", FIELD(op), OP_IDX}, {".all", FIELD(op), OP_ALL},
-    {".any", FIELD(op), OP_ANY}, {".uni", FIELD(op), OP_UNI}, {".ballot", FIELD(op), OP_BALLOT},
-    {".popc", FIELD(op), OP_POPC}, {".f4e", FIELD(op), OP_F4E}, {".b4e", FIELD(op), OP_B4E},
-    {".rc8", FIELD(op), OP_RC8}, {".ecl", FIELD(op), OP_ECL}, {".ecr", FIELD(op), OP_ECR},
-    {".rc16", FIELD(op), OP_RC16}, {".v2", FIELD(vec), 2}, {".v4", FIELD(vec), 4},
-    {".x1", FIELD(vec), 1}, {".x2", FIELD(vec), 2}, {".x4", FIELD(vec), 4},
-    {".ftz", FIELD(ftz), 1}, {".sat", FIELD(sat), 1}, {".satfinite", FIELD(sat), 1},
-    {".volatile", FIELD(strong), 1}, {".relaxed", FIELD(strong), 1}, {".acquire", FIELD(fence), 1},
-    {".release", FIELD(fence), 1}, {".acq_rel", FIELD(fence), 1}, {".NaN", FIELD(nan), 1},
-    {".relu", FIELD(relu), 1}, {".to", FIELD(to), 1}, {".trans", FIELD(trans), 1},
-    {".l", FIELD(left), 1}, {".wrap", FIELD(wrap), 1}, {".shiftamt", FIELD(shiftamt), 1},
-    {".hi", FIELD(high), 1}, {".cc", FIELD(carry), 1},
+    {FIELD(space), ".global .shared .local .const .param"}, {FIELD(space), "- .shared::cta"},
+    {FIELD(round), ".rn .rz .rm .rp .rna .rni .rzi .rmi .rpi"},
+    {FIELD(cmp), ".lt .eq .le .gt .ne .ge .num .nan .ltu .equ .leu .gtu .neu .geu"},
+    {FIELD(cmp), ".lo - .ls .hi - .hs"}, /* unsigned integers */
+    {FIELD(op), ".and .or .xor .add .min .max .inc .dec .exch .cas .up .down .bfly .idx .all .any "
+                ".uni .ballot .popc .f4e .b4e .rc8 .ecl .ecr .rc16"},
+    {FIELD(vec), ".x1 .v2 - .v4"}, {FIELD(vec), "- .x2 - .x4"},
+    {FIELD(ftz), ".ftz"}, {FIELD(sat), ".sat"}, {FIELD(sat), ".satfinite"}, {FIELD(nan), ".NaN"},
+    {FIELD(strong), ".volatile"}, {FIELD(strong), ".relaxed"}, {FIELD(fence), ".acquire"},
+    {FIELD(fence), ".release"}, {FIELD(fence), ".acq_rel"}, {FIELD(relu), ".relu"},
+    {FIELD(to), ".to"}, {FIELD(trans), ".trans"}, {FIELD(left), ".l"}, {FIELD(wrap), ".wrap"},
+    {FIELD(shiftamt), ".shiftamt"}, {FIELD(high), ".hi"}, {FIELD(carry), ".cc"},
 };
 
-/* One ".modifier": a type, or entries of the table above; of two state spaces the first counts. */
+/* One ".modifier": a type, or in the table above; of two state spaces the first counts. */
 static void apply_modifier(Inst *i, const char *name) {
     Type t = parse_type(name);
     if (t != T_NONE) {
@@ -67,7 +47,7 @@ static void apply_modifier(Inst *i, const char *name) {
     }
     for (size_t k = 0; k < sizeof modifiers / sizeof *modifiers; k++) {
         u8 *field = (u8 *)i + modifiers[k].field;
-        if (!*field && !strcmp(name, modifiers[k].name)) *field = modifiers[k].value;
+        if (!*field) *field = (u8)word_index(modifiers[k].names, name);
     }
 }
 
@@ -125,22 +105,19 @@ static const Form *find_form(Parser *p, const char *opcode) {
 
 /* ---- operands */
 
-static const char *const special_names[SR_COUNT] = {
-    "%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y",
-    "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid", "%nwarpid",
-    "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt", "%lanemask_ge",
-    "%dynamic_smem_size", "%total_smem_size", "%smid", "%nsmid", "%gridid", "%clock", "%clock_hi",
-    "%clock64", "%globaltimer"};
+static const char special_names[] =
+    "%tid.x %tid.y %tid.z %ntid.x %ntid.y %ntid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y "
+    "%nctaid.z %laneid %warpid %nwarpid %lanemask_eq %lanemask_lt %lanemask_le %lanemask_gt "
+    "%lanemask_ge %dynamic_smem_size %total_smem_size %smid %nsmid %gridid %clock %clock_hi "
+    "%clock64 %globaltimer";
 
 /* %tid.x and its like live in slots that are filled before a warp starts; 0: no such register. */
 static u32 special_slot(Parser *p, bool *wide) {
-    for (int k = 0; k < SR_COUNT; k++)
-        if (at_word(p, special_names[k])) {
-            *wide = k >= SR_GRIDID;
-            if (!p->code->special[k]) p->code->special[k] = new_slot(p, *wide ? 64 : 32);
-            return p->code->special[k];
-        }
-    return 0;
+    int k = word_index(special_names, p->word) - 1;
+    if (k < 0) return 0;
+    *wide = k >= SR_GRIDID;
+    if (!p->code->special[k]) p->code->special[k] = new_slot(p, *wide ? 64 : 32);
+    return p->code->special[k];
 }
 
 static int width_bits(Type t) {

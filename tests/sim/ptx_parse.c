@@ -166,14 +166,21 @@ static const char *expect_name(Parser *p) {
     return name;
 }
 
+/* Which word of a list separated by blanks: 1, 2 ...; 0: none. */
+int word_index(const char *list, const char *word) {
+    size_t len = strlen(word);
+    for (int n = 1; *list; n++) {
+        size_t here = strcspn(list, " ");
+        if (here == len && !memcmp(list, word, len)) return n;
+        list += here + (list[here] == ' ');
+    }
+    return 0;
+}
+
 /* ".u32" -> T_U32; T_NONE if it is not a type. */
 Type parse_type(const char *dotted) {
-    static const char *const names[] = {
-        "", ".pred", ".b8", ".u8", ".s8", ".b16", ".u16", ".s16", ".f16", ".bf16", ".b32", ".u32",
-        ".s32", ".f32", ".f16x2", ".bf16x2", ".b64", ".u64", ".s64", ".f64"}; /* as in Type */
-    for (int t = T_PRED; t <= T_F64; t++)
-        if (!strcmp(dotted, names[t])) return t;
-    return T_NONE;
+    return word_index(".pred .b8 .u8 .s8 .b16 .u16 .s16 .f16 .bf16 .b32 .u32 .s32 .f32 .f16x2 "
+                      ".bf16x2 .b64 .u64 .s64 .f64", dotted); /* as in Type */
 }
 
 /* ---- symbols and slots */

@@ -74,6 +74,7 @@ u64 symbol_address(Parser *p, Symbol *s); /* gives module-level shared variables
 u32 new_slot(Parser *p, int bits);
 u32 predicate(Parser *p, bool destination); /* a predicate register; as a destination also "_" */
 u32 const_slot(Parser *p, u64 value, int bits, bool dynamic);
+int word_index(const char *list, const char *word); /* 1 ..., 0: not in the list */
 Type parse_type(const char *dotted);
 void add_fixup(Parser *p, u32 inst, const char *label);
 Inst *new_inst(Parser *p);

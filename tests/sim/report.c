@@ -104,11 +104,11 @@ static double model(const Card *card, const SimCounters *c, Bound *bound) {
 
 /* Adds one launch; its computed time in us on the card that the devices pretend to be. */
 double stats_launch(KernelStats *k, const Work *w, const SimCounters *c) {
-    int threads = (int)(w->block[0] * w->block[1] * w->block[2]);
+    int threads = (int)(w->launch.block[0] * w->launch.block[1] * w->launch.block[2]);
     double mine = 0;
     sim_counters_add(&k->sum, c);
     if (threads > k->threads) k->threads = threads;
-    if (w->shared > k->max_dynamic) k->max_dynamic = w->shared;
+    if (w->launch.dynamic_shared > k->max_dynamic) k->max_dynamic = w->launch.dynamic_shared;
     devices[w->ctx->device].launches++;
     for (int i = 0; i < N_CARDS; i++) {
         Bound b;
