@@ -200,14 +200,13 @@ CUresult leave(CUresult r) {
 }
 
 /* Flags have to be 0. NVRTC calls this too, when it finds a driver. */
-static CUresult init(unsigned flags) {
+BODY(ANY, 2000, cuInit, (unsigned flags), (flags)) {
     if (flags) return E_INVALID_VALUE;
     if (!config.devices) return E_NO_DEVICE;
     initialised = true;
     return OK;
 }
 
-API(ANY, 2000, cuInit, (unsigned flags), init(flags))
 API(ANY, 2020, cuDriverGetVersion, (int *version), GIVE(version, config.driver))
 
 static CUresult text(const char **to, const char *s) {
@@ -330,22 +329,20 @@ static CUresult push(Ctx *c) {
 }
 
 /* Replaces the top of the thread's stack; NULL removes it. */
-static CUresult set_current(Ctx *c) {
+BODY(INIT, 4000, cuCtxSetCurrent, (CUcontext c), (c)) {
     if (c && !ctx_ok(c)) return E_INVALID_CONTEXT;
     if (self.depth) self.depth--;
     return c ? push(c) : OK;
 }
 
-static CUresult pop(Ctx **top) {
+BODY(INIT, 4000, cuCtxPopCurrent_v2, (CUcontext *top), (top)) {
     if (!self.depth) return E_INVALID_CONTEXT;
     self.depth--;
     if (top) *top = self.stack[self.depth];
     return OK;
 }
 
-API(INIT, 4000, cuCtxSetCurrent, (CUcontext ctx), set_current(ctx))
 API(INIT, 4000, cuCtxPushCurrent_v2, (CUcontext ctx), push(ctx))
-API(INIT, 4000, cuCtxPopCurrent_v2, (CUcontext *ctx), pop(ctx))
 API(INIT, 4000, cuCtxGetCurrent, (CUcontext *ctx), GIVE(ctx, cur()))
 
 static CUresult get_device(int *dev, Ctx *c) {

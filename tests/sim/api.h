@@ -235,6 +235,11 @@ typedef struct {
         return leave(r ? r : (call));                                                              \
     }                                                                                              \
     SYMBOL(name, #name, since, name)
+/* The same with a body; `names` are those of the parameters. */
+#define BODY(needs, since, name, params, names)                                                    \
+    static CUresult name##_body params;                                                            \
+    API(needs, since, name, params, name##_body names)                                             \
+    static CUresult name##_body params
 #define GIVE(to, value) ((to) ? (*(to) = (value), OK) : E_INVALID_VALUE)
 Ctx *cur(void);                        /* the calling thread's context */
 void *obj_new(Type type, size_t bytes);

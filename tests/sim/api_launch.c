@@ -105,14 +105,15 @@ void module_end(Module *m) {
 }
 
 /* Waits for the kernels of the module that are still to run. */
-static CUresult unload(Module *m) {
+BODY(UNSAFE, 2000, cuModuleUnload, (CUmodule m), (m)) {
     if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
     run_ctx(m->ctx);
     module_end(m);
     return OK;
 }
 
-static CUresult get_function(Func **function, Module *m, const char *name) {
+BODY(CTX, 2000, cuModuleGetFunction, (CUfunction *function, CUmodule m, const char *name),
+    (function, m, name)) {
     if (!function || !name) return E_INVALID_VALUE;
     if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
     for (int i = 0; i < m->n_funcs; i++)
@@ -120,7 +121,8 @@ static CUresult get_function(Func **function, Module *m, const char *name) {
     return E_NOT_FOUND;
 }
 
-static CUresult get_global(CUdeviceptr *address, size_t *bytes, Module *m, const char *name) {
+BODY(CTX, 3020, cuModuleGetGlobal_v2, (CUdeviceptr *address, size_t *bytes, CUmodule m,
+    const char *name), (address, bytes, m, name)) {
     uint64_t p = 0, n = 0;
     if (!name || (!address && !bytes)) return E_INVALID_VALUE;
     if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
@@ -130,17 +132,12 @@ static CUresult get_global(CUdeviceptr *address, size_t *bytes, Module *m, const
     return r;
 }
 
-API(UNSAFE, 2000, cuModuleUnload, (CUmodule m), unload(m))
-API(CTX, 2000, cuModuleGetFunction, (CUfunction *function, CUmodule m, const char *name),
-    get_function(function, m, name))
-API(CTX, 3020, cuModuleGetGlobal_v2, (CUdeviceptr *address, size_t *bytes, CUmodule m, const char *name),
-    get_global(address, bytes, m, name))
-
 /* ---- functions */
 
 /* CUfunction_attribute: 0 threads, 1 shared, 2 constant, 3 local bytes, 4 registers, 5 PTX and 6
  * machine version, 7 cache mode, 8 and 9 as below. */
-static CUresult get_attribute(int *value, int which, const Func *f) {
+BODY(CTX, 2020, cuFuncGetAttribute, (int *value, CUfunction_attribute which, CUfunction f), (value,
+    which, f)) {
     if (!value || which < 0 || which > 9) return E_INVALID_VALUE;
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     const SimKernel *k = f->kernel;
@@ -153,7 +150,8 @@ static CUresult get_attribute(int *value, int which, const Func *f) {
 }
 
 /* 8: dynamic shared memory allowed, 9: preferred carve-out in per cent */
-static CUresult set_attribute(Func *f, int which, int value) {
+BODY(CTX, 9000, cuFuncSetAttribute, (CUfunction f, CUfunction_attribute which, int value), (f,
+    which, value)) {
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     int most = which == 8 ? SIM_SHARED_MAX - (int)f->kernel->shared_bytes : 100;
     if ((which != 8 && which != 9) || value < (which == 8 ? 0 : -1) || value > most)
@@ -165,11 +163,6 @@ static CUresult set_attribute(Func *f, int which, int value) {
     return OK;
 }
 
-API(CTX, 2020, cuFuncGetAttribute, (int *value, CUfunction_attribute which, CUfunction f),
-    get_attribute(value, (int)which, f))
-API(CTX, 9000, cuFuncSetAttribute, (CUfunction f, CUfunction_attribute which, int value),
-    set_attribute(f, (int)which, value))
-
 /* Blocks of a function that fit on one multiprocessor at a time. */
 static int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
     const SimKernel *k = f->kernel;
@@ -177,15 +170,13 @@ static int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) 
 }
 
 /* 0 for a block that could not be launched. */
-static CUresult max_active_blocks(int *blocks, const Func *f, int threads, size_t dynamic_shared) {
+BODY(CTX, 6050, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *blocks, CUfunction f,
+    int threads, size_t dynamic_shared), (blocks, f, threads, dynamic_shared)) {
     if (!blocks || threads <= 0) return E_INVALID_VALUE;
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     bool fits = threads <= f->kernel->max_threads && dynamic_shared <= f->max_dynamic;
     return GIVE(blocks, fits ? resident_blocks(f, threads, dynamic_shared) : 0);
 }
-
-API(CTX, 6050, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *blocks, CUfunction f, int threads,
-    size_t dynamic_shared), max_active_blocks(blocks, f, threads, dynamic_shared))
 
 /* ---- launches */
 
@@ -281,7 +272,8 @@ API(CTX, 9000, cuLaunchCooperativeKernel, (CUfunction f, unsigned gx, unsigned g
            NULL, true))
 
 /* Attributes: 0 ignore, 1 access policy (a hint), 2 cooperative, 8 priority; others are refused. */
-static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
+BODY(CTX, 11060, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params,
+    void **extra), (c, f, params, extra)) {
     bool cooperative = false;
     if (!c || (c->numAttrs && !c->attrs)) return E_INVALID_VALUE;
     for (unsigned i = 0; i < c->numAttrs; i++) {
@@ -293,9 +285,6 @@ static CUresult launch_config(const CUlaunchConfig *c, CUfunction f, void **para
                   { c->blockDimX, c->blockDimY, c->blockDimZ }, c->sharedMemBytes, NULL },
                   c->hStream, params, extra, cooperative);
 }
-
-API(CTX, 11060, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params,
-    void **extra), launch_config(c, f, params, extra))
 
 /* Runs a kernel when its turn has come; *us: its computed time. */
 CUresult work_kernel(const Work *w, double *us) {

@@ -40,7 +40,7 @@ static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
 
 /* ---- device memory */
 
-static CUresult mem_info(size_t *free_bytes, size_t *total) {
+BODY(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), (free_bytes, total)) {
     uint64_t left, all;
     sim_mem_info(cur()->device, &left, &all);
     if (free_bytes) *free_bytes = left;
@@ -49,7 +49,7 @@ static CUresult mem_info(size_t *free_bytes, size_t *total) {
 }
 
 /* The memory holds poison and counts as never written. */
-static CUresult allocate(CUdeviceptr *address, size_t bytes) {
+BODY(UNSAFE, 3020, cuMemAlloc_v2, (CUdeviceptr *address, size_t bytes), (address, bytes)) {
     uint64_t p;
     if (!address || !bytes) return E_INVALID_VALUE;
     CUresult r = fault("oom", cur()->device, bytes, E_OUT_OF_MEMORY);
@@ -58,7 +58,7 @@ static CUresult allocate(CUdeviceptr *address, size_t bytes) {
 }
 
 /* As the driver does, waits for the device before the memory goes. */
-static CUresult release(CUdeviceptr address) {
+BODY(UNSAFE, 3020, cuMemFree_v2, (CUdeviceptr address), (address)) {
     Ctx *c = device_ctx(owner(address));
     if (!address) return OK;
     if (c) run_ctx(c);
@@ -66,10 +66,6 @@ static CUresult release(CUdeviceptr address) {
     return !sim_mem_free(address) ? OK : misuse("0x%lx is not the start of an allocation",
                                                 address);
 }
-
-API(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), mem_info(free_bytes, total))
-API(UNSAFE, 3020, cuMemAlloc_v2, (CUdeviceptr *address, size_t bytes), allocate(address, bytes))
-API(UNSAFE, 3020, cuMemFree_v2, (CUdeviceptr address), release(address))
 
 /* ---- host memory */
 
@@ -118,7 +114,8 @@ static CUresult host_alloc(void **out, size_t bytes) {
 
 /* Flags: 1 portable, 2 map, 4 I/O memory, 8 read only. Pages only; the last two are refused, as
  * device attribute 113 says. */
-static CUresult host_register(void *p, size_t bytes, unsigned flags) {
+BODY(UNSAFE, 6050, cuMemHostRegister_v2, (void *p, size_t bytes, unsigned flags), (p, bytes,
+    flags)) {
     if (!p || !bytes || flags & ~15u) return E_INVALID_VALUE;
     if (flags & 12) return E_NOT_SUPPORTED;
     if (((uintptr_t)p | bytes) & 4095) return misuse("address and size must be multiples of 4096");
@@ -129,8 +126,6 @@ API(UNSAFE, 2020, cuMemHostAlloc, (void **out, size_t bytes, unsigned flags),
     flags & ~7u ? E_INVALID_VALUE : host_alloc(out, bytes))
 API(UNSAFE, 3020, cuMemAllocHost_v2, (void **out, size_t bytes), host_alloc(out, bytes))
 API(UNSAFE, 2000, cuMemFreeHost, (void *p), host_remove((uintptr_t)p, false, E_INVALID_VALUE))
-API(UNSAFE, 6050, cuMemHostRegister_v2, (void *p, size_t bytes, unsigned flags),
-    host_register(p, bytes, flags))
 API(UNSAFE, 4000, cuMemHostUnregister, (void *p),
     host_remove((uintptr_t)p, true, E_HOST_MEMORY_NOT_REGISTERED))
 
@@ -140,7 +135,8 @@ API(CTX, 3020, cuMemHostGetDevicePointer_v2, (CUdeviceptr *address, void *p, uns
 
 /* By CUpointer_attribute: 1 context, 2 host or device, 3 and 4 device and host address, 8 managed, 9
  * device, 11 and 12 start and size of the allocation, 13 mapped. */
-static CUresult pointer_attribute(void *out, int which, uint64_t p) {
+BODY(INIT, 4000, cuPointerGetAttribute, (void *out, CUpointer_attribute which, CUdeviceptr p),
+    (out, which, p)) {
     SimRange range;
     if (!out || !sim_mem_find(p, &range) || range.freed) return E_INVALID_VALUE;
     bool host = range.device < 0;
@@ -159,9 +155,6 @@ static CUresult pointer_attribute(void *out, int which, uint64_t p) {
     default: return E_NOT_SUPPORTED;
     }
 }
-
-API(INIT, 4000, cuPointerGetAttribute, (void *out, CUpointer_attribute which, CUdeviceptr p),
-    pointer_attribute(out, (int)which, p))
 
 /* ---- copies */
 

@@ -76,16 +76,14 @@ static CUresult get_proc(const char *asked, void **fn, int version, uint64_t fla
 }
 
 /* The newer form gives no error but the status and NULL, so it is documented. */
-static CUresult get_proc_v2(const char *asked, void **fn, int version, uint64_t flags,
-                            CUdriverProcAddressQueryResult *status) {
+BODY(ANY, 12000, cuGetProcAddress_v2, (const char *asked, void **fn, int version, cuuint64_t flags,
+    CUdriverProcAddressQueryResult *status), (asked, fn, version, flags, status)) {
     int found;
     CUresult r = get_proc(asked, fn, version, flags, &found);
     if (status) *status = found;
     return r == E_NOT_FOUND ? OK : r;
 }
 
-API(ANY, 12000, cuGetProcAddress_v2, (const char *symbol, void **fn, int version, cuuint64_t flags,
-    CUdriverProcAddressQueryResult *status), get_proc_v2(symbol, fn, version, flags, status))
 API(ANY, 11030, cuGetProcAddress, (const char *symbol, void **fn, int version, cuuint64_t flags),
     get_proc(symbol, fn, version, flags, &(int){ 0 }))
 

@@ -52,7 +52,7 @@ static CUresult graph_free(Graph *g) {
 }
 
 /* Fills up to *n entries, or tells how many there are. */
-static CUresult graph_nodes(Graph *g, Node **nodes, size_t *n) {
+BODY(INIT, 10000, cuGraphGetNodes, (CUgraph g, CUgraphNode *nodes, size_t *n), (g, nodes, n)) {
     if (!obj_ok(g, T_GRAPH) || !n) return E_INVALID_VALUE;
     for (size_t i = 0; nodes && i < *n; i++) nodes[i] = i < (size_t)g->n ? g->nodes[i] : NULL;
     if (!nodes || *n > (size_t)g->n) *n = (size_t)g->n;
@@ -62,9 +62,6 @@ static CUresult graph_nodes(Graph *g, Node **nodes, size_t *n) {
 API(INIT, 10000, cuGraphCreate, (CUgraph *graph, unsigned flags),
     flags ? E_INVALID_VALUE : GIVE(graph, graph_new()))
 API(INIT, 10000, cuGraphDestroy, (CUgraph graph), graph_free(graph))
-API(INIT, 10000, cuGraphGetNodes, (CUgraph graph, CUgraphNode *nodes, size_t *n),
-    graph_nodes(graph, nodes, n))
-
 static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
     if (!p) return E_INVALID_VALUE;
     SimLaunch l = { NULL, { p->gridDimX, p->gridDimY, p->gridDimZ },
@@ -73,8 +70,8 @@ static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
 }
 
 /* Dependencies are nodes of the same graph, so the list stays in an order that can run. */
-static CUresult add_kernel(Node **node, Graph *g, Node *const *deps, size_t n_deps,
-                           const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
+BODY(CTX, 12000, cuGraphAddKernelNode_v2, (CUgraphNode *node, CUgraph g, const CUgraphNode *deps,
+    size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params), (node, g, deps, n_deps, params)) {
     Work w;
     if (!node || !obj_ok(g, T_GRAPH) || (n_deps && !deps)) return E_INVALID_VALUE;
     for (size_t i = 0; i < n_deps; i++)
@@ -83,10 +80,6 @@ static CUresult add_kernel(Node **node, Graph *g, Node *const *deps, size_t n_de
     if (!r) *node = graph_add(g, &w, deps, (int)n_deps);
     return r;
 }
-
-API(CTX, 12000, cuGraphAddKernelNode_v2, (CUgraphNode *node, CUgraph graph, const CUgraphNode *deps,
-    size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params),
-    add_kernel(node, graph, deps, n_deps, params))
 
 /* ---- executable graphs */
 
@@ -117,7 +110,7 @@ API(CTX, 11000, cuGraphInstantiate_v2, (CUgraphExec *exec, CUgraph graph, CUgrap
     char *log, size_t log_size), ((void)(error_node && (*error_node = NULL)),
     (void)(log && log_size && (*log = 0)), instantiate(exec, graph, 0)))
 
-static CUresult exec_destroy(Exec *e) {
+BODY(INIT, 10000, cuGraphExecDestroy, (CUgraphExec e), (e)) {
     if (!obj_ok(e, T_EXEC)) return E_INVALID_VALUE;
     run_until(e->last);
     op_hold(&e->last, NULL);
@@ -125,10 +118,8 @@ static CUresult exec_destroy(Exec *e) {
     return graph_free(e->graph);
 }
 
-API(INIT, 10000, cuGraphExecDestroy, (CUgraphExec exec), exec_destroy(exec))
-
 /* The nodes become operations between two empty ones at the end of the stream. */
-static CUresult launch(Exec *e, CUstream h) {
+BODY(CTX, 10000, cuGraphLaunch, (CUgraphExec e, CUstream h), (e, h)) {
     Stream *s;
     CUresult r = get_stream(h, &s);
     if (r) return r;
@@ -159,7 +150,6 @@ static CUresult launch(Exec *e, CUstream h) {
     return OK;
 }
 
-API(CTX, 10000, cuGraphLaunch, (CUgraphExec exec, CUstream stream), launch(exec, stream))
 API(CTX, 11010, cuGraphUpload, (CUgraphExec exec, CUstream stream),
     obj_ok(exec, T_EXEC) ? get_stream(stream, &(Stream *){ NULL }) : E_INVALID_VALUE)
 
@@ -174,7 +164,8 @@ static int compare(const Node *a, const Node *b) {
 }
 
 /* Replaces all parameters by those of a graph of the same shape. */
-static CUresult update(Exec *e, Graph *g, CUgraphExecUpdateResultInfo *info) {
+BODY(CTX, 12000, cuGraphExecUpdate_v2, (CUgraphExec e, CUgraph g,
+    CUgraphExecUpdateResultInfo *info), (e, g, info)) {
     if (!info) return E_INVALID_VALUE;
     *info = (CUgraphExecUpdateResultInfo){ .result = 1 };
     if (!obj_ok(e, T_EXEC) || !obj_ok(g, T_GRAPH)) return E_INVALID_VALUE;
@@ -191,11 +182,9 @@ static CUresult update(Exec *e, Graph *g, CUgraphExecUpdateResultInfo *info) {
     return OK;
 }
 
-API(CTX, 12000, cuGraphExecUpdate_v2, (CUgraphExec exec, CUgraph graph,
-    CUgraphExecUpdateResultInfo *info), update(exec, graph, info))
-
 /* `node` is the node of the graph that the executable graph was made from. */
-static CUresult set_params(Exec *e, Node *node, const CUDA_KERNEL_NODE_PARAMS_v2 *params) {
+BODY(CTX, 12000, cuGraphExecKernelNodeSetParams_v2, (CUgraphExec e, CUgraphNode node,
+    const CUDA_KERNEL_NODE_PARAMS_v2 *params), (e, node, params)) {
     Work w;
     if (!obj_ok(e, T_EXEC) || !node || node->index >= e->graph->n) return E_INVALID_VALUE;
     Work *old = &e->graph->nodes[node->index]->work;
@@ -207,9 +196,6 @@ static CUresult set_params(Exec *e, Node *node, const CUDA_KERNEL_NODE_PARAMS_v2
     if (!r) *old = w;
     return r;
 }
-
-API(CTX, 12000, cuGraphExecKernelNodeSetParams_v2, (CUgraphExec exec, CUgraphNode node,
-    const CUDA_KERNEL_NODE_PARAMS_v2 *params), set_params(exec, node, params))
 
 /* ---- capture */
 
@@ -290,7 +276,7 @@ CUresult capture_wait(Stream *s, Event *e) {
 }
 
 /* Modes: 0 global, 1 thread local, 2 relaxed: see capture_allows(). */
-static CUresult begin(CUstream h, int mode) {
+BODY(CTX, 10010, cuStreamBeginCapture_v2, (CUstream h, CUstreamCaptureMode mode), (h, mode)) {
     Stream *s;
     CUresult r = get_stream(h, &s);
     if (r) return r;
@@ -304,9 +290,6 @@ static CUresult begin(CUstream h, int mode) {
     s->front.n = 0;
     return OK;
 }
-
-API(CTX, 10010, cuStreamBeginCapture_v2, (CUstream stream, CUstreamCaptureMode mode),
-    begin(stream, (int)mode))
 
 static void mark_back(Node *n, bool *seen) {
     if (seen[n->index]) return;
@@ -329,7 +312,7 @@ static bool leave_capture(const Capture *c) {
 }
 
 /* Ends the capture even if it was spoilt; then there is no graph. */
-static CUresult end(CUstream h, CUgraph *graph) {
+BODY(CTX, 10000, cuStreamEndCapture, (CUstream h, CUgraph *graph), (h, graph)) {
     Stream *s;
     CUresult r = get_stream(h, &s);
     if (r) return r;
@@ -346,10 +329,8 @@ static CUresult end(CUstream h, CUgraph *graph) {
     return r;
 }
 
-API(CTX, 10000, cuStreamEndCapture, (CUstream stream, CUgraph *graph), end(stream, graph))
-
 /* 0 no capture, 1 active, 2 spoilt. The legacy stream may not be asked meanwhile. */
-static CUresult is_capturing(CUstream h, CUstreamCaptureStatus *status) {
+BODY(CTX, 10000, cuStreamIsCapturing, (CUstream h, CUstreamCaptureStatus *status), (h, status)) {
     Stream *s;
     CUresult r = get_stream(h, &s);
     if (r) return r;
@@ -357,6 +338,3 @@ static CUresult is_capturing(CUstream h, CUstreamCaptureStatus *status) {
         if (t->capture && !(t->flags & 1)) return E_STREAM_CAPTURE_IMPLICIT;
     return GIVE(status, !s->capture ? 0 : s->capture->broken ? 2 : 1);
 }
-
-API(CTX, 10000, cuStreamIsCapturing, (CUstream stream, CUstreamCaptureStatus *status),
-    is_capturing(stream, status))

@@ -25,8 +25,8 @@ $(SIM_OUT)/%.o: $(SIM_DIR)/%.c $(SIM_HDR)
 # Prototypes of what the library exports, for the tests.
 $(SIM_OUT)/api_protos.h: $(SIM_SRC)
 	@mkdir -p $(SIM_OUT)
-	sed -E -n -e '/^API\(/ { :p' -e '/\),/!{ N; b p' -e '}; s/\n +/ /g' \
-	    -e 's/^API\([A-Z]+, [0-9]+, (cu\w+), (\([^)]*\)),.*/CUresult \1\2;/p; }' \
+	sed -E -n -e '/^(API|BODY)\(/ { :p' -e '/\),/!{ N; b p' -e '}; s/\n +/ /g' \
+	    -e 's/^[A-Z]+\([A-Z]+, [0-9]+, (cu\w+), (\([^)]*\)),.*/CUresult \1\2;/p; }' \
 	    -e '/^EXPORT/ s/^EXPORT (.*) \{$$/\1;/p' $(SIM_SRC) > $@
 
 $(SIM_OUT)/test_api: $(SIM_DIR)/test_api.c $(SIM_OUT)/api_protos.h $(SIM_LIB)

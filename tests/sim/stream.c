@@ -317,7 +317,7 @@ API(CTX, 5050, cuStreamCreateWithPriority, (CUstream *stream, unsigned flags, in
     make_stream(stream, flags, priority))
 
 /* Its work goes on. */
-static CUresult destroy(CUstream h) {
+BODY(CTX, 4000, cuStreamDestroy_v2, (CUstream h), (h)) {
     Stream *s;
     CUresult r = get_stream(h, &s);
     if (!r && s == s->ctx->legacy) r = E_INVALID_HANDLE;
@@ -325,8 +325,6 @@ static CUresult destroy(CUstream h) {
     if (!r) s->obj.dead = true;
     return r;
 }
-
-API(CTX, 4000, cuStreamDestroy_v2, (CUstream stream), destroy(stream))
 
 /* Waits for an operation, or lets the device get on by one so that polling ends. Returns what the
  * work did to the context. */
@@ -357,19 +355,16 @@ API(CTX, 2000, cuStreamSynchronize, (CUstream stream), wait_stream(stream, false
 API(CTX, 2000, cuStreamQuery, (CUstream stream), wait_stream(stream, true))
 
 /* The callback may not call the driver (error 800). */
-static CUresult launch_host(CUstream h, CUhostFn fn, void *user) {
+BODY(CTX, 10000, cuLaunchHostFunc, (CUstream h, CUhostFn fn, void *user), (h, fn, user)) {
     Stream *s;
     CUresult r = fn ? get_stream(h, &s) : E_INVALID_VALUE;
     return r ? r : submit(s, &(Work){ .kind = W_HOST, .ctx = s->ctx, .fn = fn, .user = user });
 }
 
-API(CTX, 10000, cuLaunchHostFunc, (CUstream stream, CUhostFn fn, void *user),
-    launch_host(stream, fn, user))
-
 /* ---- events */
 
 /* Flags: 1 blocking wait (no difference here), 2 no timing, 4 between processes (refused). */
-static CUresult event_create(Event **event, unsigned flags) {
+BODY(CTX, 2000, cuEventCreate, (CUevent *event, unsigned flags), (event, flags)) {
     if (!event || flags & ~7u || (flags & 4 && !(flags & 2))) return E_INVALID_VALUE;
     if (flags & 4) return E_NOT_SUPPORTED;
     *event = obj_new(T_EVENT, sizeof **event);
@@ -378,18 +373,15 @@ static CUresult event_create(Event **event, unsigned flags) {
     return OK;
 }
 
-static CUresult event_destroy(Event *e) {
+BODY(CTX, 4000, cuEventDestroy_v2, (CUevent e), (e)) {
     if (!obj_ok(e, T_EVENT)) return E_INVALID_HANDLE;
     e->obj.dead = true;
     op_hold(&e->op, NULL);
     return OK;
 }
 
-API(CTX, 2000, cuEventCreate, (CUevent *event, unsigned flags), event_create(event, flags))
-API(CTX, 4000, cuEventDestroy_v2, (CUevent event), event_destroy(event))
-
 /* Event and stream have to be of the same context. */
-static CUresult record(CUevent event, CUstream stream) {
+BODY(CTX, 2000, cuEventRecord, (CUevent event, CUstream stream), (event, stream)) {
     Stream *s;
     if (!obj_ok(event, T_EVENT)) return E_INVALID_HANDLE;
     CUresult r = get_stream(stream, &s);
@@ -403,10 +395,9 @@ static CUresult record(CUevent event, CUstream stream) {
     return OK;
 }
 
-API(CTX, 2000, cuEventRecord, (CUevent event, CUstream stream), record(event, stream))
-
 /* The stream's later work waits for the record that the event stands for now. */
-static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
+BODY(CTX, 3020, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags), (stream,
+    event, flags)) {
     Stream *s;
     CUresult r = get_stream(stream, &s);
     if (r) return r;
@@ -418,9 +409,6 @@ static CUresult wait_event(CUstream stream, CUevent event, unsigned flags) {
     if (!event->op) return OK;
     return append(s, &(Work){ .ctx = s->ctx }, event->op);
 }
-
-API(CTX, 3020, cuStreamWaitEvent, (CUstream stream, CUevent event, unsigned flags),
-    wait_event(stream, event, flags))
 
 /* An event that was never recorded counts as complete. */
 static CUresult wait_record(Event *e, bool query) {
