@@ -76,7 +76,7 @@ static void read_number(Parser *p) {
     p->float_bits = 0;
     if (s[0] == '0' && s[1] && strchr("fFdD", s[1])) {
         p->float_bits = strchr("fF", s[1]) ? 32 : 64;
-        snprintf(digits, (size_t)p->float_bits / 4 + 1, "%s", s + 2);
+        snprintf(digits, (size_t)p->float_bits / 4 + 1, "%.16s", s + 2);
         p->number = strtoull(digits, &stop, 16);
         if (stop - digits != p->float_bits / 4 || !isxdigit((unsigned char)digits[0]))
             ptx_fail(p, "floating-point constant needs %d hexadecimal digits", p->float_bits / 4);

@@ -15,7 +15,7 @@ SIM_FLAGS := -std=gnu11 -O3 -g -march=x86-64-v3 -ffp-contract=off -fno-math-errn
 sim: $(SIM_LIB)
 
 $(SIM_LIB): $(SIM_OBJ)
-	$(CC) $(SIM_SAN) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,defs -o $@.new $(SIM_OBJ) -pthread -lm
+	$(CC) $(SIM_SAN) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,defs,-Bsymbolic -o $@.new $(SIM_OBJ) -pthread -lm
 	mv $@.new $@
 
 $(SIM_OUT)/%.o: $(SIM_DIR)/%.c $(SIM_HDR)
