@@ -56,18 +56,6 @@ static u16 float_to_bf16(float f, Rounding mode) {
 
 /* ---- cvt, one lane after the other: any type to any other */
 
-s64 integer_of(Type type, u64 lane) {
-    switch (type) {
-    case T_U8: case T_B8: return (u8)lane;
-    case T_S8: return (s8)lane;
-    case T_U16: case T_B16: return (u16)lane;
-    case T_S16: return (s16)lane;
-    case T_U32: case T_B32: return (u32)lane;
-    case T_S32: return (s32)lane;
-    default: return (s64)lane;
-    }
-}
-
 static double number_of(const Inst *i, u64 lane) {
     float f = bits_float((u32)lane);
     switch (i->type2) {

@@ -9,7 +9,7 @@ typedef struct {
     u64 at[32];  /* address of each lane, in its space */
     u32 mask, bytes;
     bool row;
-    _Alignas(64) u8 data[32 * 16];
+    _Alignas(64) u8 data[32 * 16 + 8]; /* lane after lane; unpack() reads 8 bytes of the last too */
 } Access;
 
 /* ---- addresses */
@@ -286,8 +286,8 @@ static void unpack(const Warp *w, const Inst *i, const Access *x) {
                 memcpy(to, words, 128);
         } else {
             EACH(l, w->mask) {
-                u64 v = 0;
-                memcpy(&v, from + l * x->bytes, size);
+                u64 v;
+                memcpy(&v, from + l * x->bytes, 8);
                 put_lane(to, i->wide_dst, l, (u64)integer_of(i->type, v));
             }
         }

@@ -311,6 +311,16 @@ static inline void put_lane(void *to, bool wide, u32 lane, u64 value) {
         ((u32 *)to)[lane] = (u32)value;
 }
 
+/* The low bits of a lane, extended as the type says. */
+static inline s64 integer_of(Type type, u64 lane) {
+    switch (type) {
+    case T_S8: return (s8)lane;
+    case T_S16: return (s16)lane;
+    case T_S32: return (s32)lane;
+    default: return (s64)(lane & ~0ull >> (64 - 8 * type_bytes(type)));
+    }
+}
+
 static inline u32 float_bits(float f) {
     u32 u;
     memcpy(&u, &f, 4);
@@ -408,7 +418,6 @@ void counters_finish(Worker *k);
 float half_to_float(u16 h);
 u16 float_to_half(float f, Rounding round);
 float bf16_to_float(u16 h);
-s64 integer_of(Type type, u64 lane); /* the low bits of a lane, extended as the type says */
 float perturb(const Warp *w, float x, u32 lane); /* exec.c: moves an approximate result */
 
 #endif
