@@ -75,8 +75,8 @@ typedef struct {
 
 extern Config config;
 
-/* ---- objects. Every handle starts with an Obj; destroyed objects stay in a list, marked dead, so that
- * a stale handle is an error and not a crash. */
+/* ---- objects. Every handle starts with an Obj; destroyed objects stay in a list, marked dead, so
+ * that a stale handle is an error and not a crash. */
 
 typedef enum { T_CTX = 0x51A0, T_MODULE, T_FUNC, T_STREAM, T_EVENT, T_GRAPH, T_EXEC } Type;
 
@@ -247,8 +247,8 @@ bool obj_ok(const void *handle, Type type);
 Ctx *device_ctx(int device);           /* NULL: not retained */
 CUresult misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* What SIM_FAULT asks for: the code of a fault of a kind (launch, lost, oom, corrupt, or a function's
- * name) whose turn has come with `amount` more calls, operations or bytes; or OK. */
+/* What SIM_FAULT asks for: the code of a fault of a kind (launch, lost, oom, corrupt, or the
+ * name of a function) whose turn has come with `amount` more calls, operations or bytes; or OK. */
 CUresult fault(const char *what, int device, uint64_t amount, CUresult usual);
 bool fault_missing(const char *symbol);
 

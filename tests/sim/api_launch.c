@@ -230,7 +230,8 @@ static CUresult pack(const SimKernel *k, void **params, void **extra, void **out
 }
 
 /* A kernel launch as work, for a stream or a graph node. On error nothing is held. */
-CUresult make_kernel_work(Func *f, const SimLaunch *shape, void **params, void **extra, Work *work) {
+CUresult make_kernel_work(Func *f, const SimLaunch *shape, void **params, void **extra,
+                          Work *work) {
     *work = (Work){ .kind = W_KERNEL, .func = f, .launch = *shape };
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     work->ctx = f->module->ctx;

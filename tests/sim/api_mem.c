@@ -133,8 +133,8 @@ API(UNSAFE, 4000, cuMemHostUnregister, (void *p),
 API(CTX, 3020, cuMemHostGetDevicePointer_v2, (CUdeviceptr *address, void *p, unsigned flags),
     flags || !host_find((uintptr_t)p, 1) ? E_INVALID_VALUE : GIVE(address, (uintptr_t)p))
 
-/* By CUpointer_attribute: 1 context, 2 host or device, 3 and 4 device and host address, 8 managed, 9
- * device, 11 and 12 start and size of the allocation, 13 mapped. */
+/* By CUpointer_attribute: 1 context, 2 host or device, 3 and 4 device and host address, 8 managed,
+ * 9 device, 11 and 12 start and size of the allocation, 13 mapped. */
 BODY(INIT, 4000, cuPointerGetAttribute, (void *out, CUpointer_attribute which, CUdeviceptr p),
     (out, which, p)) {
     SimRange range;

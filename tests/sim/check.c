@@ -56,8 +56,8 @@ static void report(Warp *w, u64 old, u64 tag, u64 address, const char *what, con
     u32 tid = (u32)(old >> S_TID) & 0x3ff, block = (u32)(old >> S_BLOCK) & 0xfffff;
     char who[64];
     snprintf(who, sizeof who, shared ? "thread %u" : "thread %u of block %u", tid, block);
-    finding(w, SIM_RACE, (int)(tag >> S_TID & 31), address, "%s-memory race: this %s and a %s by %s "
-            "are not ordered%s", shared ? "shared" : "global", what, other, who,
+    finding(w, SIM_RACE, (int)(tag >> S_TID & 31), address, "%s-memory race: this %s and a %s by "
+            "%s are not ordered%s", shared ? "shared" : "global", what, other, who,
             shared ? " by a barrier" : "");
 }
 

@@ -112,8 +112,8 @@ HANDLER(carry_chain) {
     if (i->carry) w->carry = (w->carry & ~w->mask) | carry;
 }
 
-/* ---- bits. The second operand of a shift is 32 bits wide whatever the type; shifts by the width or
- * more give zeros, or sign bits. */
+/* ---- bits. The second operand of a shift is 32 bits wide whatever the type; shifts by the width
+ * or more give zeros, or sign bits. */
 
 OP(shl_16, u16, u16, u32, u32, y < 16 ? x << (y & 15) : 0)
 OP(shl_32, u32, u32, u32, u32, y < 32 ? x << (y & 31) : 0)

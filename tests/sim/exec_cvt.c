@@ -1,5 +1,5 @@
-/* exec_cvt.c: conversions between types (PTX ISA, "Data Movement and Conversion Instructions: cvt"),
- * and f16 / bf16 arithmetic ("Half Precision Floating-Point Instructions").
+/* exec_cvt.c: conversions between types (PTX ISA, "Data Movement and Conversion Instructions:
+ * cvt"), and f16 / bf16 arithmetic ("Half Precision Floating-Point Instructions").
  *
  * A half result is the exact value rounded once: sums and products of halves are computed in double
  * with round-to-odd, after which a second rounding to a short format is harmless. */
@@ -27,7 +27,7 @@ static u16 shorten(double x, int mant, int bias, u8 mode) {
     if (isinf(x)) return (u16)(sign | infinity);
     int e = x == 0 ? 1 - bias : ilogb(x);
     e = e < 1 - bias ? 1 - bias : e;
-    double q = fabs(integral(ldexp(x, mant - e), mode)); /* with the leading one of normal numbers */
+    double q = fabs(integral(ldexp(x, mant - e), mode)); /* with a normal number's leading one */
     u32 bits = e > bias ? infinity : ((u32)(e + bias - 1) << mant) + (u32)q;
     bool down = mode == RND_RZ || mode == (sign ? RND_RP : RND_RM);
     return (u16)(sign | (bits < infinity ? bits : down ? infinity - 1 : infinity));

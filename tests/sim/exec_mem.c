@@ -88,8 +88,9 @@ static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, i
 }
 
 static int how_of(const Inst *i, bool store) {
-    return i->class == SIM_C_ATOMIC ? ACC_ATOMIC
-         : i->strong || i->fence ? store ? ACC_STRONG_WRITE : ACC_STRONG_READ : store ? ACC_WRITE : ACC_READ;
+    if (i->class == SIM_C_ATOMIC) return ACC_ATOMIC;
+    if (i->strong || i->fence) return store ? ACC_STRONG_WRITE : ACC_STRONG_READ;
+    return store ? ACC_WRITE : ACC_READ;
 }
 
 /* The bytes themselves, between memory (`base` is the address of memory[0]) and the buffer. */
@@ -501,8 +502,8 @@ HANDLER(cp_wait_all) {
     async_deliver(w, w->mask, ~0u);
 }
 
-/* ---- ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4), 2(l%4)+1
- * of row l/4, or with .trans of column l/4 */
+/* ---- ldmatrix: lanes 8m .. 8m+7 give the rows of matrix m; lane l receives elements 2(l%4) and
+ * 2(l%4)+1 of row l/4, or with .trans of column l/4 */
 
 HANDLER(ldmatrix) {
     Access x;

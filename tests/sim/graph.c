@@ -257,12 +257,13 @@ CUresult capture_record(Event *e, Stream *s) {
     return OK;
 }
 
-/* The stream joins the event's capture, or goes on in it after both places. Waiting for work outside
- * the capture or in another one spoils it; so does making the legacy stream wait. */
+/* The stream joins the event's capture, or goes on in it after both places. Waiting for work
+ * outside the capture or in another one spoils it; so does making the legacy stream wait. */
 CUresult capture_wait(Stream *s, Event *e) {
     Capture *of_event = e->capture && !e->capture->ended ? e->capture : NULL;
     if (s->capture && s->capture->broken) return E_STREAM_CAPTURE_INVALIDATED;
-    if (!of_event) return e->op || e->capture ? capture_break(s->capture, E_STREAM_CAPTURE_ISOLATION) : OK;
+    if (!of_event && !e->op && !e->capture) return OK;
+    if (!of_event) return capture_break(s->capture, E_STREAM_CAPTURE_ISOLATION);
     if (of_event->broken) return E_STREAM_CAPTURE_INVALIDATED;
     if (s == s->ctx->legacy) return capture_break(of_event, E_STREAM_CAPTURE_IMPLICIT);
     if (s->capture && s->capture != of_event) {
@@ -320,7 +321,8 @@ BODY(CTX, 10000, cuStreamEndCapture, (CUstream h, CUgraph *graph), (h, graph)) {
     Capture *c = s->capture;
     if (!c) return E_ILLEGAL_STATE;
     if (s != c->origin) return capture_break(c, E_STREAM_CAPTURE_UNMATCHED);
-    if (c->mode != 2 && !pthread_equal(c->thread, pthread_self())) return E_STREAM_CAPTURE_WRONG_THREAD;
+    if (c->mode != 2 && !pthread_equal(c->thread, pthread_self()))
+        return E_STREAM_CAPTURE_WRONG_THREAD;
     r = leave_capture(c) ? OK : E_STREAM_CAPTURE_UNJOINED;
     if (c->broken) r = E_STREAM_CAPTURE_INVALIDATED;
     c->ended = true;

@@ -157,7 +157,8 @@ struct SimModule {
         const char *name;
         u64 address, bytes;
     } *globals;
-    u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, n_memory, cap_memory, const_bytes;
+    u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, n_memory, cap_memory;
+    u32 const_bytes;
     void **memory; /* that lives as long as the module */
 };
 
@@ -233,7 +234,7 @@ typedef struct {
     u32 any, all, popc; /* bar.red: some true, some false, how many true */
 } Barrier;
 
-/* What a worker needs, kept from launch to launch: launches come one at a time and are often short. */
+/* What a worker needs, kept from launch to launch: they come one at a time and are often short. */
 typedef struct {
     struct Part {
         void *at;
@@ -404,8 +405,8 @@ bool whole_warp(Warp *w, const char *what);
 
 /* check.c: race records. */
 enum { ACC_READ, ACC_WRITE, ACC_ATOMIC, ACC_STRONG_READ, ACC_STRONG_WRITE };
-/* In `a`, or in shared memory if that is NULL. row: all 32 lanes at consecutive addresses; data: what
- * a store will put, lane by lane. */
+/* In `a`, or in shared memory if that is NULL. row: all 32 lanes at consecutive addresses; data:
+ * what a store will put, lane by lane. */
 void race(Warp *w, Alloc *a, u32 lanes, const u64 *address, u32 bytes, int how, bool row,
           const u8 *data);
 

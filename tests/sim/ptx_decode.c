@@ -16,8 +16,8 @@
 
 /* ---- opcodes */
 
-/* The modifiers that say 1, 2, 3 ... of a field of the instruction (in the order of its enum; "-": no
- * such modifier); the others change nothing here. */
+/* The modifiers that say 1, 2, 3 ... of a field of the instruction (in the order of its enum; "-":
+ * no such modifier); the others change nothing here. */
 #define FIELD(name) offsetof(Inst, name)
 static const struct {
     size_t field;
@@ -443,9 +443,9 @@ void decode_instruction(Parser *p, u32 guard, bool flip) {
     p->line = next_line;
 }
 
-/* ---- dataflow: a register is live where some path leads to a read of it without a write before. Those
- * that are live at the entry may be read unset: they alone are tracked at run time, so that correct
- * code pays nothing. The most registers that are live at once estimate what ptxas allots. */
+/* ---- dataflow: a register is live where some path leads to a read of it without a write before.
+ * Those that are live at the entry may be read unset: they alone are tracked at run time, so that
+ * correct code pays nothing. The most registers live at once estimate what ptxas allots. */
 
 typedef struct {
     u32 first, last;   /* instructions */

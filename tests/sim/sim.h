@@ -148,7 +148,7 @@ typedef struct {
     bool module_global;  /* belongs to a loaded module, cannot be freed by itself */
 } SimRange;
 
-/* Sets the size of a device's memory in bytes (default 24 GiB); only before its first allocation. */
+/* Sets the size of a device's memory, bytes (default 24 GiB); only before its first allocation. */
 void sim_mem_limit(int device, uint64_t bytes);
 /* Free and total bytes of a device. */
 void sim_mem_info(int device, uint64_t *free_bytes, uint64_t *total_bytes);
