@@ -6174,6 +6174,34 @@ void snapshot_free(Snapshot *p) {
     free(p);
 }
 
+// Rows [from, to) of a cache, from > 0, each made of the halves of two of the rows before `from`.
+static void rows_invent(void *rows, size_t bytes, size_t from, size_t to) {
+    uint8_t *p = rows;
+    size_t half = bytes / 2;
+    for (size_t i = from; p && i < to; i++) {
+        memcpy(p + i * bytes, p + i * 40503 % from * bytes, half);
+        memcpy(p + i * bytes + half, p + i / from % from * bytes + half, bytes - half);
+    }
+}
+
+void session_stretch(Session *s, int to) {
+    Snapshot *rings = session_snapshot(s);
+    for (int k = 0; k < s->m->n_stages; k++) {
+        Device *d = &s->m->stage[k];
+        for (int i = 0; i < stage_caches(d); i++) {
+            Cache *c = d->cache[s->slot] + i;
+            int M = stage_layer(d, i)->ratio;
+            if (!M || s->n < M) continue;
+            size_t have = (size_t)(s->n / M), want = (size_t)(to / M);
+            rows_invent(c->comp, kv_bytes(d, d->c->head_dim), have, want);
+            rows_invent(c->ikeys, kv_bytes(d, d->c->index_dim), have, want);
+        }
+    }
+    rings->pos = to;
+    session_restore(s, rings);
+    snapshot_free(rings);
+}
+
 // Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
 // snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
 int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap) {

@@ -292,6 +292,10 @@ typedef struct {
 Session *session_new(Model *m);             // NULL: the model has no slot left
 void session_free(Session *s);
 void session_clear(Session *s);             // back to position 0
+// For measurements, on the CPU: position `to`, as if more had been read: the rings as they are, the
+// compressed rows up to there mixed from those that were read. `to` differs from the position by a
+// multiple of 128.
+void session_stretch(Session *s, int to);
 
 // Called for each chunk read: n rows of logits [n, vocab], the first at position pos. mtp: those of
 // the MTP layer, NULL unless asked for.

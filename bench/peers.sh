@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# dsv4 against llama.cpp and HF transformers: the same layer shapes, on this machine, in turn, in one run. Ends with one table.
+#
+#   bench/peers.sh WORK                  everything into the directory WORK (about 30 GB on disk, 16 GB of memory)
+#   bench/peers.sh WORK STEP...          some of the steps, in this order:
+#     build        llama.cpp from the source package of PyPI's llama-cpp-python: llama-bench and its library
+#     models       WORK/int (dsv4_int), WORK/native (the release's formats), WORK/peer.gguf (native, by the peer's converter);
+#                  what is there already is kept
+#     same         does the GGUF compute the same model? The peer's logits of a small checkpoint against the golden ones
+#     measure      one round of all but transformers (about a minute and a half), added to WORK/samples.jsonl
+#     hf           one round of transformers (a few minutes; needs 12 GB of memory)
+#     table        WORK/samples.jsonl -> a table in Markdown
+#
+# PYTHON: an interpreter with numpy, torch and transformers (default python3); ROUNDS: of the run without steps (default 5)
+set -eu
+cd "$(dirname "$0")/.."
+work=$(mkdir -p "$1" && realpath "$1")
+shift
+python=${PYTHON:-python3}
+llama=$work/llama.cpp
+
+build() {
+    [ -x "$work/build/bin/llama-bench" ] && return
+    $python -m venv "$work/pip"         # a venv of its own: the package's build needs come and go with it
+    "$work/pip/bin/pip" download -q --no-binary :all: --no-deps -d "$work" llama-cpp-python
+    tar xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
+    ln -sfn "$work"/llama_cpp_python-*/vendor/llama.cpp "$llama"
+    # every instruction set of this processor but AMX: with it version 0.3.36 stops at the first token of this architecture
+    # ("GGML_ASSERT(*cur_backend_id != -1)": the three-dimensional attn_output_a in an AMX buffer)
+    local no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    cmake -S "$llama" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS="$no_amx" -DCMAKE_CXX_FLAGS="$no_amx" \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
+        -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF >/dev/null
+    make -s -C "$work/build" -j"$(nproc)" llama-bench
+}
+
+models() {
+    local make="$python tools/make_checkpoint.py --real-shapes --layers 4 --experts 32"
+    [ -f "$work/int/config.json" ] || $make "$work/int" --format int
+    [ -f "$work/native/config.json" ] || $make "$work/native" --format native
+    [ -f "$work/peer.gguf" ] || $python bench/peers.py convert "$llama" "$work/native" "$work/peer.gguf"
+}
+
+same() {
+    gcc -O1 -o "$work/peer_logits" bench/peer_logits.c -I"$llama/include" -I"$llama/ggml/include" \
+        -L"$work/build/bin" -lllama -lggml -lggml-base -Wl,-rpath,"$work/build/bin"
+    for golden in aligned edge; do
+        $python bench/peers.py convert "$llama" "tests/golden/$golden/native" "$work/$golden.gguf"
+        $python bench/peers.py same "$work" "$golden"
+    done
+}
+
+measure() { $python bench/peers.py measure "$work"; }
+hf() { $python bench/peers.py transformers "$work"; }
+table() { $python bench/peers.py table "$work"; }
+
+if [ $# = 0 ]; then
+    set -- build models same
+    for ((i = 0; i < ${ROUNDS:-5}; i++)); do set -- "$@" measure; done
+    set -- "$@" hf table
+fi
+make -s
+for step; do
+    case $step in
+    build | models | same | measure | hf | table) $step ;;
+    *) echo "peers.sh: no step '$step'" >&2; exit 2 ;;
+    esac
+done
