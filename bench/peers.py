@@ -21,7 +21,7 @@ THREADS = len(os.sched_getaffinity(0))
 STEPS = 32              # tokens of a decode sample, after DEPTH tokens
 DEPTH = 128
 LONG = 512
-DISTURBED = 0.05        # a sample during which other processes had more of the processors than this does not count
+DISTURBED = float(os.environ.get("DISTURBED", .05))     # samples during which other processes took more of the processors do not count
 
 
 # ---- the peer's checkpoint ------------------------------------------------------------------------------------------
