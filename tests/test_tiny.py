@@ -1,6 +1,7 @@
-"""The trained model end to end: perplexity per path against pinned figures, recall, chat, greedy text per chunk size.
+"""The trained model end to end: perplexity per path against pinned figures, recall and what carries it (tests/ablate.c), chat,
+greedy text per chunk size.
 
-  python tests/test_tiny.py [--dsv4 ./dsv4] [--per-distance 10] [--update]
+  python tests/test_tiny.py [--dsv4 ./dsv4] [--per-group 4] [--update]
 
 The figures are in tests/tiny_figures.json; --update rewrites them after the weights changed.
 """
@@ -8,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 
 from common import ROOT, Tally, run
 
@@ -23,6 +25,34 @@ def nll(dsv4, options):
     return (float(m[1]), int(m[2])) if m else (float("nan"), 0)
 
 
+BOS, EOS, USER, BOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜></think>"
+CONDITIONS = ("nothing", "csa", "hca", "both", "random")
+# a guess: a fact has 12 values or more; the last visitors are in the window, and half of the time they tell the answer
+CHANCE = dict(fact=0.12, often=0.6)
+
+
+def group(item):
+    return item["kind"] if "kind" in item else f"fact {item['distance']}"
+
+
+def build_ablate():
+    """The test program that hides compressed rows from the queries, or draws the indexer's choice."""
+    out = os.path.join(ROOT, "build", "test", "ablate")
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    apps = [os.path.join(ROOT, "apps", f) for f in sorted(os.listdir(os.path.join(ROOT, "apps"))) if f.endswith(".c")]
+    subprocess.run([os.environ.get("CC", "gcc"), *"-std=gnu11 -O3 -ffp-contract=off -fno-math-errno -pthread -w -o".split(), out,
+                    os.path.join(ROOT, "tests", "ablate.c"), *apps, "-ldl", "-lm"], check=True, cwd=ROOT)
+    return out
+
+
+def ablate(program, condition, items):
+    """-> {group: [share of exact answers, nats per answer token]}; {} after an error."""
+    lines = "".join(f"{group(x)}\t{BOS}{USER}{x['prompt']}{BOT}\t{x['answer']}{EOS}\n" for x in items)
+    r = run([program, MODEL, condition], stdin=lines.encode(), timeout=600)
+    rows = [line.split("\t") for line in r.out.decode().splitlines()]
+    return {x[0]: [int(x[2]) / int(x[1]), float(x[4]) / int(x[3])] for x in rows if r.code == 0}
+
+
 def answer(dsv4, prompt, *options):
     r = run([dsv4, "-m", MODEL, "-p", prompt, "--temp", "0", "-n", "40", *options])
     return r.out.decode("utf-8", "replace").strip()
@@ -31,23 +61,24 @@ def answer(dsv4, prompt, *options):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--dsv4", default=os.path.join(ROOT, "dsv4"))
-    ap.add_argument("--per-distance", type=int, default=10)
+    ap.add_argument("--per-group", type=int, default=4)
     ap.add_argument("--update", action="store_true")
     a = ap.parse_args()
     t = Tally(verbose=True)
 
     measured = {name: nll(a.dsv4, options) for name, options in PATHS.items()}
-    facts = [json.loads(line) for line in open(os.path.join(MODEL, "recall.jsonl"))]
-    recall, chosen = {}, {}
-    for f in facts:
-        chosen.setdefault(f["distance"], []).append(f)
-    for distance, list_ in sorted(chosen.items()):
-        list_ = list_[:a.per_distance]
-        recall[str(distance)] = sum(answer(a.dsv4, f["prompt"]) == f["answer"] for f in list_) / len(list_)
-    often = [json.loads(line) for line in open(os.path.join(MODEL, "often.jsonl"))]
-    recall["often"] = sum(answer(a.dsv4, f["prompt"]) == f["answer"] for f in often) / len(often)
+    items = [json.loads(line) for line in open(os.path.join(MODEL, "recall.jsonl"))]
+    items += [{**json.loads(line), "kind": "often"} for line in open(os.path.join(MODEL, "often.jsonl"))]
+    program = build_ablate()
+    recall = {c: ablate(program, c, items) for c in CONDITIONS}
+    said = {}
+    for f in items:
+        if len(said.setdefault(group(f), [])) < a.per_group:
+            said[group(f)].append(answer(a.dsv4, f["prompt"]) == f["answer"])
     if a.update:
-        json.dump({"nats": {k: v[0] for k, v in measured.items()}, "recall": recall}, open(FIGURES, "w"), indent=1)
+        figures = {"nats": {k: v[0] for k, v in measured.items()},
+                   "recall": {c: {g: [round(x, 4) for x in v] for g, v in groups.items()} for c, groups in recall.items()}}
+        json.dump(figures, open(FIGURES, "w"), indent=1)
     want = json.load(open(FIGURES))
 
     for name, (value, tokens) in measured.items():
@@ -59,9 +90,23 @@ if __name__ == "__main__":
     cost = measured["default"][0] - measured["exact"][0]
     t.check(cost <= 0.005, "INT8 activations cost at most 0.5 % of perplexity", f"{100 * cost:.3f} %")
 
-    for distance, share in recall.items():
-        ref = want["recall"][distance]
-        t.check(share >= ref - 0.1, f"recall, {distance}", f"{share:.2f}, pinned {ref:.2f}")
+    whole = recall["nothing"]
+    for name, (share, _) in whole.items():
+        floor = 0.9 if name.startswith("fact") else want["recall"]["nothing"][name][0] - 0.1
+        t.check(share >= floor, f"recall: {name}", f"{share:.2f}, at least {floor:.2f}")
+    t.check(all(len(x) - sum(x) <= 1 for name, x in said.items() if name.startswith("fact")), "recall: the program's own answers",
+            repr({k: sum(v) for k, v in said.items()}))
+    for condition in CONDITIONS[1:]:
+        for name, (share, nats) in recall[condition].items():
+            cost, pinned = (x[name][1] - y[name][1] for x, y in ((recall[condition], whole),
+                                                                 (want["recall"][condition], want["recall"]["nothing"])))
+            # HCA carries what is spread over the whole text, not the facts
+            least = 0.02 if condition != "hca" or name == "often" else -0.01
+            t.check(cost >= least and abs(cost - pinned) <= 0.1 * abs(pinned) + 0.005, f"{condition}, {name}: what it costs",
+                    f"{cost:.3f} nats per answer token, at least {least}, pinned {pinned:.3f}; {share:.0%} right")
+    for name, (share, _) in recall["both"].items():
+        t.check(share <= CHANCE[name.split()[0]], f"without compressed rows recall falls to chance: {name}", f"{share:.2f}")
+    t.check(all(recall[c].keys() == whole.keys() for c in CONDITIONS) and len(whole) == 5, "every condition, every group")
 
     story = "Tell me a story about a fox."
     texts = {c: answer(a.dsv4, story, "-n", "120", "--chunk", c) for c in ("1", "3", "7", "512")}
