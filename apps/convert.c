@@ -14,6 +14,7 @@
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
+#include <regex.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -280,30 +281,32 @@ static int layer_of(Span name, Span *rest) {
     return i;
 }
 
+#define NUMBER "(0|[1-9][0-9]{0,5})"
+#define LAST "[.](weight|scale)$"
+
 // INT4 or INT8 if tensors of this name are converted (spec 8), else COPY. *base: the name without
 // its last part.
 static Rule rule_of(Span name, Span *base, bool *is_scale) {
-    static const char *const dense[] = {
-        "attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "attn.indexer.wq_b",
-        "ffn.shared_experts.w1", "ffn.shared_experts.w2", "ffn.shared_experts.w3",
+    static const struct { Rule rule; const char *pattern; } rules[] = {
+        { INT8, "^(layers|mtp)[.]" NUMBER "[.]attn[.](wq_a|wq_b|wkv|wo_a|wo_b|indexer[.]wq_b)" LAST },
+        { INT8, "^(layers|mtp)[.]" NUMBER "[.]ffn[.]shared_experts[.]w[123]" LAST },
+        { INT4, "^(layers|mtp)[.]" NUMBER "[.]ffn[.]experts[.]" NUMBER "[.]w[123]" LAST },
     };
-    Span rest = { 0 };
-    size_t used = 0;
-    *is_scale = name.n > 6 && !memcmp(name.p + name.n - 6, ".scale", 6);
-    size_t tail = *is_scale ? 6 : 7;
-    if (!*is_scale && (name.n < 8 || memcmp(name.p + name.n - 7, ".weight", 7))) return COPY;
-    *base = (Span){ name.p, name.n - tail };
-    if (layer_of(*base, &rest) < 0) {
-        if (base->n < 6 || memcmp(base->p, "mtp.", 4)) return COPY;
-        if (number_at(base->p + 4, base->n - 4, &used) < 0 || base->p[4 + used] != '.') return COPY;
-        rest = (Span){ base->p + 5 + used, base->n - 5 - used };
+    static regex_t compiled[3];
+    char text[128];
+    if (name.n >= sizeof text || memchr(name.p, 0, name.n)) return COPY;
+    memcpy(text, name.p, name.n);
+    text[name.n] = 0;
+    for (size_t i = 0; i < 3; i++) {
+        if (!compiled[i].re_nsub && regcomp(&compiled[i], rules[i].pattern, REG_EXTENDED))
+            die(1, "out of memory: a pattern");
+        if (regexec(&compiled[i], text, 0, NULL, 0)) continue;
+        const char *dot = strrchr(text, '.');
+        *base = (Span){ name.p, (size_t)(dot - text) };
+        *is_scale = !strcmp(dot, ".scale");
+        return rules[i].rule;
     }
-    for (size_t i = 0; i < sizeof dense / sizeof *dense; i++)
-        if (span_is(rest, dense[i])) return INT8;
-    if (rest.n < 16 || memcmp(rest.p, "ffn.experts.", 12)) return COPY;
-    if (number_at(rest.p + 12, rest.n - 12, &used) < 0) return COPY;
-    Span last = { rest.p + 12 + used, rest.n - 12 - used };
-    return span_is(last, ".w1") || span_is(last, ".w2") || span_is(last, ".w3") ? INT4 : COPY;
+    return COPY;
 }
 
 // Checks that weight and scale are what the release has; *rule becomes COPY for weights in a format
