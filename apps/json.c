@@ -276,6 +276,7 @@ static char path_match(const char *row, Span path) {
     return !*row ? '=' : *row == '.' || *row == '[' ? *row : 0;
 }
 
+// A value of which only some are supported. The error shows what was found, a string decoded.
 static void field_fixed(const Field *f, Json *j, char *to) {
     Str text = { 0 }, found = { 0 }, wanted = { 0 };
     Span raw = { "", 0 };
