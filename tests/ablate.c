@@ -90,7 +90,7 @@ int main(int argc, char **argv) {
     Model *m = model_read(&o);
     model_start(m, &o);
     m->stage[0].op = &ops;
-    Tokenizer *t = open_tokenizer(true);
+    Tokenizer *t = tokenizer_open(argv[1], true);
     Session *s = session_new(m);
     Group groups[16] = { 0 };
     char *line = NULL;
@@ -100,6 +100,6 @@ int main(int argc, char **argv) {
         printf("%s\t%d\t%d\t%d\t%.6f\n", g->name, g->items, g->hits, g->tokens, g->nats);
     free(line);
     session_free(s);
-    close_tokenizer(t);
+    tokenizer_close(t);
     return 0;
 }
