@@ -22,7 +22,7 @@ bool obj_ok(const void *handle, Type type) {
 
 /* Says that a call broke a rule which a real driver would punish with an error code only: this. */
 CUresult misuse(const char *format, ...) {
-    SimFinding f = { .kind = SIM_HOST, .kernel = "", .device = cur() ? cur()->device : -1,
+    SimFinding f = { .kind = SIM_HOST, .kernel = "", .device = self.ctx ? self.ctx->device : -1,
                      .file = "" };
     int n = snprintf(f.text, sizeof f.text, "%s: ", self.call ? self.call : "?");
     va_list ap;
@@ -159,7 +159,6 @@ __attribute__((constructor)) static void load_config(void) {
     config.peer = env_number("SIM_PEER", 0, 1);
     config.driver = (int)env_number("SIM_DRIVER", 13000, 99999);
     config.trace = env_number("SIM_TRACE", 0, 1);
-    config.idle_ms = (int)env_number("SIM_IDLE_MS", 1000, 1000000);
     config.report = getenv("SIM_REPORT");
     snprintf(config.name, sizeof config.name, "%.60s (SIMULATED)",
              name && *name ? name : "NVIDIA GeForce RTX 3090");
@@ -171,17 +170,11 @@ __attribute__((constructor)) static void load_config(void) {
 
 /* ---- entry */
 
-Ctx *cur(void) {
-    return self.depth ? self.stack[self.depth - 1] : NULL;
-}
-
 /* An injected fault comes before every rule, as a failing driver would. */
 CUresult enter(const char *name, int needs) {
-    Ctx *c = cur();
+    Ctx *c = self.ctx;
     pthread_mutex_lock(&sim_lock);
     self.call = name;
-    note_call();
-    if (self.in_callback && needs) return E_NOT_PERMITTED; /* rule of cuLaunchHostFunc */
     CUresult r = fault(name, -1, 1, E_UNKNOWN);
     if (r) return r;
     if ((needs & INIT) && !initialised) return E_NOT_INITIALIZED;
@@ -292,7 +285,7 @@ static void ctx_end(Ctx *c) {
 static CUresult retain(Ctx *c, int device) {
     if (!c->retained++) {
         *c = (Ctx){ .obj.type = T_CTX, .device = device, .retained = 1 };
-        c->legacy = stream_new(c, 0, 0);
+        c->legacy = stream_new(c, 0);
     }
     return OK;
 }
@@ -313,37 +306,18 @@ API(INIT, 11000, cuDevicePrimaryCtxRelease_v2, (CUdevice dev),
 API(INIT, 11000, cuDevicePrimaryCtxReset_v2, (CUdevice dev),
     ON_DEVICE(dev, release(&contexts[dev], true)))
 
-/* Flags cannot be set here, so they are 0. */
-API(INIT, 7000, cuDevicePrimaryCtxGetState, (CUdevice dev, unsigned *flags, int *active),
-    ON_DEVICE(dev, GIVE(flags, 0) ? E_INVALID_VALUE : GIVE(active, contexts[dev].retained > 0)))
-
 static bool ctx_ok(const Ctx *c) {
     return obj_ok(c, T_CTX) && c->retained;
 }
 
-static CUresult push(Ctx *c) {
-    if (!ctx_ok(c)) return E_INVALID_CONTEXT;
-    if (self.depth == (int)(sizeof self.stack / sizeof *self.stack)) return E_INVALID_VALUE;
-    self.stack[self.depth++] = c;
-    return OK;
-}
-
-/* Replaces the top of the thread's stack; NULL removes it. */
+/* NULL: none from now on. */
 BODY(INIT, 4000, cuCtxSetCurrent, (CUcontext c), (c)) {
     if (c && !ctx_ok(c)) return E_INVALID_CONTEXT;
-    if (self.depth) self.depth--;
-    return c ? push(c) : OK;
-}
-
-BODY(INIT, 4000, cuCtxPopCurrent_v2, (CUcontext *top), (top)) {
-    if (!self.depth) return E_INVALID_CONTEXT;
-    self.depth--;
-    if (top) *top = self.stack[self.depth];
+    self.ctx = c;
     return OK;
 }
 
-API(INIT, 4000, cuCtxPushCurrent_v2, (CUcontext ctx), push(ctx))
-API(INIT, 4000, cuCtxGetCurrent, (CUcontext *ctx), GIVE(ctx, cur()))
+API(INIT, 4000, cuCtxGetCurrent, (CUcontext *ctx), GIVE(ctx, self.ctx))
 
 static CUresult get_device(int *dev, Ctx *c) {
     return obj_ok(c, T_CTX) ? GIVE(dev, c->device) : E_INVALID_CONTEXT;
@@ -351,8 +325,8 @@ static CUresult get_device(int *dev, Ctx *c) {
 
 /* The second forms, since 13.0, are about a given context. */
 API(INIT, 13000, cuCtxGetDevice_v2, (CUdevice *dev, CUcontext ctx),
-    get_device(dev, ctx ? ctx : cur()))
-API(INIT, 2000, cuCtxGetDevice, (CUdevice *dev), get_device(dev, cur()))
+    get_device(dev, ctx ? ctx : self.ctx))
+API(INIT, 2000, cuCtxGetDevice, (CUdevice *dev), get_device(dev, self.ctx))
 
 /* The place where a kernel's fault usually comes to light. */
 static CUresult synchronize(Ctx *c) {
@@ -361,12 +335,12 @@ static CUresult synchronize(Ctx *c) {
     return c->sticky;
 }
 
-API(UNSAFE, 2000, cuCtxSynchronize, (void), synchronize(cur()))
-API(UNSAFE, 13000, cuCtxSynchronize_v2, (CUcontext ctx), synchronize(ctx ? ctx : cur()))
+API(UNSAFE, 2000, cuCtxSynchronize, (void), synchronize(self.ctx))
+API(UNSAFE, 13000, cuCtxSynchronize_v2, (CUcontext ctx), synchronize(ctx ? ctx : self.ctx))
 
 /* One direction: kernels of the current device may use the peer's memory, or no longer. */
 static CUresult peer_access(Ctx *peer, bool on) {
-    Ctx *c = cur();
+    Ctx *c = self.ctx;
     if (!ctx_ok(peer) || peer == c) return E_INVALID_CONTEXT;
     if (!config.peer) return on ? E_PEER_ACCESS_UNSUPPORTED : E_PEER_ACCESS_NOT_ENABLED;
     if (c->peer[peer->device] == on)

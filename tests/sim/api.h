@@ -19,8 +19,8 @@
 #include <cuda.h>
 #else
 typedef int CUresult, CUdevice, CUdevice_attribute, CUdevice_P2PAttribute, CUjit_option,
-    CUfunction_attribute, CUfunc_cache, CUpointer_attribute, CUstreamCaptureMode,
-    CUstreamCaptureStatus, CUdriverProcAddressQueryResult, CUgraphExecUpdateResult;
+    CUfunction_attribute, CUstreamCaptureMode,
+    CUstreamCaptureStatus, CUdriverProcAddressQueryResult;
 typedef uint64_t CUdeviceptr, cuuint64_t;
 typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;
@@ -30,32 +30,7 @@ typedef struct CUevent_st *CUevent;
 typedef struct CUgraph_st *CUgraph;
 typedef struct CUgraphExec_st *CUgraphExec;
 typedef struct CUgraphNode_st *CUgraphNode;
-typedef void (*CUhostFn)(void *user);
 typedef struct { char bytes[16]; } CUuuid;
-
-typedef struct {
-    CUfunction func;
-    unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
-    void **kernelParams, **extra;
-    void *kern; /* CUkernel: not supported */
-    CUcontext ctx;
-} CUDA_KERNEL_NODE_PARAMS_v2;
-typedef CUDA_KERNEL_NODE_PARAMS_v2 CUDA_KERNEL_NODE_PARAMS;
-
-typedef struct { int id; char pad[4]; union { char pad[64]; int cooperative; } value; }
-    CUlaunchAttribute;
-
-typedef struct {
-    unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
-    CUstream hStream;
-    CUlaunchAttribute *attrs;
-    unsigned numAttrs;
-} CUlaunchConfig;
-
-typedef struct {
-    CUgraphExecUpdateResult result;
-    CUgraphNode errorNode, errorFromNode;
-} CUgraphExecUpdateResultInfo;
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -69,7 +44,6 @@ typedef struct {
     bool peer, trace;
     int driver;         /* 13000 */
     uint64_t seed;
-    int idle_ms;        /* run pending work after so long without a call; 0: never */
     const char *report; /* file, or NULL */
 } Config;
 
@@ -121,12 +95,11 @@ struct CUfunc_st {
     Module *module;
     const SimKernel *kernel;
     uint32_t max_dynamic; /* bytes of dynamic shared memory allowed */
-    int carveout;
     struct KernelStats *stats;
 };
 
 /* What a stream operation or a graph node does. */
-typedef enum { W_EMPTY, W_KERNEL, W_COPY, W_SET, W_HOST } WorkKind;
+typedef enum { W_EMPTY, W_KERNEL, W_COPY, W_SET } WorkKind;
 
 typedef struct {
     WorkKind kind;
@@ -137,8 +110,6 @@ typedef struct {
     int dst_dev, src_dev;      /* owner, -1: host memory */
     void *owned;               /* kernel parameters, or the snapshot of a pageable source */
     uint32_t value, unit;      /* set: units of 1 or 4 bytes */
-    CUhostFn fn;
-    void *user;
 } Work;
 
 typedef struct Op {
@@ -162,7 +133,6 @@ struct CUstream_st {
     Ctx *ctx;
     Stream *next;              /* of the context */
     unsigned flags;            /* 1: non-blocking */
-    int priority;
     uint32_t id, count;        /* names its operations for the seeded order */
     Op *tail;                  /* last operation, NULL: none yet */
     Capture *capture;
@@ -180,7 +150,6 @@ struct CUevent_st {
 
 struct CUgraphNode_st {
     Work work;
-    Graph *graph;
     Node **deps;
     int n_deps, index;
     Op *op;                    /* during a launch */
@@ -241,7 +210,6 @@ typedef struct {
     API(needs, since, name, params, name##_body names)                                             \
     static CUresult name##_body params
 #define GIVE(to, value) ((to) ? (*(to) = (value), OK) : E_INVALID_VALUE)
-Ctx *cur(void);                        /* the calling thread's context */
 void *obj_new(Type type, size_t bytes);
 bool obj_ok(const void *handle, Type type);
 Ctx *device_ctx(int device);           /* NULL: not retained */
@@ -254,9 +222,7 @@ bool fault_missing(const char *symbol);
 
 /* the calling thread */
 typedef struct {
-    Ctx *stack[32];
-    int depth;
-    bool in_callback;
+    Ctx *ctx;                          /* the current context */
     double clock;                      /* virtual time that this host thread has waited for, us */
     const char *call;
 } Thread;
@@ -271,9 +237,8 @@ Op *op_new(const Work *work, Op **preds, int n_preds, double ready, uint64_t ord
 void op_hold(Op **slot, Op *op);             /* *slot = op, with the counts */
 void run_until(Op *op);
 void run_ctx(Ctx *ctx);                      /* all work of a context */
-void note_call(void);                        /* the program is not idle */
 void stream_tail(Stream *stream, Op *op);
-Stream *stream_new(Ctx *ctx, unsigned flags, int priority);
+Stream *stream_new(Ctx *ctx, unsigned flags);
 int stream_preds(Stream *stream, Op **preds, int max);
 uint64_t stream_order(Stream *stream);
 void work_free(Work *work);
@@ -285,7 +250,6 @@ CUresult work_set(const Work *work);
 /* api_launch.c */
 void module_end(Module *module);
 CUresult work_kernel(const Work *work, double *us);
-CUresult make_kernel_work(Func *f, const SimLaunch *shape, void **params, void **extra, Work *work);
 
 /* graph.c */
 CUresult capture_allows(void);                 /* the rules for calls during a capture */

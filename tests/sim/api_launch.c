@@ -63,7 +63,6 @@ static void make_functions(Module *m) {
         f->module = m;
         f->kernel = sim_module_kernel(m->sim, (uint32_t)i);
         f->max_dynamic = f->kernel->shared_bytes < 49152 ? 49152 - f->kernel->shared_bytes : 0;
-        f->carveout = -1;
         f->stats = stats_of(f);
     }
 }
@@ -79,12 +78,12 @@ static CUresult load(CUmodule *module, const char *image, unsigned n, const CUji
     if (r) return r;
     SimModule *sim = NULL;
     r = check_image(image, log, sizeof log);
-    if (!r) r = sim_module_load(cur()->device, image, strlen(image), &sim, log, sizeof log);
+    if (!r) r = sim_module_load(self.ctx->device, image, strlen(image), &sim, log, sizeof log);
     put_log(logs.error, logs.error_size, logs.error_slot, r ? log : "");
     if (r && config.trace) fprintf(stderr, "sim: module: %s\n", log);
     if (r) return r;
     Module *m = obj_new(T_MODULE, sizeof *m);
-    m->ctx = cur();
+    m->ctx = self.ctx;
     m->sim = sim;
     m->text = strdup(image);
     make_functions(m);
@@ -144,38 +143,20 @@ BODY(CTX, 2020, cuFuncGetAttribute, (int *value, CUfunction_attribute which, CUf
     const int values[10] = {
         k->max_threads, (int)k->shared_bytes, (int)k->const_bytes, (int)k->local_bytes,
         k->registers, sim_module_ptx_version(f->module->sim), sim_options.sm, 0,
-        (int)f->max_dynamic, f->carveout };
+        (int)f->max_dynamic, -1 };
     *value = values[which];
     return OK;
 }
 
-/* 8: dynamic shared memory allowed, 9: preferred carve-out in per cent */
+/* 8: dynamic shared memory allowed; 9: preferred carve-out in per cent, a hint. */
 BODY(CTX, 9000, cuFuncSetAttribute, (CUfunction f, CUfunction_attribute which, int value), (f,
     which, value)) {
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
     int most = which == 8 ? SIM_SHARED_MAX - (int)f->kernel->shared_bytes : 100;
     if ((which != 8 && which != 9) || value < (which == 8 ? 0 : -1) || value > most)
         return E_INVALID_VALUE;
-    if (which == 8)
-        f->max_dynamic = (uint32_t)value;
-    else
-        f->carveout = value;
+    if (which == 8) f->max_dynamic = (uint32_t)value;
     return OK;
-}
-
-/* Blocks of a function that fit on one multiprocessor at a time. */
-static int resident_blocks(const Func *f, int threads, uint64_t dynamic_shared) {
-    const SimKernel *k = f->kernel;
-    return occupancy_blocks(k->registers, threads, k->shared_bytes + dynamic_shared);
-}
-
-/* 0 for a block that could not be launched. */
-BODY(CTX, 6050, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *blocks, CUfunction f,
-    int threads, size_t dynamic_shared), (blocks, f, threads, dynamic_shared)) {
-    if (!blocks || threads <= 0) return E_INVALID_VALUE;
-    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
-    bool fits = threads <= f->kernel->max_threads && dynamic_shared <= f->max_dynamic;
-    return GIVE(blocks, fits ? resident_blocks(f, threads, dynamic_shared) : 0);
 }
 
 /* ---- launches */
@@ -195,7 +176,7 @@ static CUresult check_shape(const Func *f, const SimLaunch *l) {
             return misuse("%s: block differs from the one its .reqntid demands", k->name);
     }
     if (threads > 1024) return misuse("%s: %u threads in a block", k->name, (unsigned)threads);
-    if (threads > (uint64_t)k->max_threads || !resident_blocks(f, (int)threads, 0)) {
+    if (threads > (uint64_t)k->max_threads || !occupancy_blocks(k->registers, (int)threads, k->shared_bytes)) {
         misuse("%s: %u threads: at most %d, with about %d registers each", k->name,
                (unsigned)threads, k->max_threads, k->registers);
         return E_LAUNCH_OUT_OF_RESOURCES;
@@ -229,63 +210,27 @@ static CUresult pack(const SimKernel *k, void **params, void **extra, void **out
     return OK;
 }
 
-/* A kernel launch as work, for a stream or a graph node. On error nothing is held. */
-CUresult make_kernel_work(Func *f, const SimLaunch *shape, void **params, void **extra,
-                          Work *work) {
-    *work = (Work){ .kind = W_KERNEL, .func = f, .launch = *shape };
-    if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
-    work->ctx = f->module->ctx;
-    work->launch.kernel = f->kernel;
-    CUresult r = check_shape(f, shape);
-    return r ? r : pack(f->kernel, params, extra, &work->owned);
-}
-
-/* A cooperative launch has to fit on the device as a whole. */
-static CUresult launch(Func *f, SimLaunch l, CUstream h, void **params, void **extra,
-                       bool cooperative) {
+static CUresult launch(Func *f, const SimLaunch *shape, CUstream h, void **params, void **extra) {
     Stream *s;
-    Work w;
     CUresult r = get_stream(h, &s);
     if (r) return r;
     if (!obj_ok(f, T_FUNC)) return E_INVALID_HANDLE;
-    if (f->module->ctx != s->ctx || s->ctx != cur()) {
+    if (f->module->ctx != s->ctx || s->ctx != self.ctx) {
         misuse("%s: function, stream and current context belong to different devices",
                f->kernel->name);
         return E_INVALID_HANDLE;
     }
-    r = make_kernel_work(f, &l, params, extra, &w);
-    if (r) return r;
-    int threads = (int)(l.block[0] * l.block[1] * l.block[2]);
-    int room = resident_blocks(f, threads, l.dynamic_shared) * report_sms();
-    if (!cooperative || (uint64_t)l.grid[0] * l.grid[1] * l.grid[2] <= (uint64_t)room)
-        return submit(s, &w);
-    work_free(&w);
-    return E_COOPERATIVE_LAUNCH_TOO_LARGE;
+    Work w = { .kind = W_KERNEL, .ctx = s->ctx, .func = f, .launch = *shape };
+    w.launch.kernel = f->kernel;
+    r = check_shape(f, shape);
+    if (!r) r = pack(f->kernel, params, extra, &w.owned);
+    return r ? r : submit(s, &w);
 }
 
 API(CTX, 4000, cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
     unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params, void **extra),
-    launch(f, (SimLaunch){ NULL, { gx, gy, gz }, { bx, by, bz }, shared, NULL }, stream, params,
-           extra, false))
-API(CTX, 9000, cuLaunchCooperativeKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz,
-    unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params),
-    launch(f, (SimLaunch){ NULL, { gx, gy, gz }, { bx, by, bz }, shared, NULL }, stream, params,
-           NULL, true))
-
-/* Attributes: 0 ignore, 1 access policy (a hint), 2 cooperative, 8 priority; others are refused. */
-BODY(CTX, 11060, cuLaunchKernelEx, (const CUlaunchConfig *c, CUfunction f, void **params,
-    void **extra), (c, f, params, extra)) {
-    bool cooperative = false;
-    if (!c || (c->numAttrs && !c->attrs)) return E_INVALID_VALUE;
-    for (unsigned i = 0; i < c->numAttrs; i++) {
-        int id = (int)c->attrs[i].id;
-        if (id == 2) cooperative = c->attrs[i].value.cooperative != 0;
-        if (id != 0 && id != 1 && id != 2 && id != 8) return E_NOT_SUPPORTED;
-    }
-    return launch(f, (SimLaunch){ NULL, { c->gridDimX, c->gridDimY, c->gridDimZ },
-                  { c->blockDimX, c->blockDimY, c->blockDimZ }, c->sharedMemBytes, NULL },
-                  c->hStream, params, extra, cooperative);
-}
+    launch(f, &(SimLaunch){ NULL, { gx, gy, gz }, { bx, by, bz }, shared, NULL }, stream, params,
+           extra))
 
 /* Runs a kernel when its turn has come; *us: its computed time. */
 CUresult work_kernel(const Work *w, double *us) {

@@ -42,7 +42,7 @@ static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
 
 BODY(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), (free_bytes, total)) {
     uint64_t left, all;
-    sim_mem_info(cur()->device, &left, &all);
+    sim_mem_info(self.ctx->device, &left, &all);
     if (free_bytes) *free_bytes = left;
     if (total) *total = all;
     return OK;
@@ -52,8 +52,8 @@ BODY(CTX, 3020, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), (free_byte
 BODY(UNSAFE, 3020, cuMemAlloc_v2, (CUdeviceptr *address, size_t bytes), (address, bytes)) {
     uint64_t p;
     if (!address || !bytes) return E_INVALID_VALUE;
-    CUresult r = fault("oom", cur()->device, bytes, E_OUT_OF_MEMORY);
-    if (!r) r = sim_mem_alloc(cur()->device, bytes, &p);
+    CUresult r = fault("oom", self.ctx->device, bytes, E_OUT_OF_MEMORY);
+    if (!r) r = sim_mem_alloc(self.ctx->device, bytes, &p);
     return r ? r : GIVE(address, p);
 }
 
@@ -77,7 +77,7 @@ static size_t pages(uint64_t bytes) {
 static CUresult host_add(uint64_t base, uint64_t bytes, bool registered) {
     if (sim_mem_host_add((void *)(uintptr_t)base, bytes)) return E_HOST_MEMORY_ALREADY_REGISTERED;
     HostRange *h = zalloc(sizeof *h);
-    *h = (HostRange){ base, bytes, registered, cur(), -1, host_ranges };
+    *h = (HostRange){ base, bytes, registered, self.ctx, -1, host_ranges };
     host_ranges = h;
     return OK;
 }
@@ -92,7 +92,6 @@ static CUresult host_remove(uint64_t base, bool registered, CUresult unknown) {
         if (device_ctx(d)) run_ctx(device_ctx(d)); /* any device may be using it */
     sim_mem_host_remove((void *)(uintptr_t)base);
     if (!registered) munmap((void *)(uintptr_t)base, pages(h->size) + 4096);
-    for (at = &host_ranges; *at != h;) at = &(*at)->next; /* callbacks may have changed the list */
     *at = h->next;
     free(h);
     return OK;
@@ -132,29 +131,6 @@ API(UNSAFE, 4000, cuMemHostUnregister, (void *p),
 /* One address space: the device address is the host address. */
 API(CTX, 3020, cuMemHostGetDevicePointer_v2, (CUdeviceptr *address, void *p, unsigned flags),
     flags || !host_find((uintptr_t)p, 1) ? E_INVALID_VALUE : GIVE(address, (uintptr_t)p))
-
-/* By CUpointer_attribute: 1 context, 2 host or device, 3 and 4 device and host address, 8 managed,
- * 9 device, 11 and 12 start and size of the allocation, 13 mapped. */
-BODY(INIT, 4000, cuPointerGetAttribute, (void *out, CUpointer_attribute which, CUdeviceptr p),
-    (out, which, p)) {
-    SimRange range;
-    if (!out || !sim_mem_find(p, &range) || range.freed) return E_INVALID_VALUE;
-    bool host = range.device < 0;
-    HostRange *h = host ? host_find(p, 1) : NULL;
-    Ctx *ctx = host ? h ? h->ctx : NULL : device_ctx(range.device);
-    switch (which) {
-    case 1: return GIVE((Ctx **)out, ctx);
-    case 2: return GIVE((unsigned *)out, host ? 1 : 2);
-    case 3: return GIVE((uint64_t *)out, p);
-    case 4: return host ? GIVE((uint64_t *)out, p) : E_INVALID_VALUE;
-    case 8: return GIVE((bool *)out, false);
-    case 9: return GIVE((int *)out, host ? ctx ? ctx->device : 0 : range.device);
-    case 11: return GIVE((uint64_t *)out, range.base);
-    case 12: return GIVE((uint64_t *)out, range.size);
-    case 13: return GIVE((bool *)out, true);
-    default: return E_NOT_SUPPORTED;
-    }
-}
 
 /* ---- copies */
 
@@ -255,8 +231,6 @@ API(UNSAFE, 3020, cuMemcpyDtoH_v2, (void *dst, CUdeviceptr src, size_t bytes),
 /* Between device memories the host does not wait, as documented. */
 API(UNSAFE, 3020, cuMemcpyDtoD_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
     copy(dst, DEVICE, src, DEVICE, bytes, NULL, false))
-API(UNSAFE, 4000, cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t bytes),
-    copy(dst, EITHER, src, EITHER, bytes, NULL, true))
 API(CTX, 3020, cuMemcpyHtoDAsync_v2, (CUdeviceptr dst, const void *src, size_t bytes, CUstream s),
     copy(dst, DEVICE, (uintptr_t)src, HOST, bytes, s, false))
 API(CTX, 3020, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t bytes, CUstream s),

@@ -17,7 +17,7 @@ static Graph *graph_new(void) {
 static Node *graph_add(Graph *g, const Work *work, Node *const *deps, int n_deps) {
     Node *n = zalloc(sizeof *n);
     g->nodes = xgrow(g->nodes, (uint32_t)g->n, &g->cap, sizeof *g->nodes);
-    *n = (Node){ .work = *work, .graph = g, .index = g->n, .n_deps = n_deps };
+    *n = (Node){ .work = *work, .index = g->n, .n_deps = n_deps };
     n->deps = zalloc((size_t)n_deps * sizeof *deps);
     for (int i = 0; i < n_deps; i++) n->deps[i] = deps[i];
     return g->nodes[g->n++] = n;
@@ -51,35 +51,7 @@ static CUresult graph_free(Graph *g) {
     return OK;
 }
 
-/* Fills up to *n entries, or tells how many there are. */
-BODY(INIT, 10000, cuGraphGetNodes, (CUgraph g, CUgraphNode *nodes, size_t *n), (g, nodes, n)) {
-    if (!obj_ok(g, T_GRAPH) || !n) return E_INVALID_VALUE;
-    for (size_t i = 0; nodes && i < *n; i++) nodes[i] = i < (size_t)g->n ? g->nodes[i] : NULL;
-    if (!nodes || *n > (size_t)g->n) *n = (size_t)g->n;
-    return OK;
-}
-
-API(INIT, 10000, cuGraphCreate, (CUgraph *graph, unsigned flags),
-    flags ? E_INVALID_VALUE : GIVE(graph, graph_new()))
 API(INIT, 10000, cuGraphDestroy, (CUgraph graph), graph_free(graph))
-static CUresult kernel_work(const CUDA_KERNEL_NODE_PARAMS_v2 *p, Work *w) {
-    if (!p) return E_INVALID_VALUE;
-    SimLaunch l = { NULL, { p->gridDimX, p->gridDimY, p->gridDimZ },
-                    { p->blockDimX, p->blockDimY, p->blockDimZ }, p->sharedMemBytes, NULL };
-    return make_kernel_work(p->func, &l, p->kernelParams, p->extra, w);
-}
-
-/* Dependencies are nodes of the same graph, so the list stays in an order that can run. */
-BODY(CTX, 12000, cuGraphAddKernelNode_v2, (CUgraphNode *node, CUgraph g, const CUgraphNode *deps,
-    size_t n_deps, const CUDA_KERNEL_NODE_PARAMS_v2 *params), (node, g, deps, n_deps, params)) {
-    Work w;
-    if (!node || !obj_ok(g, T_GRAPH) || (n_deps && !deps)) return E_INVALID_VALUE;
-    for (size_t i = 0; i < n_deps; i++)
-        if (!deps[i] || deps[i]->graph != g) return E_INVALID_VALUE;
-    CUresult r = kernel_work(params, &w);
-    if (!r) *node = graph_add(g, &w, deps, (int)n_deps);
-    return r;
-}
 
 /* ---- executable graphs */
 
@@ -105,10 +77,6 @@ static CUresult instantiate(Exec **exec, Graph *graph, unsigned long long flags)
 API(CTX, 11040, cuGraphInstantiateWithFlags, (CUgraphExec *exec, CUgraph graph,
     unsigned long long flags), instantiate(exec, graph, flags))
 SYMBOL(new_instantiate, "cuGraphInstantiate", 12000, cuGraphInstantiateWithFlags)
-/* The old form has room for a message and a node at fault, of which there are none. */
-API(CTX, 11000, cuGraphInstantiate_v2, (CUgraphExec *exec, CUgraph graph, CUgraphNode *error_node,
-    char *log, size_t log_size), ((void)(error_node && (*error_node = NULL)),
-    (void)(log && log_size && (*log = 0)), instantiate(exec, graph, 0)))
 
 BODY(INIT, 10000, cuGraphExecDestroy, (CUgraphExec e), (e)) {
     if (!obj_ok(e, T_EXEC)) return E_INVALID_VALUE;
@@ -148,53 +116,6 @@ BODY(CTX, 10000, cuGraphLaunch, (CUgraphExec e, CUstream h), (e, h)) {
     op_hold(&start, NULL);
     free(ends);
     return OK;
-}
-
-API(CTX, 11010, cuGraphUpload, (CUgraphExec exec, CUstream stream),
-    obj_ok(exec, T_EXEC) ? get_stream(stream, &(Stream *){ NULL }) : E_INVALID_VALUE)
-
-/* Results: 0 done, 2 topology, 3 node type, 5 parameters differ in a way that cannot be updated. */
-static int compare(const Node *a, const Node *b) {
-    if (a->n_deps != b->n_deps) return 2;
-    for (int i = 0; i < a->n_deps; i++)
-        if (a->deps[i]->index != b->deps[i]->index) return 2;
-    const Work *v = &a->work, *w = &b->work;
-    if (v->kind != w->kind) return 3;
-    return v->ctx != w->ctx || v->dst_dev != w->dst_dev || v->src_dev != w->src_dev ? 5 : 0;
-}
-
-/* Replaces all parameters by those of a graph of the same shape. */
-BODY(CTX, 12000, cuGraphExecUpdate_v2, (CUgraphExec e, CUgraph g,
-    CUgraphExecUpdateResultInfo *info), (e, g, info)) {
-    if (!info) return E_INVALID_VALUE;
-    *info = (CUgraphExecUpdateResultInfo){ .result = 1 };
-    if (!obj_ok(e, T_EXEC) || !obj_ok(g, T_GRAPH)) return E_INVALID_VALUE;
-    info->result = e->graph->n != g->n ? 2 : 0;
-    for (int i = 0; !info->result && i < g->n; i++) {
-        info->result = compare(e->graph->nodes[i], g->nodes[i]);
-        if (info->result) info->errorNode = g->nodes[i];
-    }
-    if (info->result) return E_GRAPH_EXEC_UPDATE_FAILURE;
-    for (int i = 0; i < g->n; i++) {
-        work_free(&e->graph->nodes[i]->work);
-        e->graph->nodes[i]->work = work_clone(&g->nodes[i]->work);
-    }
-    return OK;
-}
-
-/* `node` is the node of the graph that the executable graph was made from. */
-BODY(CTX, 12000, cuGraphExecKernelNodeSetParams_v2, (CUgraphExec e, CUgraphNode node,
-    const CUDA_KERNEL_NODE_PARAMS_v2 *params), (e, node, params)) {
-    Work w;
-    if (!obj_ok(e, T_EXEC) || !node || node->index >= e->graph->n) return E_INVALID_VALUE;
-    Work *old = &e->graph->nodes[node->index]->work;
-    if (old->kind != W_KERNEL) return E_INVALID_VALUE;
-    CUresult r = kernel_work(params, &w);
-    if (r) return r;
-    r = w.ctx == old->ctx ? OK : E_INVALID_VALUE;
-    work_free(r ? &w : old);
-    if (!r) *old = w;
-    return r;
 }
 
 /* ---- capture */

@@ -9,14 +9,10 @@
  *   2, 3  half of the operations that nobody waits for run too, in between.
  * So what is not ordered by the program happens in some other order under some seed. */
 #include "api.h"
-#include <time.h>
 
-static pthread_cond_t progress = PTHREAD_COND_INITIALIZER; /* an operation finished */
-static Op **ready;                                         /* no unfinished predecessors */
+static Op **ready; /* no unfinished predecessors */
 static uint32_t n_ready, cap_ready;
-static int n_running;
 static uint32_t next_stream_id;
-static struct timespec last_call;
 
 void work_free(Work *work) {
     free(work->owned);
@@ -78,7 +74,6 @@ static void finish(Op *op, double end) {
     }
     op->n_succs = 0;
     work_free(&op->work);
-    pthread_cond_broadcast(&progress);
     op_hold(&op, NULL);
 }
 
@@ -99,24 +94,12 @@ static double occupy(const Work *w, double t, double us) {
     return t;
 }
 
-/* The callback may take its time or wait for another thread: run it without the lock. */
-static void call_host(const Work *w) {
-    const char *call = self.call;
-    pthread_mutex_unlock(&sim_lock);
-    self.in_callback = true;
-    w->fn(w->user);
-    self.in_callback = false;
-    pthread_mutex_lock(&sim_lock);
-    self.call = call;
-}
-
 /* Runs one operation (not in the ready list any more). After a fault in its context only its place
  * in the order is kept. */
 static void execute(Op *op) {
     Work *w = &op->work;
     Ctx *c = w->ctx;
     double us = 0;
-    n_running++;
     if (w->kind != W_EMPTY && !c->sticky) c->sticky = fault("lost", c->device, 1, E_UNKNOWN);
     if (!c->sticky) {
         if (w->kind == W_KERNEL) c->sticky = work_kernel(w, &us);
@@ -128,9 +111,7 @@ static void execute(Op *op) {
             c->sticky = work_set(w);
             us = computed_set(w->bytes);
         }
-        if (w->kind == W_HOST) call_host(w);
     }
-    n_running--;
     finish(op, occupy(w, op->ready, us));
 }
 
@@ -168,26 +149,20 @@ static void need(Op *op) {
     free(stack);
 }
 
-/* One step: runs an operation, or waits for a thread that is in a callback. */
-static void step(void) {
-    Op *op = pick();
-    if (op) {
-        execute(op);
-    } else if (n_running) {
-        pthread_cond_wait(&progress, &sim_lock);
-    } else {
-        fprintf(stderr, "sim: internal error: work is pending and none of it can run\n");
-        abort();
-    }
-}
-
 /* Runs until `op` is done; the calling thread has then waited until the operation's end. */
 void run_until(Op *op) {
     Op *held = NULL;
     if (!op) return;
     op_hold(&held, op);
     need(op);
-    while (!op->done) step();
+    while (!op->done) {
+        Op *next = pick();
+        if (!next) {
+            fprintf(stderr, "sim: internal error: work is pending and none of it can run\n");
+            abort();
+        }
+        execute(next);
+    }
     if (op->end > self.clock) self.clock = op->end;
     op_hold(&held, NULL);
 }
@@ -198,45 +173,12 @@ void run_ctx(Ctx *ctx) {
     for (Stream *s = ctx->streams; s; s = s->next) run_until(s->tail);
 }
 
-/* The device of a program that waits without calling the driver (for a flag, for a callback) gets
- * on too, but only after a long silence. */
-static void *idle_thread(void *unused) {
-    struct timespec nap = { 0, 20000000 }, now;
-    for (;;) {
-        nanosleep(&nap, NULL);
-        pthread_mutex_lock(&sim_lock);
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        double ms = (now.tv_sec - last_call.tv_sec) * 1e3 + (now.tv_nsec - last_call.tv_nsec) / 1e6;
-        if (n_ready && !n_running && ms > config.idle_ms) {
-            if (config.trace) fprintf(stderr, "sim: no call for %d ms\n", config.idle_ms);
-            for (uint32_t i = 0; i < n_ready; i++) ready[i]->needed = true;
-            Op *op = pick();
-            if (op) execute(op);
-        }
-        pthread_mutex_unlock(&sim_lock);
-    }
-    return unused;
-}
-
-void note_call(void) {
-    clock_gettime(CLOCK_MONOTONIC, &last_call);
-}
-
-static void start_idle_thread(void) {
-    static bool started;
-    pthread_t t;
-    if (started || !config.idle_ms) return;
-    started = true;
-    if (!pthread_create(&t, NULL, idle_thread, NULL)) pthread_detach(t);
-}
-
 /* ---- streams */
 
-Stream *stream_new(Ctx *ctx, unsigned flags, int priority) {
+Stream *stream_new(Ctx *ctx, unsigned flags) {
     Stream *s = obj_new(T_STREAM, sizeof *s);
     s->ctx = ctx;
     s->flags = flags;
-    s->priority = priority;
     s->id = next_stream_id++;
     s->next = ctx->streams;
     ctx->streams = s;
@@ -245,7 +187,7 @@ Stream *stream_new(Ctx *ctx, unsigned flags, int priority) {
 
 CUresult get_stream(CUstream handle, Stream **stream) {
     Stream *s = handle;
-    if (!s || s == (Stream *)1) s = cur()->legacy;
+    if (!s || s == (Stream *)1) s = self.ctx->legacy;
     if (s == (Stream *)2) return E_NOT_SUPPORTED; /* per-thread default stream */
     if (!obj_ok(s, T_STREAM)) return E_INVALID_HANDLE;
     *stream = s;
@@ -294,7 +236,6 @@ CUresult append(Stream *s, Work *work, Op *extra) {
     }
     int n = stream_preds(s, preds, MAX);
     preds[n++] = extra;
-    start_idle_thread();
     stream_tail(s, op_new(work, preds, n, self.clock, stream_order(s)));
     return OK;
 }
@@ -304,17 +245,8 @@ CUresult submit(Stream *s, Work *work) {
     return append(s, work, NULL);
 }
 
-static CUresult make_stream(CUstream *stream, unsigned flags, int priority) {
-    if (!stream || flags > 1) return E_INVALID_VALUE;
-    if (priority > 0) priority = 0;
-    if (priority < -5) priority = -5;
-    *stream = stream_new(cur(), flags, priority);
-    return OK;
-}
-
-API(CTX, 2000, cuStreamCreate, (CUstream *stream, unsigned flags), make_stream(stream, flags, 0))
-API(CTX, 5050, cuStreamCreateWithPriority, (CUstream *stream, unsigned flags, int priority),
-    make_stream(stream, flags, priority))
+API(CTX, 2000, cuStreamCreate, (CUstream *stream, unsigned flags),
+    flags > 1 ? E_INVALID_VALUE : GIVE(stream, stream_new(self.ctx, flags)))
 
 /* Its work goes on. */
 BODY(CTX, 4000, cuStreamDestroy_v2, (CUstream h), (h)) {
@@ -354,13 +286,6 @@ static CUresult wait_stream(CUstream h, bool query) {
 API(CTX, 2000, cuStreamSynchronize, (CUstream stream), wait_stream(stream, false))
 API(CTX, 2000, cuStreamQuery, (CUstream stream), wait_stream(stream, true))
 
-/* The callback may not call the driver (error 800). */
-BODY(CTX, 10000, cuLaunchHostFunc, (CUstream h, CUhostFn fn, void *user), (h, fn, user)) {
-    Stream *s;
-    CUresult r = fn ? get_stream(h, &s) : E_INVALID_VALUE;
-    return r ? r : submit(s, &(Work){ .kind = W_HOST, .ctx = s->ctx, .fn = fn, .user = user });
-}
-
 /* ---- events */
 
 /* Flags: 1 blocking wait (no difference here), 2 no timing, 4 between processes (refused). */
@@ -368,7 +293,7 @@ BODY(CTX, 2000, cuEventCreate, (CUevent *event, unsigned flags), (event, flags))
     if (!event || flags & ~7u || (flags & 4 && !(flags & 2))) return E_INVALID_VALUE;
     if (flags & 4) return E_NOT_SUPPORTED;
     *event = obj_new(T_EVENT, sizeof **event);
-    (*event)->ctx = cur();
+    (*event)->ctx = self.ctx;
     (*event)->flags = flags;
     return OK;
 }

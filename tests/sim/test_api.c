@@ -135,8 +135,6 @@ static void case_none(void) {
 static void case_contexts(void) {
     CUcontext a, b, c;
     CUdevice d;
-    unsigned flags;
-    int active;
     GOOD(cuInit(0));
     GOOD(cuDevicePrimaryCtxRetain(&a, 0));
     GOOD(cuDevicePrimaryCtxRetain(&b, 1));
@@ -144,13 +142,11 @@ static void case_contexts(void) {
     IS(a == c, 1);
     GOOD(cuCtxGetCurrent(&c));
     IS(c == NULL, 1);
-    IS(cuCtxPopCurrent_v2(&c), 201);
-    GOOD(cuCtxSetCurrent(a));
-    GOOD(cuCtxPushCurrent_v2(b));
+    IS(cuCtxGetDevice(&d), 201);
+    GOOD(cuCtxSetCurrent(b));
     GOOD(cuCtxGetDevice(&d));
     IS(d, 1);
-    GOOD(cuCtxPopCurrent_v2(&c));
-    IS(c == b, 1);
+    GOOD(cuCtxSetCurrent(a));
     GOOD(cuCtxGetDevice(&d));
     IS(d, 0);
     IS(cuCtxEnablePeerAccess(b, 0), 217);
@@ -161,8 +157,6 @@ static void case_contexts(void) {
     GOOD(cuDevicePrimaryCtxRelease_v2(0));
     IS(cuCtxSynchronize(), 709);
     IS(cuDevicePrimaryCtxRelease_v2(0), 201);
-    GOOD(cuDevicePrimaryCtxGetState(0, &flags, &active));
-    IS(active, 0);
     GOOD(cuDevicePrimaryCtxRetain(&a, 0));
     IS(cuStreamSynchronize(s), 400); /* it went with the context */
 }
@@ -194,7 +188,7 @@ static void case_getproc(void) {
     GOOD(cuGetProcAddress_v2("cuGraphLaunch", &f, 12000, 0, &status)); /* SIM_FAULT hides it */
     IS(status, 1);
     IS(dlsym(RTLD_DEFAULT, "cuGraphLaunch") == NULL, 1);
-    IS(dlsym(RTLD_DEFAULT, "cuGraphUpload") != NULL, 1);
+    IS(dlsym(RTLD_DEFAULT, "cuGraphDestroy") != NULL, 1);
     IS(cuGetProcAddress("cuMemAlloc_v2", &f, 12000, 0), 500);
     GOOD(cuGetProcAddress("cuInit", &f, 12000, 0));
     IS(cuGetProcAddress("cuInit", &f, 14000, 0), 1);
@@ -207,7 +201,6 @@ static void case_memory(void) {
     CUdeviceptr p = 0, q;
     size_t left, total;
     void *h;
-    int type;
     setup(1);
     GOOD(cuMemGetInfo_v2(&left, &total));
     IS(total, 1 << 20);
@@ -216,8 +209,6 @@ static void case_memory(void) {
     p = alloc(512 << 10);
     IS(cuMemAlloc_v2(&q, 600 << 10), 2);
     IS(cuMemFree_v2(p + 4), 1);
-    GOOD(cuPointerGetAttribute(&type, 2, p + 100));
-    IS(type, 2);
     GOOD(cuMemFree_v2(p));
     IS(cuMemFree_v2(p), 1);
     GOOD(cuMemFree_v2(0));
@@ -228,9 +219,6 @@ static void case_memory(void) {
     GOOD(cuMemHostAlloc(&h, 5000, 3));
     GOOD(cuMemHostGetDevicePointer_v2(&q, (char *)h + 4999, 0));
     IS(cuMemHostGetDevicePointer_v2(&q, &left, 0), 1);
-    GOOD(cuPointerGetAttribute(&type, 2, (uintptr_t)h));
-    IS(type, 1);
-    IS(cuPointerGetAttribute(&type, 2, (uintptr_t)&left), 1);
     GOOD(cuMemFreeHost(h));
     IS(cuMemFreeHost(h), 1);
     char *own = aligned_alloc(4096, 8192);
@@ -360,14 +348,6 @@ static void case_launch(void) {
     IS(cuLaunchKernel(f, 1, 1, 1, 32, 1, 1, 101377, NULL, args, NULL), 1);
     IS(cuLaunchKernel(fill[1], 1, 1, 1, 32, 1, 1, 0, NULL, args, NULL), 400);
     IS(cuLaunchKernel((CUfunction)ctx[0], 1, 1, 1, 32, 1, 1, 0, NULL, args, NULL), 400);
-    GOOD(cuOccupancyMaxActiveBlocksPerMultiprocessor(&attr, f, 1024, 0));
-    IS(attr, 1); /* 32 of 48 warps */
-    GOOD(cuOccupancyMaxActiveBlocksPerMultiprocessor(&attr, f, 64, 50000));
-    IS(attr, 2);
-    CUlaunchConfig c = { .gridDimX = 4, .gridDimY = 1, .gridDimZ = 1, .blockDimX = 64,
-                         .blockDimY = 1, .blockDimZ = 1 };
-    GOOD(cuLaunchKernelEx(&c, f, args, NULL));
-    IS(cuLaunchCooperativeKernel(f, 100000, 1, 1, 64, 1, 1, 0, NULL, args), 720);
     GOOD(cuCtxSynchronize());
 }
 
@@ -399,30 +379,19 @@ static void case_sticky(void) {
 /* ------------------------------------------------------------------------------------------------
  * order */
 
-static int calls;
-static void on_host(void *user) {
-    int n;
-    CUcontext c;
-    *(int *)user = ++calls;
-    IS(cuCtxGetCurrent(&c), 800);
-    IS(cuDriverGetVersion(&n), 0);
-}
-
 static void case_streams(void) {
-    int first = 0, second = 0, polls = 0;
-    unsigned v[64];
+    unsigned v[64], polls = 0;
     setup(1);
     CUdeviceptr p = alloc(256), q = alloc(256);
     CUstream s, t, bad_flags;
     IS(cuStreamCreate(&bad_flags, 2), 1);
     GOOD(cuStreamCreate(&s, 0));
-    GOOD(cuStreamCreateWithPriority(&t, 0, -2));
-    GOOD(cuLaunchHostFunc(s, on_host, &first));
-    GOOD(cuLaunchHostFunc(s, on_host, &second));
+    GOOD(cuStreamCreate(&t, 0));
     GOOD(do_fill(0, p, 1, 64, s));
     while (cuStreamQuery(s) == 600) polls++;
-    IS(first, 1);
-    IS(second, 2);
+    GOOD(cuMemcpyDtoH_v2(v, p, 256));
+    IS(v[63], 64);
+    IS(polls <= 1, 1);
     /* blocking streams and the legacy stream wait for each other */
     GOOD(do_fill(0, p, 100, 64, s));
     GOOD(do_add1(0, q, p, 64, NULL));
@@ -585,28 +554,13 @@ static void case_loose(void) {
     case_random();
 }
 
-/* A program that waits for its callback without calling the driver gets there too. */
-static void set_flag(void *flag) {
-    __atomic_store_n((int *)flag, 1, __ATOMIC_SEQ_CST);
-}
-
-static void case_idle(void) {
-    int flag = 0;
-    setup(1);
-    GOOD(cuLaunchHostFunc(stream(), set_flag, &flag));
-    for (int i = 0; i < 200 && !__atomic_load_n(&flag, __ATOMIC_SEQ_CST); i++) usleep(50000);
-    IS(__atomic_load_n(&flag, __ATOMIC_SEQ_CST), 1);
-}
-
 /* ------------------------------------------------------------------------------------------------
  * graphs */
 
 static void case_graph(void) {
     unsigned v[64];
-    size_t n = 0;
     CUgraph g, h;
     CUgraphExec e;
-    CUgraphExecUpdateResultInfo info;
     setup(1);
     CUdeviceptr p = alloc(256), q = alloc(256), r = alloc(256);
     CUstream s = stream(), t = stream();
@@ -624,8 +578,6 @@ static void case_graph(void) {
         GOOD(do_add1(0, q, q, 64, s));
         GOOD(cuStreamEndCapture(s, round ? &h : &g));
     }
-    GOOD(cuGraphGetNodes(g, NULL, &n));
-    IS(n, 4);
     GOOD(cuGraphInstantiateWithFlags(&e, g, 0));
     for (int i = 0; i < 3; i++) GOOD(cuGraphLaunch(e, s));
     GOOD(cuStreamSynchronize(s));
@@ -633,33 +585,15 @@ static void case_graph(void) {
     IS(v[5], 15);
     GOOD(cuMemcpyDtoH_v2(v, r, 256));
     IS(v[63], 14);
-    GOOD(cuGraphExecUpdate_v2(e, h, &info));
-    IS(info.result, 0);
+    GOOD(cuGraphDestroy(g)); /* what was made from it stays */
+    GOOD(cuGraphLaunch(e, s));
+    GOOD(cuGraphExecDestroy(e));
+    GOOD(cuGraphInstantiateWithFlags(&e, h, 0));
     GOOD(cuGraphLaunch(e, s));
     GOOD(cuStreamSynchronize(s));
     GOOD(cuMemcpyDtoH_v2(v, r, 256));
-    IS(v[31], 15);
-    IS(v[32], 14); /* the update's smaller n */
-    GOOD(cuStreamBeginCapture_v2(s, 1));
-    GOOD(do_add1(0, p, p, 64, s));
-    GOOD(cuStreamEndCapture(s, &h));
-    IS(cuGraphExecUpdate_v2(e, h, &info), 910);
-    IS(info.result, 2);
-    unsigned count = 64;
-    void *args[] = { &q, &p, &count };
-    CUDA_KERNEL_NODE_PARAMS_v2 params = { add1[0], 1, 1, 1, 64, 1, 1, 0, args, NULL, NULL, NULL };
-    CUgraphNode a, b;
-    GOOD(cuGraphCreate(&h, 0));
-    GOOD(cuGraphAddKernelNode_v2(&a, h, NULL, 0, &params));
-    args[0] = args[1] = &q;
-    GOOD(cuGraphAddKernelNode_v2(&b, h, &a, 1, &params));
-    GOOD(cuGraphExecDestroy(e));
-    GOOD(cuGraphInstantiateWithFlags(&e, h, 0));
-    args[0] = &r;
-    GOOD(cuGraphExecKernelNodeSetParams_v2(e, b, &params));
-    GOOD(cuGraphLaunch(e, NULL));
-    GOOD(cuMemcpyDtoH_v2(v, r, 256));
-    IS(v[0], 16);
+    IS(v[31], 16);
+    IS(v[32], 15); /* the other graph's smaller n */
     GOOD(cuGraphDestroy(h));
     IS(cuGraphDestroy(h), 1);
 }
@@ -906,7 +840,6 @@ static const struct {
     { "no_back_wait", "SIM_DEVICES=2", case_no_back_wait, -4 },
     { "random", "SIM_DEVICES=2", case_random, 16 },
     { "random, loose", "SIM_DEVICES=2 SIM_CHECK_INIT=0", case_loose, -4 },
-    { "idle", "SIM_IDLE_MS=50", case_idle, 0 },
     { "graph", "", case_graph, 8 },
     { "capture", "", case_capture, 0 },
     { "fault_call", "SIM_FAULT=cuMemAlloc_v2:3=2", case_fault_call, 0 },
