@@ -175,12 +175,6 @@ void run_trap(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
     if (w->mask) finding(w, SIM_TRAP, -1, 0, "trap");
 }
 
-void run_assert(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
-    if (!w->mask) return;
-    finding(w, SIM_TRAP, -1, 0, "assertion failed");
-    w->worker->launch->result = E_ASSERT;
-}
-
 void run_clock(Warp *w, const Inst *i, UNUSED void *out) {
     u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
     EACH(l, w->mask) put_lane(slot(w, i->dst[0]), type_bytes(i->type) == 8, l, now);

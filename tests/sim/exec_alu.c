@@ -11,7 +11,7 @@
 typedef __int128 s128;
 typedef unsigned __int128 u128;
 
-/* ---- integers. Results are modulo 2^bits; there are no flags but the carry of .cc. */
+/* ---- integers. Results are modulo 2^bits. */
 
 /* One expression for all sizes, where the sign does not matter; for all types, where it does. */
 #define INT3(name, expression)                                                                    \
@@ -38,7 +38,6 @@ INT3(neg, 0 - x)
 INT3(abs, x >> (sizeof(x) * 8 - 1) ? 0 - x : x) /* of signed types only */
 INT6(min, x < y ? x : y)
 INT6(max, x > y ? x : y)
-INT6(sad, (u64)z + (x < y ? (u64)y - (u64)x : (u64)x - (u64)y)) /* c + |a - b| */
 OP(mul_hi_u16, u16, u16, u16, u16, (u32)x * y >> 16)
 OP(mul_hi_s16, u16, s16, s16, s16, x * y >> 16)
 OP(mul_hi_u32, u32, u32, u32, u32, (u64)x * y >> 32)
@@ -55,13 +54,6 @@ OP(mad_wide_u16, u32, u16, u16, u32, (u32)x * y + z)
 OP(mad_wide_s16, u32, s16, s16, u32, (u32)(x * y) + z)
 OP(mad_wide_u32, u64, u32, u32, u64, (u64)x * y + z)
 OP(mad_wide_s32, u64, s32, s32, u64, (u64)((s64)x * y) + z)
-
-static s32 saturate_s32(s64 v) {
-    return v > INT32_MAX ? INT32_MAX : v < INT32_MIN ? INT32_MIN : (s32)v;
-}
-
-OP(add_sat_s32, s32, s32, s32, s32, saturate_s32((s64)x + y))
-OP(sub_sat_s32, s32, s32, s32, s32, saturate_s32((s64)x - y))
 
 /* The wider type keeps the lowest number divided by -1 from trapping. */
 #define DIVIDE(name, op)                                                                          \
@@ -83,33 +75,6 @@ HANDLER(run_divide) {
             break;
         }
     i->inner(w, i, out);
-}
-
-/* The low or high half of a product. */
-static u64 half_product(const Inst *i, u64 x, u64 y) {
-    int bits = type_bytes(i->type) * 8;
-    u128 p = type_is_signed(i->type) ? (u128)((s128)(s64)x * (s64)y) : (u128)x * y;
-    return (u64)(i->high ? p >> bits : p);
-}
-
-/* add.cc and friends: the carry (for sub: borrow) of each lane is a bit of w->carry. arg: the
- * operation, and CARRY_IN if it uses the bit from before; .cc leaves a new one. */
-enum { CARRY_IN = 128 };
-
-HANDLER(carry_chain) {
-    u32 carry = 0;
-    int bits = type_bytes(i->type) * 8, op = i->arg & ~CARRY_IN;
-    u64 all = ~0ull >> (64 - bits), v[3];
-    EACH(l, w->mask) {
-        u64 in = i->arg & CARRY_IN ? w->carry >> l & 1 : 0;
-        for (int k = 0; k < 3; k++)
-            v[k] = (u64)integer_of(i->type, get_lane(src(w, i, k), bits == 64, l));
-        u64 x = op == '*' ? half_product(i, v[0], v[1]) : v[0], y = op == '*' ? v[2] : v[1];
-        u128 r = op == '-' ? (u128)(x & all) - (y & all) - in : (u128)(x & all) + (y & all) + in;
-        carry |= (u32)(r >> bits & 1) << l;
-        put_lane(out, bits == 64, l, (u64)r);
-    }
-    if (i->carry) w->carry = (w->carry & ~w->mask) | carry;
 }
 
 /* ---- bits. The second operand of a shift is 32 bits wide whatever the type; shifts by the width
@@ -173,19 +138,14 @@ static inline u32 lookup3(u32 table, u32 x, u32 y, u32 z) {
 }
 
 /* prmt: four bytes of the pair b:a, each named by a nibble whose top bit asks for the byte's sign
- * instead. The modes stand for four such nibbles, by the two low bits of the control. */
-static inline u32 permute(u8 mode, u32 a, u32 b, u32 control) {
-    static const u16 modes[6][4] = {
-        {0x3210, 0x4321, 0x5432, 0x6543}, {0x5670, 0x6701, 0x7012, 0x0123}, /* f4e, b4e */
-        {0x0000, 0x1111, 0x2222, 0x3333}, {0x3210, 0x3211, 0x3222, 0x3333}, /* rc8, ecl */
-        {0x0000, 0x1110, 0x2210, 0x3210}, {0x1010, 0x3232, 0x1010, 0x3232}, /* ecr, rc16 */
-    };
+ * instead. */
+static inline u32 permute(u32 a, u32 b, u32 control) {
     u64 v = (u64)b << 32 | a;
-    u32 s = mode == OP_NONE ? control : modes[mode - OP_F4E][control & 3], r = 0;
+    u32 r = 0;
     for (u32 k = 0; k < 4; k++) {
-        u32 byte = (u32)(v >> (s >> (4 * k) & 7) * 8) & 255;
+        u32 byte = (u32)(v >> (control >> (4 * k) & 7) * 8) & 255;
         u32 sign = byte >> 7 ? 255 : 0;
-        r |= (s >> (4 * k) & 8 ? sign : byte) << (8 * k);
+        r |= (control >> (4 * k) & 8 ? sign : byte) << (8 * k);
     }
     return r;
 }
@@ -208,7 +168,7 @@ OP(bfe_s64, u64, u64, u32, u32, extract_field(x, 64, true, y, z))
 OP(bfi_32, u32, u32, u32, u32, insert_field(x, y, 32, z, v))
 OP(bfi_64, u64, u64, u64, u32, insert_field(x, y, 64, z, v))
 OP(lop3_32, u32, u32, u32, u32, lookup3(i->vec, x, y, z))
-OP(prmt_32, u32, u32, u32, u32, permute(i->op, x, y, z))
+OP(prmt_32, u32, u32, u32, u32, permute(x, y, z))
 
 /* dp4a: c plus the products of the four bytes of a and b. Even and odd bytes become 16-bit lanes,
  * of which a multiply-add of pairs makes two products a lane each. */
@@ -222,19 +182,6 @@ HANDLER(dp4a_32) {
         d[k] = _mm256_add_epi32(c[k], _mm256_add_epi32(even, odd));
     }
 }
-
-/* dp2a: the two halves of a times two bytes of b, the lower or the upper ones. */
-static u32 dot2(const Inst *i, u32 a, u32 b, u32 sum) {
-    for (int k = 0; k < 2; k++) {
-        u32 x = a >> (16 * k) & 0xffff, y = b >> (8 * k + (i->high ? 16 : 0)) & 0xff;
-        s32 sx = i->type == T_S32 ? (s16)x : (s32)x;
-        s32 sy = i->type2 == T_S32 ? (s8)y : (s32)y;
-        sum += (u32)(sx * sy);
-    }
-    return sum;
-}
-
-OP(dp2a_32, u32, u32, u32, u32, dot2(i, x, y, z))
 
 /* ---- f32 and f64. Other rounding modes, .ftz and .sat are added around these by run_wrapped. */
 
@@ -339,8 +286,8 @@ COMPARE(bf16, f32, bf16_to_float)
 COMPARE(f32, f32, )
 COMPARE(f64, f64, )
 
-static u32 compare(Type t, const Inst *i, const void *a, const void *b) {
-    switch (t) {
+static u32 compare(const Inst *i, const void *a, const void *b) {
+    switch (i->type) {
     case T_B16: case T_U16: return compare_u16(a, b, i->cmp);
     case T_S16: return compare_s16(a, b, i->cmp);
     case T_S32: return compare_s32(a, b, i->cmp);
@@ -360,16 +307,10 @@ static u32 combine(u8 op, u32 x, u32 y) {
 
 /* setp p|q, a, b, c: p = (a ? b) op c, q = !(a ? b) op c. */
 HANDLER(setp_any) {
-    u32 r = compare(i->type, i, src(w, i, 0), src(w, i, 1));
+    u32 r = compare(i, src(w, i, 0), src(w, i, 1));
     u32 c = i->n_src > 2 ? src_mask(w, i, 2) : 0;
     put_pred(w, i->dst_pred, combine(i->op, ~r, c), w->mask);
     *(u32 *)out = combine(i->op, r, c);
-}
-
-HANDLER(set_any) {
-    u32 r = compare(i->type2, i, src(w, i, 0), src(w, i, 1)), *d = out;
-    u32 on = i->type == T_F32 ? float_bits(1) : ~0u;
-    LANES d[l] = r >> l & 1 ? on : 0;
 }
 
 HANDLER(logic_pred) {
@@ -390,7 +331,6 @@ HANDLER(not_pred) {
 
 SELECT(selp_32, u32)
 SELECT(selp_64, u64)
-OP(slct_32, u32, u32, u32, u32, (i->type2 == T_S32 ? (s32)z >= 0 : bits_float(z) >= 0) ? x : y)
 
 HANDLER(mov_32) {
     memcpy(out, src(w, i, 0), 128);
@@ -438,20 +378,8 @@ static inline u64 window_base(u8 space) {
          : space == SP_PARAM ? PARAM_BASE : 0;
 }
 
-/* Is a generic address in the space? Device memory is what lies in no window. */
-static inline bool is_in(u8 space, u64 address) {
-    u64 base = window_base(space);
-    return base ? (address & 0xffff00000000ull) == base : address < SHARED_BASE;
-}
-
 /* cvta: a window's base is added or taken away; device memory is generic already. */
 OP(cvta_64, u64, u64, u64, u64, i->to ? x - window_base(i->space) : x + window_base(i->space))
-
-HANDLER(isspacep_any) {
-    u32 r = 0;
-    for (u32 l = 0; l < 32; l++) r |= (u32)is_in(i->space, ((u64 *)src(w, i, 0))[l]) << l;
-    *(u32 *)out = r;
-}
 
 #define CMPS ".eq|.ne|.lt|.le|.gt|.ge|.lo|.ls|.hi|.hs"
 #define FCMPS ".eq|.ne|.lt|.le|.gt|.ge|.equ|.neu|.ltu|.leu|.gtu|.geu|.num|.nan"
@@ -460,7 +388,6 @@ HANDLER(isspacep_any) {
 #define ALL ".b16|.u16|.s16|.b32|.u32|.s32|.b64|.u64|.s64"
 #define NUM ".u16|.s16|.u32|.s32|.u64|.s64"
 #define SPACES ".global|.shared|.shared::cta|.local|.const|.param"
-#define WORD ".u32|.s32|.u64|.s64"
 /* handlers by type, for Form.by_type: u16 s16 u32 s32 u64 s64 */
 #define SIZES(name) {name##_16, name##_16, name##_32, name##_32, name##_64, name##_64}
 #define SIGNS(name) {name##_u16, name##_s16, name##_u32, name##_s32, name##_u64, name##_s64}
@@ -472,14 +399,6 @@ HANDLER(isspacep_any) {
 const Form alu_forms[] = {
     {"add " NUM, "daa", INT, 0, .by_type = SIZES(add)},
     {"sub " NUM, "daa", INT, 0, .by_type = SIZES(sub)},
-    {"add .sat .s32", "daa", INT, 32, add_sat_s32},
-    {"sub .sat .s32", "daa", INT, 32, sub_sat_s32},
-    {"add .cc " WORD, "daa", INT, 0, carry_chain, '+'},
-    {"addc [.cc] " WORD, "daa", INT, 0, carry_chain, '+' | CARRY_IN},
-    {"sub .cc " WORD, "daa", INT, 0, carry_chain, '-'},
-    {"subc [.cc] " WORD, "daa", INT, 0, carry_chain, '-' | CARRY_IN},
-    {"mad .lo|.hi .cc " WORD, "daaa", INT, 0, carry_chain, '*'},
-    {"madc .lo|.hi [.cc] " WORD, "daaa", INT, 0, carry_chain, '*' | CARRY_IN},
     {"mul .lo " NUM, "daa", INT, 0, .by_type = SIZES(mul_lo)},
     {"mul .hi " NUM, "daa", INT, 0, .by_type = SIGNS(mul_hi)},
     {"mul .wide .u16|.s16|.u32|.s32", "eaa", INT, 0, .by_type = WIDES(mul_wide)},
@@ -493,7 +412,6 @@ const Form alu_forms[] = {
     {"neg .s16|.s32|.s64", "da", INT, 0, .by_type = SIZES(neg)},
     {"min " NUM, "daa", INT, 0, .by_type = SIGNS(min)},
     {"max " NUM, "daa", INT, 0, .by_type = SIGNS(max)},
-    {"sad " NUM, "daaa", INT, 0, .by_type = SIGNS(sad)},
     {"and .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(and)},
     {"or .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(or)},
     {"xor .b16|.b32|.b64", "daa", INT, 0, .by_type = SIZES(xor)},
@@ -512,9 +430,8 @@ const Form alu_forms[] = {
     {"bfe .u32|.s32|.u64|.s64", "daww", INT, 0, .by_type = SIGNS32(bfe)},
     {"bfi .b32|.b64", "daaww", INT, 0, .by_type = SIZES32(bfi)},
     {"lop3 .b32", "daaan", INT, 32, lop3_32},
-    {"prmt .b32 [.f4e|.b4e|.rc8|.ecl|.ecr|.rc16]", "daaw", INT, 32, prmt_32},
+    {"prmt .b32", "daaw", INT, 32, prmt_32},
     {"dp4a .u32|.s32 .u32|.s32", "uwww", SIM_C_DP4A, 32, dp4a_32},
-    {"dp2a .lo|.hi .u32|.s32 .u32|.s32", "uwww", SIM_C_DP4A, 32, dp2a_32},
     {"add " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, add_f32},
     {"sub " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, sub_f32},
     {"mul " RND " [.ftz] [.sat] .f32", "daa", SIM_C_FP32, 32, mul_f32},
@@ -557,14 +474,10 @@ const Form alu_forms[] = {
     {"setp " FCMPS " [.ftz] .f32|.f64", "paa", SIM_C_FP32, 1, setp_any},
     {"setp " FCMPS " .and|.or|.xor [.ftz] .f32|.f64", "paaq", SIM_C_FP32, 1, setp_any},
     {"setp " FCMPS " .f16|.bf16", "paa", SIM_C_HALF, 1, setp_any},
-    {"set " CMPS " .u32|.s32|.f32 .u16|.s16|.b32|.u32|.s32|.u64|.s64", "dtt", INT, 32, set_any},
-    {"set " FCMPS " [.ftz] .u32|.s32|.f32 .f32|.f64", "dtt", SIM_C_FP32, 32, set_any},
     {"selp .b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32", "daaq", INT, 32, selp_32},
     {"selp .b64|.u64|.s64|.f64", "daaq", INT, 64, selp_64},
-    {"slct .b32|.u32|.s32|.f32 .s32|.f32", "daat", INT, 32, slct_32},
     {"mov .pred|.b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64", "XY", INT, 0,
      .choose = choose_mov},
     {"cvta [.to] " SPACES " .u64", "da", INT, 64, cvta_64},
-    {"isspacep " SPACES, "pl", INT, 1, isspacep_any},
     {0},
 };

@@ -222,16 +222,6 @@ HANDLER(cvt_pair) {
     }
 }
 
-/* cvt.pack.sat: two clamped integers, below them the low half of the third operand. */
-static u32 pack(const Inst *i, s32 a, s32 b, u32 c) {
-    Type t = i->type;
-    u32 bits = (u32)type_bytes(t) * 8, all = (1u << bits) - 1;
-    u32 v = ((u32)clamp_integer(t, a, true) & all) << bits | ((u32)clamp_integer(t, b, true) & all);
-    return i->n_src > 2 ? c << 16 | v : v;
-}
-
-OP(cvt_pack, u32, s32, s32, u32, pack(i, x, y, z))
-
 /* ---- half arithmetic */
 
 /* a b + c as a double whose last bit is odd whenever the sum is inexact; a b is exact. */
@@ -303,8 +293,6 @@ OP(half_abs, u32, u32, u32, u32, x & ~(is_pair(i) ? 0x80008000 : 0x8000))
 
 const Form cvt_forms[] = {
     {"cvt .rn|.rz [.relu] .bf16x2|.f16x2 .f32", "dtt", SIM_C_CVT, 32, cvt_pair},
-    {"cvt .pack .sat .u8|.s8 .s32 .b32", "uwww", SIM_C_CVT, 32, cvt_pack},
-    {"cvt .pack .sat .u16|.s16 .s32", "uww", SIM_C_CVT, 32, cvt_pack},
     {"cvt " MODES " [.ftz] [.sat] [.relu] " INTS "|" FLOATS " " INTS "|" FLOATS, "Dt", SIM_C_CVT,
      0, .choose = choose_cvt},
     {"add [.rn] [.ftz] [.sat] .f16|.f16x2", "daa", SIM_C_HALF, 32, half_any, H_ADD},

@@ -212,8 +212,7 @@ static void move_private(Warp *w, Access *x, u8 *memory, u64 stride, u64 size, c
     }
 }
 
-/* Local memory: .local arrays and the parameters of inlined calls. Parameters: the block of the
- * launch, the same for all threads. */
+/* Parameters: the block of the launch, the same for all threads. */
 static void move_space(Warp *w, const Inst *i, Access *x, Space space, bool store) {
     Launch *launch = w->worker->launch;
     u64 each = (launch->code->local_bytes + 15) & ~15u;
@@ -327,19 +326,13 @@ HANDLER(transfer) {
     if (!i->arg && !w->worker->stop) unpack(w, i, &x);
 }
 
-/* prefetch: no effect, hardware ignores bad addresses too. Fences inside a block: lanes and warps
- * see each other's stores at once here. */
+/* Fences inside a block: lanes and warps see each other's stores at once here. */
 HANDLER(nothing) {
 }
 
 /* A fence: what this block reads from now on may be ordered by flags, which is not followed. */
 HANDLER(membar) {
     w->worker->fenced = true;
-}
-
-/* createpolicy: a cache policy is only a hint, its bits mean nothing here. */
-HANDLER(createpolicy) {
-    memset(out, 0, 256);
 }
 
 /* ---- atomics */
@@ -551,24 +544,17 @@ const Form mem_forms[] = {
     {"ld .param|.const [.v2|.v4] " TYPES, "Dm", SIM_C_CONST, 0, transfer, LOAD},
     {"ld " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "Dm", SIM_C_SHARED, 0, transfer, LOAD},
     {"ld " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "Dm", SIM_C_LOCAL, 0, transfer, LOAD},
-    {"ld " ORDER " " SCOPE " [.global] " CACHE " [.nc] " EVICT " [.L2::cache_hint] " PREFETCH " "
-     "[.v2|.v4] " TYPES, "Dm?l", SIM_C_GLOBAL, 0, transfer, LOAD},
-    {"ldu .global [.v2|.v4] " TYPES, "Dm", SIM_C_GLOBAL, 0, transfer, LOAD},
+    {"ld " ORDER " " SCOPE " [.global] " CACHE " [.nc] " EVICT " " PREFETCH " [.v2|.v4] "
+     TYPES, "Dm", SIM_C_GLOBAL, 0, transfer, LOAD},
     {"st .param [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, transfer, STORE},
     {"st " ORDER " .shared|.shared::cta [.v2|.v4] " TYPES, "mA", SIM_C_SHARED, 0, transfer, STORE},
     {"st " ORDER " .local " CACHE " [.v2|.v4] " TYPES, "mA", SIM_C_LOCAL, 0, transfer, STORE},
     {"st " ORDER " " SCOPE " [.global] " CACHE " " EVICT " [.v2|.v4] " TYPES, "mA",
      SIM_C_GLOBAL, 0, transfer, STORE},
-    {"prefetch [.global|.local] .L1|.L2|.L2::evict_last|.L2::evict_normal", "m", SIM_C_GLOBAL, 0,
-     nothing},
-    {"prefetchu .L1", "m", SIM_C_GLOBAL, 0, nothing},
     {"membar .cta", "", SIM_C_GLOBAL, 0, nothing},
     {"membar .gl|.sys", "", SIM_C_GLOBAL, 0, membar},
     {"fence [.sc|.acq_rel] .cta", "", SIM_C_GLOBAL, 0, nothing},
     {"fence [.sc|.acq_rel] .gpu|.sys", "", SIM_C_GLOBAL, 0, membar},
-    {"createpolicy .fractional .L2::evict_last|.L2::evict_first|.L2::evict_normal|"
-     ".L2::evict_unchanged [.L2::evict_unchanged|.L2::evict_first] .b64", "d?w", SIM_C_INT, 64,
-     createpolicy},
     {ATOM OPS " .b32|.u32|.s32|.b64|.u64|.s64", "dma", SIM_C_ATOMIC, 0, atomic},
     {ATOM ".add [.noftz] .f32|.f64|.f16x2", "dma", SIM_C_ATOMIC, 0, atomic},
     {ATOM ".cas .b16|.b32|.u32|.b64|.u64", "dmaa", SIM_C_ATOMIC, 0, atomic},

@@ -131,20 +131,12 @@ HANDLER(warp_sync) {
 
 /* ---- barriers */
 
-/* The barrier is complete: everyone goes on; bar.red results are handed out. */
+/* The barrier is complete: everyone goes on. */
 static void release_barrier(Worker *k, Barrier *b, u32 id) {
     for (int n = 0; n < k->n_warps; n++) {
         Warp *w = &k->warps[n];
         if (w->state != W_BARRIER || w->bar_id != id) continue;
-        const Inst *i = &k->code->inst[w->pc];
         w->state = W_RUN;
-        if (i->n_dst) {
-            bool yes = i->op == OP_AND ? !b->all : b->any;
-            if (i->op != OP_POPC)
-                put_pred(w, i->dst[0], yes ? ~0u : 0, w->active);
-            else
-                EACH(l, w->active) put_lane(slot(w, i->dst[0]), false, l, b->popc);
-        }
         w->pc++;
     }
     *b = (Barrier){0};
@@ -152,8 +144,8 @@ static void release_barrier(Worker *k, Barrier *b, u32 id) {
 }
 
 /* Operands: barrier, then optionally the number of threads (0: all of the block). arg: BAR_SYNC
- * waits, BAR_ARRIVE does not, BAR_RED also reduces a predicate. */
-enum { BAR_SYNC, BAR_ARRIVE, BAR_RED };
+ * waits, BAR_ARRIVE does not. */
+enum { BAR_SYNC, BAR_ARRIVE };
 
 HANDLER(bar) {
     Worker *k = w->worker;
@@ -171,10 +163,6 @@ HANDLER(bar) {
     } else if (id > 15 || count % 32 || count > (u32)k->n_warps * 32) {
         finding(w, SIM_BARRIER, -1, 0, "bad barrier %u or number of threads %u", id, count);
     } else {
-        u32 p = i->arg == BAR_RED ? src_mask(w, i, 2) : 0;
-        b->any |= (p & w->mask) != 0;
-        b->all |= (~p & w->mask) != 0;
-        b->popc += (u32)__builtin_popcount(p & w->mask);
         b->expected = count ? count : (u32)k->n_warps * 32;
         b->arrived += 32;
         w->bar_id = id;
@@ -318,8 +306,6 @@ const Form warp_forms[] = {
     {"bar .warp .sync", "w", SIM_C_WARP, 0, warp_sync},
     {"bar|barrier [.cta] .sync [.aligned]", "w?w", SIM_C_BARRIER, 0, bar, BAR_SYNC},
     {"bar|barrier [.cta] .arrive [.aligned]", "ww", SIM_C_BARRIER, 0, bar, BAR_ARRIVE},
-    {"bar|barrier [.cta] .red .popc [.aligned] .u32", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
-    {"bar|barrier [.cta] .red .and|.or [.aligned] .pred", "dwB", SIM_C_BARRIER, 0, bar, BAR_RED},
     {MMA ".m16n8k16" HALVES, 8, choose_mma},
     {MMA ".m16n8k8" HALVES, 4, choose_mma},
     {MMA ".m16n8k32" BYTES, 8, choose_mma},

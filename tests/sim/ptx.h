@@ -76,8 +76,7 @@ typedef enum { RND_NONE, RND_RN, RND_RZ, RND_RM, RND_RP, RND_RNA,
 enum { LESS = 1, EQUAL = 2, GREATER = 4, UNORDERED = 8 };
 /* The modifier that selects among variants of one instruction. */
 typedef enum { OP_NONE, OP_AND, OP_OR, OP_XOR, OP_ADD, OP_MIN, OP_MAX, OP_INC, OP_DEC, OP_EXCH,
-               OP_CAS, OP_UP, OP_DOWN, OP_BFLY, OP_IDX, OP_ALL, OP_ANY, OP_UNI, OP_BALLOT,
-               OP_POPC, OP_F4E, OP_B4E, OP_RC8, OP_ECL, OP_ECR, OP_RC16 } SubOp;
+               OP_CAS, OP_UP, OP_DOWN, OP_BFLY, OP_IDX, OP_ALL, OP_ANY, OP_UNI, OP_BALLOT } SubOp;
 
 typedef void Handler(Warp *w, const Inst *i, void *out);
 
@@ -102,7 +101,6 @@ struct Inst {
     bool wide_dst, wide_src, wide_addr; /* those registers have 64 bits */
     bool strong;         /* volatile, relaxed, acquire, release: ordered against other threads */
     bool fence;          /* acquire / release */
-    bool high, carry;    /* .hi, .cc */
     bool check_init, note_init; /* a source / destination needs run-time tracking */
     bool copy_init;      /* the result is as unset as the source, which is tracked */
     int64_t imm;         /* address offset, barrier, cp.async size */
@@ -124,7 +122,7 @@ typedef struct {
 
 extern const Form alu_forms[], cvt_forms[], mem_forms[], warp_forms[];
 /* Handlers that the decoder itself places. */
-Handler run_wrapped, run_clock, run_trap, run_assert, run_bra, run_exit;
+Handler run_wrapped, run_clock, run_trap, run_bra, run_exit;
 
 typedef struct {
     u64 value;
@@ -218,7 +216,7 @@ struct Warp {
     int n_waiting;
     WarpState state;
     int index;         /* within the block */
-    u32 bar_id, carry;
+    u32 bar_id;
     bool yield;
     bool parking, forced; /* park the running group; nobody is left to wait for */
     u64 branches;
@@ -229,9 +227,7 @@ struct Warp {
 };
 
 typedef struct {
-    u32 arrived;       /* threads */
-    u32 expected;
-    u32 any, all, popc; /* bar.red: some true, some false, how many true */
+    u32 arrived, expected; /* threads */
 } Barrier;
 
 /* What a worker needs, kept from launch to launch: they come one at a time and are often short. */

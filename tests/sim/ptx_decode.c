@@ -9,7 +9,7 @@
  *   a source of type   A of type's width or more, or a {list}   t source of type2   E of twice type
  *   w source of 32 bits   l of 64 bits   q predicate, may be !p
  *   U {list} of 32-bit sources, or one register   m [address]   i integer constant   L label
- *   X Y of mov   B of bar.red   M second [address]   n integer up to 255
+ *   X Y of mov   M second [address]   n integer up to 255
  *   ? the operands after it may be absent
  * A destination may be followed by |p, a predicate (shfl, match). */
 #include "ptx_parser.h"
@@ -28,13 +28,13 @@ static const struct {
     {FIELD(cmp), ".lt .eq .le .gt .ne .ge .num .nan .ltu .equ .leu .gtu .neu .geu"},
     {FIELD(cmp), ".lo - .ls .hi - .hs"}, /* unsigned integers */
     {FIELD(op), ".and .or .xor .add .min .max .inc .dec .exch .cas .up .down .bfly .idx .all .any "
-                ".uni .ballot .popc .f4e .b4e .rc8 .ecl .ecr .rc16"},
+                ".uni .ballot"},
     {FIELD(vec), ".x1 .v2 - .v4"}, {FIELD(vec), "- .x2 - .x4"},
     {FIELD(ftz), ".ftz"}, {FIELD(sat), ".sat"}, {FIELD(sat), ".satfinite"}, {FIELD(nan), ".NaN"},
     {FIELD(strong), ".volatile"}, {FIELD(strong), ".relaxed"}, {FIELD(fence), ".acquire"},
     {FIELD(fence), ".release"}, {FIELD(fence), ".acq_rel"}, {FIELD(relu), ".relu"},
     {FIELD(to), ".to"}, {FIELD(trans), ".trans"}, {FIELD(left), ".l"}, {FIELD(wrap), ".wrap"},
-    {FIELD(shiftamt), ".shiftamt"}, {FIELD(high), ".hi"}, {FIELD(carry), ".cc"},
+    {FIELD(shiftamt), ".shiftamt"},
 };
 
 /* One ".modifier": a type, or in the table above; of two state spaces the first counts. */
@@ -159,7 +159,7 @@ static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
         *wide = width_bits(s->type) == 64;
         next(p);
         return at;
-    } else if (s && s->kind != K_LABEL && s->kind != K_FUNC) {
+    } else if (s && s->kind != K_LABEL) {
         v = symbol_address(p, s);
         dynamic = s->dynamic;
     } else if (!s && (at = special_slot(p, wide)) != 0) {
@@ -217,14 +217,12 @@ static int64_t address_operand(Parser *p, Inst *i, bool *wide) {
     *wide = !s || s->kind != K_REG || width_bits(s->type) == 64;
     if (p->tok == TOK_NUMBER) {
         at = const_slot(p, p->number, 64, false);
-    } else if (!s || s->kind == K_LABEL || s->kind == K_FUNC || s->type == T_PRED) {
+    } else if (!s || s->kind == K_LABEL || s->type == T_PRED) {
         ptx_fail(p, "bad address '%s'", p->word);
     } else if (s->kind == K_REG) {
         if (width_bits(s->type) < 32) check_width(p, s, 64, false);
     } else {
         at = const_slot(p, symbol_address(p, s), 64, s->dynamic);
-        if (i->space == SP_PARAM && s->kind == K_LOCAL)
-            i->space = SP_LOCAL; /* parameters of an inlined call */
     }
     next(p);
     while (at_punct(p, '+') || at_punct(p, '-')) {
@@ -292,7 +290,6 @@ static void single(Parser *p, Inst *i, Type t, int bits) {
 static void operand(Parser *p, Inst *i, char letter) {
     Type t = i->type, t2 = i->type2;
     int bits = width_bits(t);
-    u32 at;
     bool wide;
     switch (letter) {
     case 'd':
@@ -311,15 +308,6 @@ static void operand(Parser *p, Inst *i, char letter) {
         break;
     case 'A': list_operand(p, i, false, t, bits, true); break;
     case 'X': case 'Y': move_operand(p, i, letter == 'X', t, bits); break;
-    case 'B': /* bar.red: an optional number of threads, then a predicate */
-        if (at_punct(p, '!') || (named(p, &at) && named(p, &at)->type == T_PRED)) {
-            add_src(p, i, const_slot(p, 0, 32, false));
-        } else {
-            single(p, i, T_B32, 32);
-            expect(p, ',');
-        }
-        predicate_source(p, i);
-        break;
     case 'n':
         if (p->tok != TOK_NUMBER || p->number > 255)
             ptx_fail(p, "expected a small integer constant before '%s'", p->word);
@@ -407,8 +395,9 @@ void decode_instruction(Parser *p, u32 guard, bool flip) {
     int line = p->line;
     next(p);
     if (!strcmp(opcode, "call") || !strcmp(opcode, "call.uni")) {
-        parse_call(p, guard, flip);
-        return;
+        while (at_punct(p, '(') && p->tok != TOK_END) /* the result */
+            while (p->tok != TOK_END && !accept(p, ',')) next(p);
+        ptx_fail(p, "unsupported: call of '%s'", p->word);
     }
     const Form *f = find_form(p, opcode);
     u32 at = p->code->n_inst;
@@ -436,10 +425,6 @@ void decode_instruction(Parser *p, u32 guard, bool flip) {
         i->run = run_clock;
         i->out_bits = 0;
     }
-    if (i->run == run_exit && !strcmp(opcode, "ret") && p->return_label) {
-        i->run = run_bra;
-        add_fixup(p, at, p->return_label);
-    }
     p->line = next_line;
 }
 
@@ -456,7 +441,7 @@ typedef struct {
 enum { FIXED = 255 };  /* width of slots that are set from the start, which are never live */
 
 static bool ends_block(const Inst *i) {
-    return i->run == run_bra || i->run == run_exit || i->run == run_trap || i->run == run_assert;
+    return i->run == run_bra || i->run == run_exit || i->run == run_trap;
 }
 
 /* Cuts the code into basic blocks: at targets, and behind branches and ends. */

@@ -1,8 +1,5 @@
 /* ptx_parse.c: PTX text -> module. Tokens, directives, variables, scopes, functions.
- *
- * Functions that are called are read again at every call and become part of the caller (PTX from
- * a compiler has no recursion worth running); the parameters of such a call are bytes of the
- * thread's local memory, under the caller's name and the callee's name at once. */
+ * Functions other than kernels are skipped: a call is an error that names them. */
 #include "ptx_parser.h"
 
 #include <ctype.h>
@@ -188,7 +185,7 @@ Type parse_type(const char *dotted) {
 static Symbol *add_symbol(Parser *p, const char *name, SymKind kind, u64 value) {
     p->syms = xgrow(p->syms, p->n_syms, &p->cap_syms, sizeof *p->syms);
     Symbol *s = &p->syms[p->n_syms++];
-    *s = (Symbol){.name = name, .kind = kind, .value = value, .count = -1, .line = p->line};
+    *s = (Symbol){.name = name, .kind = kind, .value = value, .count = -1};
     return s;
 }
 
@@ -206,9 +203,6 @@ static bool in_family(const Symbol *s, const char *name, u32 *slot) {
 /* The innermost symbol that the current token names, or NULL; its slot if it is a register. */
 Symbol *named(Parser *p, u32 *slot) {
     for (u32 i = p->n_syms; p->tok == TOK_WORD && i-- > 0;) {
-        if (i == p->func_base - 1 && i >= p->n_module)
-            i = p->n_module - 1; /* a callee does not see its caller's names */
-        if (i == ~0u) break;
         Symbol *s = &p->syms[i];
         *slot = s->slot;
         if (s->count >= 0 ? in_family(s, p->word, slot) : !strcmp(s->name, p->word)) return s;
@@ -505,107 +499,7 @@ static void parse_scope(Parser *p) {
     next(p);
 }
 
-/* ---- functions and calls */
-
-/* Goes on reading where `saved` was, with what has been declared and emitted since. */
-static void resume(Parser *p, const Parser *saved) {
-    Parser now = *p;
-    *p = *saved;
-    p->syms = now.syms;
-    p->cap_syms = now.cap_syms;
-    p->fixups = now.fixups;
-    p->n_fixups = now.n_fixups;
-    p->cap_fixups = now.cap_fixups;
-    p->n_inlined = now.n_inlined;
-}
-
-/* Reads "(.param .b32 a, ...)" of a callee and binds its names to the caller's bytes. */
-static void bind_params(Parser *p, const Symbol *actual, int n_actual) {
-    if (!accept(p, '(')) return;
-    for (int k = 0; !accept(p, ')'); k++) {
-        if (!accept_word(p, ".param")) ptx_fail(p, "unsupported: register parameters of functions");
-        Variable v = parse_variable(p);
-        if (k >= n_actual || v.bytes > actual[k].bytes)
-            ptx_fail(p, "call does not match the parameters of the function");
-        add_variable(p, &v, K_LOCAL, actual[k].value);
-        accept(p, ',');
-    }
-}
-
-enum { MAX_ARGS = 64 };
-
-/* "(param0, param1)": bytes of the caller that were filled by st.param. */
-static int call_arguments(Parser *p, Symbol *out) {
-    int n = 0;
-    expect(p, '(');
-    while (!accept(p, ')')) {
-        u32 at;
-        Symbol *s = named(p, &at);
-        if (!s || s->kind != K_LOCAL || n == MAX_ARGS)
-            ptx_fail(p, "unsupported call argument '%s'", p->word);
-        out[n++] = *s;
-        next(p);
-        accept(p, ',');
-    }
-    return n;
-}
-
-/* Reads the callee's text in place of the call. */
-static void inline_call(Parser *p, const Symbol *f, const Symbol *ret, int n_ret, const Symbol *arg,
-                        int n_arg) {
-    Parser saved = *p;
-    char label[32];
-    if (++p->depth > 16) ptx_fail(p, "unsupported: recursion in '%s'", f->name);
-    snprintf(label, sizeof label, "%%return%d", p->n_inlined++);
-    p->p = f->text;
-    p->read_line = f->line;
-    p->func_base = p->n_syms;
-    p->return_label = keep(p, label);
-    next(p);
-    bind_params(p, ret, n_ret);
-    next(p); /* the name */
-    bind_params(p, arg, n_arg);
-    while (p->tok == TOK_WORD) next(p); /* .noreturn and the like */
-    u32 fixups = p->n_fixups;
-    parse_scope(p);
-    add_symbol(p, p->return_label, K_LABEL, p->code->n_inst);
-    resolve_labels(p, p->n_syms - 1, fixups);
-    resume(p, &saved);
-}
-
-static Inst *control_inst(Parser *p, Handler *run, u32 guard, bool flip) {
-    Inst *i = new_inst(p);
-    i->run = run;
-    i->guard = guard;
-    i->guard_flip = flip ? ~0u : 0;
-    i->class = SIM_C_CONTROL;
-    return i;
-}
-
-/* "call (ret), name, (arguments);" A guarded call is jumped over by the other lanes. */
-void parse_call(Parser *p, u32 guard, bool flip) {
-    Symbol ret[MAX_ARGS], arg[MAX_ARGS];
-    u32 at, skip = p->code->n_inst;
-    int n_ret = 0, n_arg = 0;
-    if (p->tok == TOK_PUNCT) {
-        n_ret = call_arguments(p, ret);
-        expect(p, ',');
-    }
-    Symbol *found = named(p, &at);
-    if (!found || found->kind != K_FUNC) ptx_fail(p, "unsupported: call of '%s'", p->word);
-    Symbol f = *found;
-    next(p);
-    if (accept(p, ',')) n_arg = call_arguments(p, arg);
-    expect(p, ';');
-    if (!f.text && !strcmp(f.name, "__assertfail")) {
-        control_inst(p, run_assert, guard, flip);
-        return;
-    }
-    if (!f.text) ptx_fail(p, "unsupported: call of external function '%s'", f.name);
-    if (guard) control_inst(p, run_bra, guard, !flip);
-    inline_call(p, &f, ret, n_ret, arg, n_arg);
-    if (guard) p->code->inst[skip].target = p->code->n_inst;
-}
+/* ---- functions */
 
 /* From "{" to behind the matching "}". */
 static void skip_braces(Parser *p) {
@@ -617,19 +511,10 @@ static void skip_braces(Parser *p) {
     } while (depth > 0);
 }
 
-/* ".func (ret) name (params) { ... }": noted, read when called. */
-static void parse_func(Parser *p, const char *text, int line) {
-    u32 at;
-    if (accept(p, '('))
-        while (!accept(p, ')')) next(p);
-    Symbol *s = named(p, &at);
-    const char *name = expect_name(p);
-    if (!s || s->kind != K_FUNC) s = add_symbol(p, name, K_FUNC, 0);
+/* ".func (ret) name (params) { ... }", or without a body. */
+static void skip_func(Parser *p) {
     while (!at_punct(p, '{') && !at_punct(p, ';') && p->tok != TOK_END) next(p);
-    if (accept(p, ';')) return;
-    s->text = text;
-    s->line = line;
-    skip_braces(p);
+    if (!accept(p, ';')) skip_braces(p);
 }
 
 /* Kernel parameters lie one after the other, aligned, in the launch's parameter block. */
@@ -681,8 +566,7 @@ static void parse_entry(Parser *p) {
     c->frame_bytes = 256; /* offset 0 is the sink of '_' */
     p->kernel = k;
     p->code = c;
-    p->n_module = p->func_base = p->n_syms;
-    p->return_label = NULL;
+    u32 n_module = p->n_syms;
     p->loc_file = p->loc_line = 0;
     entry_params(p);
     entry_limits(p);
@@ -691,8 +575,10 @@ static void parse_entry(Parser *p) {
         p->line = p->fixups[0].line;
         ptx_fail(p, "label '%s' not found", p->fixups[0].label);
     }
-    control_inst(p, run_exit, 0, false);
-    p->n_syms = p->n_module;
+    Inst *end = new_inst(p);
+    end->run = run_exit;
+    end->class = SIM_C_CONTROL;
+    p->n_syms = n_module;
     k->shared_bytes = c->static_shared;
     k->local_bytes = c->local_bytes;
     analyse(m, k);
@@ -736,21 +622,6 @@ static void parse_file(Parser *p) {
     for (next(p); accept(p, ',');) next(p);
 }
 
-/* Notes all functions, so that they can be called before their text. */
-static void find_functions(Parser *p) {
-    Parser start = *p;
-    while (p->tok != TOK_END) {
-        const char *text = p->p;
-        int line = p->read_line;
-        if (accept_word(p, ".func"))
-            parse_func(p, text, line);
-        else
-            next(p);
-    }
-    start.n_syms = p->n_syms;
-    resume(p, &start);
-}
-
 /* One directive at module level. */
 static void parse_top(Parser *p) {
     bool external = false;
@@ -759,8 +630,6 @@ static void parse_top(Parser *p) {
         external |= at_word(p, ".extern");
         next(p);
     }
-    const char *text = p->p;
-    int line = p->read_line;
     if (accept_word(p, ".version"))
         parse_version(p);
     else if (accept_word(p, ".target"))
@@ -770,7 +639,7 @@ static void parse_top(Parser *p) {
     else if (accept_word(p, ".entry"))
         parse_entry(p);
     else if (accept_word(p, ".func"))
-        parse_func(p, text, line);
+        skip_func(p);
     else if (accept_word(p, ".global"))
         declare_variable(p, K_GLOBAL, external);
     else if (accept_word(p, ".const"))
@@ -801,7 +670,6 @@ int sim_module_load(int device, const char *ptx, size_t size, SimModule **module
     if (!setjmp(p->fail)) {
         next(p);
         if (!at_word(p, ".version")) ptx_fail(p, "PTX must begin with .version");
-        find_functions(p);
         while (p->tok != TOK_END) parse_top(p);
         *module = m;
     }

@@ -6,10 +6,10 @@
 
 #include <setjmp.h>
 
-typedef enum { K_REG, K_LABEL, K_SHARED, K_LOCAL, K_GLOBAL, K_CONST, K_PARAM, K_FUNC } SymKind;
+typedef enum { K_REG, K_LABEL, K_SHARED, K_LOCAL, K_GLOBAL, K_CONST, K_PARAM } SymKind;
 
 /* A name. Registers: `slot` is a frame offset, count >= 0 makes it a family name0 .. name(count-1).
- * Memory: `value` is the address in its window. Function: where its text begins. */
+ * Memory: `value` is the address in its window. */
 typedef struct {
     const char *name;
     SymKind kind;
@@ -19,8 +19,6 @@ typedef struct {
     u64 value, bytes, align;
     bool dynamic;          /* extern shared: starts after the static part */
     const SimCode *owner;  /* kernel for which a module-level shared variable has its address */
-    const char *text;      /* function: from its parameter lists on; NULL: extern */
-    int line;
 } Symbol;
 
 typedef enum { TOK_END, TOK_WORD, TOK_NUMBER, TOK_STRING, TOK_PUNCT } Token;
@@ -43,16 +41,11 @@ typedef struct {
     int float_bits;        /* 32: pattern 0f; 64: pattern 0d, or a decimal fraction; 0: integer */
     Symbol *syms;
     u32 n_syms, cap_syms;
-    u32 func_base;         /* names of the function being read begin here */
-    u32 n_module;          /* module-level names end here */
     Fixup *fixups;
     u32 n_fixups, cap_fixups;
     SimKernel *kernel;
     SimCode *code;
     int loc_file, loc_line;
-    int depth;             /* of inlined calls */
-    const char *return_label; /* inside an inlined call */
-    int n_inlined;
     jmp_buf fail;
     char *log;
     size_t log_size;
@@ -81,7 +74,5 @@ Inst *new_inst(Parser *p);
 
 /* ptx_decode.c: the current token is the opcode (after a guard, if any); reads up to ';'. */
 void decode_instruction(Parser *p, u32 guard, bool flip);
-/* ptx_parse.c: the current token follows "call[.uni]"; reads up to ';'. */
-void parse_call(Parser *p, u32 guard, bool flip);
 
 #endif

@@ -316,6 +316,7 @@ static const struct {
     {"bra NOWHERE;", "label 'NOWHERE' not found"},
     {"@%r1 bra END;\nEND:", "'%r1' is not a predicate"},
     {"call.uni vprintf, (%d0);", "call of 'vprintf'"},
+    {"{ .param .b32 a; st.param.b32 [a], %r0; call (a), twice, (a); }", "call of 'twice'"},
     {".reg .b33 x;", "unsupported register type"},
     {"wmma.load.a.sync.aligned.row.m16n16k16.shared.bf16 {%r1}, [%d0];", "unknown instruction"},
     {"{", "text ends inside"},

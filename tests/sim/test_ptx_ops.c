@@ -69,10 +69,6 @@ REF(r_hi_u64, (unsigned __int128)x * y >> 64) REF(r_hi_s64, (__int128)X64 * Y64 
 REF(r_madhi_u32, (x * y >> 32) + z) REF(r_madhi_s32, ((s64)X32 * Y32 >> 32) + (s64)z)
 REF(r_wide_s16, (s32)X16 * Y16) REF(r_wide_s32, (s64)X32 * Y32)
 REF(r_madw_s16, (s64)((s32)X16 * Y16) + (s64)z) REF(r_madw_s32, (s64)((u64)((s64)X32 * Y32) + z))
-REF(r_sat_add, X32 + (s64)Y32 > INT32_MAX ? INT32_MAX : X32 + (s64)Y32 < INT32_MIN ? INT32_MIN
-             : X32 + (s64)Y32)
-REF(r_sat_sub, X32 - (s64)Y32 > INT32_MAX ? INT32_MAX : X32 - (s64)Y32 < INT32_MIN ? INT32_MIN
-             : X32 - (s64)Y32)
 REF(r_div_u, y ? x / y : ~0ull) REF(r_rem_u, y ? x % y : ~0ull)
 REF(r_div_s16, y ? X16 / Y16 : -1) REF(r_rem_s16, y ? X16 % Y16 : -1)
 REF(r_div_s32, y ? (s64)X32 / Y32 : -1) REF(r_rem_s32, y ? (s64)X32 % Y32 : -1)
@@ -83,8 +79,6 @@ REF(r_min_u, x < y ? x : y) REF(r_max_u, x > y ? x : y)
 REF(r_min16, X16 < Y16 ? x : y) REF(r_max16, X16 > Y16 ? x : y)
 REF(r_min32, X32 < Y32 ? x : y) REF(r_max32, X32 > Y32 ? x : y)
 REF(r_min64, X64 < Y64 ? x : y) REF(r_max64, X64 > Y64 ? x : y)
-REF(r_sad_u, z + (x > y ? x - y : y - x))
-REF(r_sad_s, z + (u64)(X32 > Y32 ? (s64)X32 - Y32 : (s64)Y32 - X32))
 REF(r_and, x & y) REF(r_or, x | y) REF(r_xor, x ^ y) REF(r_not, ~x)
 REF(r_shl16, (u32)y < 16 ? x << y : 0) REF(r_shl32, (u32)y < 32 ? x << y : 0)
 REF(r_shl64, (u32)y < 64 ? x << y : 0) REF(r_shru16, (u32)y < 16 ? x >> y : 0)
@@ -162,12 +156,6 @@ static u64 pick4(u64 a, u64 b, int s3, int s2, int s1, int s0) {
 
 #define C4 ((int)(z & 3))
 REF(r_prmt, pick4(x, y, z >> 12 & 15, z >> 8 & 15, z >> 4 & 15, z & 15))
-REF(r_f4e, pick4(x, y, C4 + 3, C4 + 2, C4 + 1, C4))
-REF(r_b4e, pick4(x, y, (C4 + 5) % 8, (C4 + 6) % 8, (C4 + 7) % 8, C4))
-REF(r_rc8, pick4(x, y, C4, C4, C4, C4))
-REF(r_ecl, pick4(x, y, 3, C4 > 2 ? C4 : 2, C4 > 1 ? C4 : 1, C4))
-REF(r_ecr, pick4(x, y, C4, C4 < 2 ? C4 : 2, C4 < 1 ? C4 : 1, 0))
-REF(r_rc16, C4 & 1 ? pick4(x, y, 3, 2, 3, 2) : pick4(x, y, 1, 0, 1, 0))
 
 static u64 dot(u64 a, u64 b, u64 c, int a_signed, int b_signed, int step, int first) {
     s64 sum = (s32)c;
@@ -184,7 +172,6 @@ static u64 dot(u64 a, u64 b, u64 c, int a_signed, int b_signed, int step, int fi
 
 REF(r_dp_uu, dot(x, y, z, 0, 0, 8, 0)) REF(r_dp_us, dot(x, y, z, 0, 1, 8, 0))
 REF(r_dp_su, dot(x, y, z, 1, 0, 8, 0)) REF(r_dp_ss, dot(x, y, z, 1, 1, 8, 0))
-REF(r_dp2lo, dot(x, y, z, 1, 1, 16, 0)) REF(r_dp2hi, dot(x, y, z, 0, 1, 16, 16))
 
 /* f32 and f64. `volatile` keeps the compiler from moving sums across changes of the mode. */
 static u64 in_mode(int mode, int op, int zero, u64 x, u64 y, u64 z) {
@@ -258,8 +245,7 @@ REF(c_fneu, FX != FY) REF(c_fltu, !(FX >= FY)) REF(c_fleu, !(FX > FY)) REF(c_fgt
 REF(c_fgeu, !(FX < FY)) REF(c_num, FX == FX && FY == FY) REF(c_nan, FX != FX || FY != FY)
 REF(c_dgt, DX > DY) REF(c_and, X32 < Y32 && (z & 1)) REF(c_orn, X32 == Y32 || !(z & 1))
 REF(c_xor, (FX < FY) ^ (z & 1)) REF(c_ftzeq, ftz(FX) == ftz(FY))
-REF(s_selp, z & 1 ? x : y) REF(s_slct, (s32)z >= 0 ? x : y) REF(s_slctf, fl(z) >= 0 ? x : y)
-REF(s_set, X32 < Y32 ? ~0u : 0) REF(s_setf, fb(FX > FY ? 1 : 0))
+REF(s_selp, z & 1 ? x : y)
 
 /* Conversions. */
 static u64 to_int(double v, int bits, int is_signed, char mode) {
@@ -290,9 +276,7 @@ REF(v_fu64, fb((float)x)) REF(v_fs16, fb((float)X16)) REF(v_fu8, fb((float)(x & 
 REF(v_fs8, fb((float)(int8_t)x)) REF(v_ds32, dbits((double)X32)) REF(v_ds64, dbits((double)X64))
 REF(v_df, dbits((double)FX)) REF(v_fd, fb((float)DX)) REF(v_frni, fb(nearbyintf(FX)))
 REF(v_frmi, fb(floorf(FX))) REF(v_frpi, fb(ceilf(FX))) REF(v_frzi, fb(truncf(FX)))
-REF(v_fsat, fb(sat(FX))) REF(v_pack8, (z << 16) | (sat_int(X32, -128, 127) & 255) << 8 |
-                                          (sat_int(Y32, -128, 127) & 255))
-REF(v_pack16, (sat_int(X32, 0, 65535) << 16) | sat_int(Y32, 0, 65535))
+REF(v_fsat, fb(sat(FX)))
 
 static u64 float_in_mode(int mode, s64 v) {
     volatile s64 from = v;
@@ -305,9 +289,6 @@ static u64 float_in_mode(int mode, s64 v) {
 REF(v_fs32rz, float_in_mode(FE_TOWARDZERO, X32)) REF(v_fs64rp, float_in_mode(FE_UPWARD, X64))
 REF(m_pack, x | y << 16) REF(m_pack64, x | y << 32)
 REF(m_lo, x & 0xffff) REF(m_hi, x >> 16 & 0xffff) REF(m_same, x)
-REF(a_carry, (u32)x + (u32)y + ((x + y) >> 32 & 1))
-REF(a_mad, ((x * y & 0xffffffff) + z) + (((x * y & 0xffffffff) + z) >> 32) + (x * y >> 32) + 5)
-REF(a_borrow, (u32)x - (u32)y - (x < y))
 
 /* sig: destination, then sources: h 16 bits, w 32, f f32, l 64, D f64, p predicate (bit 0).
  * D A B C stand for the operands; without a blank in the text they are appended. */
@@ -317,10 +298,9 @@ static const struct {
 } cases[] = {
     {"add.u16", "h:hh", r_add}, {"add.s32", "w:ww", r_add}, {"add.s64", "l:ll", r_add},
     {"sub.s16", "h:hh", r_sub}, {"sub.u32", "w:ww", r_sub}, {"sub.u64", "l:ll", r_sub},
-    {"add.sat.s32", "w:ww", r_sat_add}, {"sub.sat.s32", "w:ww", r_sat_sub},
-    {"add.cc.u32 D, A, B; addc.u32 D, D, 0", "w:ww", a_carry},
-    {"mad.lo.cc.u32 D, A, B, C; madc.hi.u32 D, A, B, D; add.u32 D, D, 5", "w:www", a_mad},
-    {"sub.cc.u32 D, A, B; subc.u32 D, D, 0", "w:ww", a_borrow},
+
+
+
     {"mul.lo.s16", "h:hh", r_mul}, {"mul.lo.s32", "w:ww", r_mul}, {"mul.lo.u64", "l:ll", r_mul},
     {"mul.hi.u16", "h:hh", r_hi_u16}, {"mul.hi.s16", "h:hh", r_hi_s16},
     {"mul.hi.u32", "w:ww", r_hi_u32}, {"mul.hi.s32", "w:ww", r_hi_s32},
@@ -341,7 +321,6 @@ static const struct {
     {"max.s16", "h:hh", r_max16}, {"min.u32", "w:ww", r_min_u}, {"min.s32", "w:ww", r_min32},
     {"max.u32", "w:ww", r_max_u}, {"max.s32", "w:ww", r_max32}, {"min.u64", "l:ll", r_min_u},
     {"min.s64", "l:ll", r_min64}, {"max.u64", "l:ll", r_max_u}, {"max.s64", "l:ll", r_max64},
-    {"sad.u16", "h:hhh", r_sad_u}, {"sad.s32", "w:www", r_sad_s}, {"sad.u64", "l:lll", r_sad_u},
     {"and.b16", "h:hh", r_and}, {"or.b16", "h:hh", r_or}, {"xor.b16", "h:hh", r_xor},
     {"not.b16", "h:h", r_not}, {"and.b32", "w:ww", r_and}, {"or.b32", "w:ww", r_or},
     {"xor.b32", "w:ww", r_xor}, {"not.b32", "w:w", r_not}, {"and.b64", "l:ll", r_and},
@@ -359,13 +338,11 @@ static const struct {
     {"bfe.u64", "l:lww", r_bfe_u64}, {"bfe.s64", "l:lww", r_bfe_s64},
     {"bfi.b32 D, A, B, C, 7", "w:www", r_bfi32}, {"bfi.b64 D, A, B, C, 9", "l:llw", r_bfi64},
     {"lop3.b32 D, A, B, C, 0x96", "w:www", r_lop96}, {"lop3.b32 D, A, B, C, 27", "w:www", r_lop1b},
-    {"prmt.b32", "w:www", r_prmt}, {"prmt.b32.f4e", "w:www", r_f4e},
-    {"prmt.b32.b4e", "w:www", r_b4e},
-    {"prmt.b32.rc8", "w:www", r_rc8}, {"prmt.b32.ecl", "w:www", r_ecl},
-    {"prmt.b32.ecr", "w:www", r_ecr}, {"prmt.b32.rc16", "w:www", r_rc16},
+    {"prmt.b32", "w:www", r_prmt},
+
+
     {"dp4a.u32.u32", "w:www", r_dp_uu}, {"dp4a.u32.s32", "w:www", r_dp_us},
     {"dp4a.s32.u32", "w:www", r_dp_su}, {"dp4a.s32.s32", "w:www", r_dp_ss},
-    {"dp2a.lo.s32.s32", "w:www", r_dp2lo}, {"dp2a.hi.u32.s32", "w:www", r_dp2hi},
 
     {"add.f32", "f:ff", f_add_rn}, {"add.rz.f32", "f:ff", f_add_rz},
     {"add.rm.f32", "f:ff", f_add_rm},
@@ -397,7 +374,6 @@ static const struct {
     {"mul.f64", "D:DD", d_mul}, {"fma.rn.f64", "D:DDD", d_fma}, {"div.rn.f64", "D:DD", d_div},
     {"sqrt.rn.f64", "D:D", d_sqrt}, {"rcp.rn.f64", "D:D", d_rcp}, {"min.f64", "D:DD", d_min},
     {"max.f64", "D:DD", d_max}, {"abs.f64", "D:D", d_abs}, {"neg.f64", "D:D", d_neg},
-
     {"setp.eq.u32", "p:ww", c_eq}, {"setp.ne.b16", "p:hh", c_ne}, {"setp.lt.u64", "p:ll", c_ltu},
     {"setp.le.u32", "p:ww", c_leu}, {"setp.gt.u16", "p:hh", c_gtu}, {"setp.ge.u64", "p:ll", c_geu},
     {"setp.lo.u32", "p:ww", c_ltu}, {"setp.ls.u32", "p:ww", c_leu}, {"setp.hi.u32", "p:ww", c_gtu},
@@ -416,11 +392,9 @@ static const struct {
     {"setp.lt.and.s32", "p:wwp", c_and}, {"setp.eq.or.s32 D, A, B, !C", "p:wwp", c_orn},
     {"setp.lt.xor.f32", "p:ffp", c_xor}, {"setp.ge.s32 _|D, A, B", "p:ww", c_lt32},
     {"selp.b32", "w:wwp", s_selp}, {"selp.b64", "l:llp", s_selp}, {"selp.f32", "f:ffp", s_selp},
-    {"slct.u32.s32", "w:www", s_slct}, {"slct.f32.f32", "f:fff", s_slctf},
-    {"set.lt.u32.s32", "w:ww", s_set}, {"set.gt.f32.f32", "f:ff", s_setf},
+
     {"and.pred", "p:pp", r_and}, {"or.pred", "p:pp", r_or}, {"xor.pred", "p:pp", r_xor},
     {"not.pred", "p:p", r_not}, {"mov.pred", "p:p", m_same},
-
     {"cvt.u32.u8", "w:w", v_u8}, {"cvt.s32.s8", "w:w", v_s8}, {"cvt.u32.u16", "w:h", v_u16},
     {"cvt.s32.s16", "w:h", v_s16}, {"cvt.s64.s32", "l:w", v_s32}, {"cvt.u64.u32", "l:w", v_u32},
     {"cvt.u32.u64", "w:l", v_u32}, {"cvt.s16.s8", "h:h", v_s8}, {"cvt.u16.u32", "h:w", v_u16},
@@ -443,7 +417,6 @@ static const struct {
     {"cvt.rn.f32.f64", "f:D", v_fd}, {"cvt.rni.f32.f32", "f:f", v_frni},
     {"cvt.rmi.f32.f32", "f:f", v_frmi}, {"cvt.rpi.f32.f32", "f:f", v_frpi},
     {"cvt.rzi.f32.f32", "f:f", v_frzi}, {"cvt.sat.f32.f32", "f:f", v_fsat},
-    {"cvt.pack.sat.s8.s32.b32", "w:www", v_pack8}, {"cvt.pack.sat.u16.s32", "w:ww", v_pack16},
     {"mov.b32 D, {A, B}", "w:hh", m_pack}, {"mov.b64 D, {A, B}", "l:ww", m_pack64},
     {"mov.b32 {D, _}, A", "h:w", m_lo}, {"mov.b32 {_, D}, A", "h:w", m_hi},
     {"mov.b32", "w:f", m_same}, {"mov.f64", "D:D", m_same},
