@@ -65,7 +65,7 @@ static const char source[] =
     "    int m = m0 + warp * 16 + lane / 4 + 8 * (e / 2);\n"
     "    int n = n0 + j * 8 + lane % 4 * 2 + (e & 1);\n"
     "    if (m < M && n < N) C[(size_t)m * N + n] = acc[j][e]; } }\n"
-    "__device__ __noinline__ float series(float x, int n) {\n"
+    "__device__ float series(float x, int n) {\n"
     "  float c[8]; for (int i = 0; i < 8; i++) c[i] = x + i; return c[n & 7] * n; }\n"
     "extern \"C\" __global__ void maths(float *y, const float *x, int n) {\n"
     "  int i = blockIdx.x * blockDim.x + threadIdx.x; float v = x[i]; if (i >= n) return;\n"
