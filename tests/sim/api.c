@@ -1,6 +1,8 @@
 /* api.c: entry rules, configuration, injected faults, devices and contexts. */
 #include "api.h"
+#include <link.h>
 #include <stdarg.h>
+#include <sys/mman.h>
 
 pthread_mutex_t sim_lock = PTHREAD_MUTEX_INITIALIZER;
 _Thread_local Thread self;
@@ -47,6 +49,31 @@ static bool parse_number(const char *s, uint64_t *value) {
     bool good = end != s && *s != '-' && *value <= UINT64_MAX >> shift && !end[shift > 0];
     *value <<= shift;
     return good;
+}
+
+/* ---- names of functions */
+
+extern const Symbol __start_symbols[], __stop_symbols[];
+
+static bool known_symbol(const char *name) {
+    for (const Symbol *s = __start_symbols; s < __stop_symbols; s++)
+        if (!strcmp(s->name, name)) return true;
+    return false;
+}
+
+/* Makes an export impossible to find, for dlsym too: its name in the loaded table is changed. */
+static void hide_symbol(const char *name) {
+    char *table = NULL;
+    size_t size = 0, n = strlen(name) + 1;
+    for (ElfW(Dyn) *d = _DYNAMIC; d->d_tag != DT_NULL; d++) {
+        if (d->d_tag == DT_STRTAB) table = (char *)d->d_un.d_ptr;
+        if (d->d_tag == DT_STRSZ) size = d->d_un.d_val;
+    }
+    for (char *p = table + 1; table && p + n <= table + size; p++) {
+        if (p[-1] || memcmp(p, name, n)) continue;
+        char *page = (char *)((uintptr_t)p & ~(uintptr_t)4095);
+        if (!mprotect(page, 4096, PROT_READ | PROT_WRITE)) *p = 'x';
+    }
 }
 
 /* ---- SIM_FAULT: comma-separated list, README.md has the forms */
@@ -96,7 +123,7 @@ CUresult fault(const char *what, int device, uint64_t amount, CUresult usual) {
     return r;
 }
 
-bool fault_missing(const char *symbol) {
+static bool fault_missing(const char *symbol) {
     char what[64];
     snprintf(what, sizeof what, "missing %.50s", symbol);
     return fault(what, -1, 1, E_NOT_FOUND) != OK;
@@ -168,6 +195,25 @@ __attribute__((constructor)) static void load_config(void) {
     free(copy);
 }
 
+/* ---- error texts */
+
+typedef struct {
+    int code;
+    const char *name, *text;
+} Error;
+
+/* NULL: no such code. */
+static const Error *error_of(int code) {
+    static const Error errors[] = {
+        { 0, "CUDA_SUCCESS", "no error" },
+#define ROW(code, name, text) { code, "CUDA_ERROR_" #name, text },
+        ERRORS(ROW)
+    };
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+        if (errors[i].code == code) return &errors[i];
+    return NULL;
+}
+
 /* ---- entry */
 
 /* An injected fault comes before every rule, as a failing driver would. */
@@ -186,8 +232,8 @@ CUresult enter(const char *name, int needs) {
 }
 
 CUresult leave(CUresult r) {
-    if (config.trace)
-        fprintf(stderr, "sim: %s = %d %s\n", self.call, r, error_name(r) ? error_name(r) : "?");
+    const Error *e = error_of(r);
+    if (config.trace) fprintf(stderr, "sim: %s = %d %s\n", self.call, r, e ? e->name : "?");
     pthread_mutex_unlock(&sim_lock);
     return r;
 }
@@ -202,12 +248,56 @@ BODY(ANY, 2000, cuInit, (unsigned flags), (flags)) {
 
 API(ANY, 2020, cuDriverGetVersion, (int *version), GIVE(version, config.driver))
 
-static CUresult text(const char **to, const char *s) {
-    return GIVE(to, s) || !s ? E_INVALID_VALUE : OK;
+static CUresult text(const char **to, int code, bool name) {
+    const Error *e = error_of(code);
+    return GIVE(to, !e ? NULL : name ? e->name : e->text) || !e ? E_INVALID_VALUE : OK;
 }
 
-API(ANY, 6000, cuGetErrorName, (CUresult code, const char **to), text(to, error_name(code)))
-API(ANY, 6000, cuGetErrorString, (CUresult code, const char **to), text(to, error_text(code)))
+API(ANY, 6000, cuGetErrorName, (CUresult code, const char **to), text(to, code, true))
+API(ANY, 6000, cuGetErrorString, (CUresult code, const char **to), text(to, code, false))
+
+/* Is this a form of the function? Programs ask for the name without the _v2 of the newer ones. */
+static bool is_form(const Symbol *s, const char *asked) {
+    size_t n = strlen(asked);
+    return !strncmp(s->name, asked, n) && (!s->name[n] || !strcmp(s->name + n, "_v2")) &&
+           !strstr(asked, "_v2");
+}
+
+/* The newest form of a function that both `version` and the driver know. *status: 0 found, 1
+ * unknown, 2 only newer forms. */
+static CUresult get_proc(const char *asked, void **fn, int version, uint64_t flags, int *status) {
+    const Symbol *best = NULL;
+    *status = 1;
+    if (!asked || !fn || flags > 2 || version > config.driver) return E_INVALID_VALUE;
+    *fn = NULL;
+    for (const Symbol *s = __start_symbols; s < __stop_symbols; s++) {
+        if (!is_form(s, asked) || fault_missing(s->name)) continue;
+        if (!best) *status = 2;
+        if (s->since <= version && (!best || s->since > best->since)) best = s;
+    }
+    if (best && !fault_missing(asked)) {
+        *status = 0;
+        *fn = best->function;
+    }
+    if (*status == 1) fprintf(stderr, "sim: cuGetProcAddress: %s is not provided\n", asked);
+    return *fn ? OK : E_NOT_FOUND;
+}
+
+/* The newer form gives no error but the status and NULL, so it is documented. */
+BODY(ANY, 12000, cuGetProcAddress_v2, (const char *asked, void **fn, int version, cuuint64_t flags,
+    CUdriverProcAddressQueryResult *status), (asked, fn, version, flags, status)) {
+    int found;
+    CUresult r = get_proc(asked, fn, version, flags, &found);
+    if (status) *status = found;
+    return r == E_NOT_FOUND ? OK : r;
+}
+
+API(ANY, 11030, cuGetProcAddress, (const char *symbol, void **fn, int version, cuuint64_t flags),
+    get_proc(symbol, fn, version, flags, &(int){ 0 }))
+
+/* NVRTC asks for the driver's private tables when it finds a driver; there are none. */
+API(ANY, 3000, cuGetExportTable, (const void **table, const CUuuid *id),
+    !id || GIVE(table, NULL) ? E_INVALID_VALUE : E_NOT_FOUND)
 
 /* ---- devices */
 

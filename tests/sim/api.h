@@ -1,4 +1,4 @@
-/* api.h: what the files of the Driver API half share (api*.c, stream.c, graph.c, report.c).
+/* api.h: what the files of the Driver API half share (api*.c, stream.c, report.c).
  *
  * Names and numbers are the binary interface of the CUDA Driver API, so no toolkit is needed to
  * build this. With -DSIM_ABI_CHECK the compiler takes cuda.h instead and so proves them equal.
@@ -218,7 +218,6 @@ CUresult misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* What SIM_FAULT asks for: the code of a fault of a kind (launch, lost, oom, corrupt, or the
  * name of a function) whose turn has come with `amount` more calls, operations or bytes; or OK. */
 CUresult fault(const char *what, int device, uint64_t amount, CUresult usual);
-bool fault_missing(const char *symbol);
 
 /* the calling thread */
 typedef struct {
@@ -232,15 +231,9 @@ extern _Thread_local Thread self;
 extern pthread_mutex_t sim_lock;
 CUresult get_stream(CUstream handle, Stream **stream);
 CUresult submit(Stream *stream, Work *work); /* or adds to the capture; takes work->owned */
-CUresult append(Stream *stream, Work *work, Op *extra);
-Op *op_new(const Work *work, Op **preds, int n_preds, double ready, uint64_t order);
-void op_hold(Op **slot, Op *op);             /* *slot = op, with the counts */
 void run_until(Op *op);
 void run_ctx(Ctx *ctx);                      /* all work of a context */
-void stream_tail(Stream *stream, Op *op);
 Stream *stream_new(Ctx *ctx, unsigned flags);
-int stream_preds(Stream *stream, Op **preds, int max);
-uint64_t stream_order(Stream *stream);
 void work_free(Work *work);
 
 /* api_mem.c */
@@ -250,13 +243,8 @@ CUresult work_set(const Work *work);
 /* api_launch.c */
 void module_end(Module *module);
 CUresult work_kernel(const Work *work, double *us);
-
-/* graph.c */
 CUresult capture_allows(void);                 /* the rules for calls during a capture */
 CUresult capture_break(Capture *capture, CUresult why);
-CUresult capture_add(Stream *stream, Work *work);
-CUresult capture_record(Event *event, Stream *stream);
-CUresult capture_wait(Stream *stream, Event *event);
 
 /* report.c: counters and the computed times */
 enum { SM_COUNT_3090 = 82, SM_COUNT_A5000 = 64, REGS_PER_SM = 65536, WARPS_PER_SM = 48,
@@ -271,10 +259,5 @@ double computed_set(uint64_t bytes);
 void stats_hop(void);                                        /* a wait across devices */
 int report_sms(void);
 int occupancy_blocks(int registers, int threads, uint64_t shared_bytes);
-
-/* api_names.c */
-const char *error_name(int code), *error_text(int code);
-bool known_symbol(const char *name); /* an exported cu* function, with its suffix */
-void hide_symbol(const char *name);
 
 #endif

@@ -3,38 +3,36 @@
 
 /* ---- modules: PTX text only */
 
-/* Where the just-in-time compiler's messages go. */
+/* A log buffer, for messages or errors, and the slot that receives the number of bytes written. */
 typedef struct {
-    char *error, *info;             /* buffers or NULL */
-    size_t error_size, info_size;
-    void **error_slot, **info_slot; /* receive the bytes written */
-} JitLogs;
+    char *text;
+    uint32_t size;
+    void **slot;
+} JitLog;
 
-/* Takes what matters from the option list: the log buffers. Option numbers are CUjit_option; sizes
- * arrive as the pointer's value, and the slot of a size receives how much was written. */
-static CUresult jit_options(unsigned n, const CUjit_option *options, void **values, JitLogs *logs) {
+/* Takes what matters from the option list: the log buffers. By CUjit_option: 3 and 4 messages and
+ * their size, 5 and 6 errors; sizes arrive as the pointer's value. */
+static CUresult jit_options(unsigned n, const CUjit_option *options, void **values, JitLog *logs) {
     if (n && (!options || !values)) return E_INVALID_VALUE;
     for (unsigned i = 0; i < n; i++) {
-        void **v = &values[i];
-        switch ((int)options[i]) {
-        case 3: logs->info = *v; break;
-        case 4: logs->info_size = (uint32_t)(uintptr_t)*v, logs->info_slot = v; break;
-        case 5: logs->error = *v; break;
-        case 6: logs->error_size = (uint32_t)(uintptr_t)*v, logs->error_slot = v; break;
-        default:
-            if ((int)options[i] < 0 || (int)options[i] > 33) return E_INVALID_VALUE;
+        int which = (int)options[i];
+        JitLog *log = &logs[which > 4];
+        if (which < 0 || which > 33) return E_INVALID_VALUE;
+        if (which == 3 || which == 5) log->text = values[i];
+        if (which == 4 || which == 6) {
+            log->size = (uint32_t)(uintptr_t)values[i];
+            log->slot = &values[i];
         }
     }
     return OK;
 }
 
 /* Text and its NUL, cut to the buffer. */
-static void put_log(char *buffer, size_t size, void **slot, const char *text) {
+static void put_log(const JitLog *log, const char *text) {
     size_t n = strlen(text) + 1;
-    if (!buffer || !size) n = 0;
-    if (n > size) n = size;
-    if (n) memcpy(buffer, text, n - 1), buffer[n - 1] = 0;
-    if (slot) *slot = (void *)(uintptr_t)n;
+    if (!log->text || n > log->size) n = log->text ? log->size : 0;
+    if (n) snprintf(log->text, n, "%s", text);
+    if (log->slot) *log->slot = (void *)n;
 }
 
 /* Is it PTX, and for this device? Binaries (ELF, fat binaries) are for real devices only. */
@@ -72,14 +70,14 @@ static void make_functions(Module *m) {
 static CUresult load(CUmodule *module, const char *image, unsigned n, const CUjit_option *options,
                      void **values) {
     char log[4096] = "";
-    JitLogs logs = { .error = NULL };
+    JitLog logs[2] = { 0 };
     if (!module || !image) return E_INVALID_VALUE;
-    CUresult r = jit_options(n, options, values, &logs);
+    CUresult r = jit_options(n, options, values, logs);
     if (r) return r;
     SimModule *sim = NULL;
     r = check_image(image, log, sizeof log);
     if (!r) r = sim_module_load(self.ctx->device, image, strlen(image), &sim, log, sizeof log);
-    put_log(logs.error, logs.error_size, logs.error_slot, r ? log : "");
+    put_log(&logs[1], r ? log : "");
     if (r && config.trace) fprintf(stderr, "sim: module: %s\n", log);
     if (r) return r;
     Module *m = obj_new(T_MODULE, sizeof *m);
@@ -87,7 +85,7 @@ static CUresult load(CUmodule *module, const char *image, unsigned n, const CUji
     m->sim = sim;
     m->text = strdup(image);
     make_functions(m);
-    put_log(logs.info, logs.info_size, logs.info_slot, "");
+    put_log(&logs[0], "");
     *module = m;
     return OK;
 }

@@ -6,7 +6,6 @@
 typedef struct HostRange {
     uint64_t base, size; /* bytes */
     bool registered;
-    Ctx *ctx;
     int writer; /* device that last copied into it, or -1 */
     struct HostRange *next;
 } HostRange;
@@ -22,16 +21,10 @@ static HostRange *host_find(uint64_t address, uint64_t bytes) {
     return h;
 }
 
-/* Owner of an address: device ordinal, or -1 for any host memory. */
-static int owner(uint64_t address) {
-    SimRange range;
-    return sim_mem_find(address, &range) ? range.device : -1;
-}
-
 /* Is this a live device range? -> its owner in *device. Reports what is wrong. */
 static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
     char why[200] = "";
-    *device = owner(address);
+    *device = sim_mem_owner(address);
     if (*device >= 0 && !sim_mem_check(address, bytes, why, sizeof why)) return OK;
     if (*device < 0) snprintf(why, sizeof why, "not device memory");
     return misuse("device pointer 0x%lx, %lu bytes: %s", address,
@@ -59,7 +52,7 @@ BODY(UNSAFE, 3020, cuMemAlloc_v2, (CUdeviceptr *address, size_t bytes), (address
 
 /* As the driver does, waits for the device before the memory goes. */
 BODY(UNSAFE, 3020, cuMemFree_v2, (CUdeviceptr address), (address)) {
-    Ctx *c = device_ctx(owner(address));
+    Ctx *c = device_ctx(sim_mem_owner(address));
     if (!address) return OK;
     if (c) run_ctx(c);
     if (c && c->sticky) return c->sticky;
@@ -77,7 +70,7 @@ static size_t pages(uint64_t bytes) {
 static CUresult host_add(uint64_t base, uint64_t bytes, bool registered) {
     if (sim_mem_host_add((void *)(uintptr_t)base, bytes)) return E_HOST_MEMORY_ALREADY_REGISTERED;
     HostRange *h = zalloc(sizeof *h);
-    *h = (HostRange){ base, bytes, registered, self.ctx, -1, host_ranges };
+    *h = (HostRange){ base, bytes, registered, -1, host_ranges };
     host_ranges = h;
     return OK;
 }
@@ -139,7 +132,7 @@ enum { HOST = 1, DEVICE = 2, EITHER = 3 }; /* what an argument has to be */
 /* Checks one side of a copy. *device: owner or -1; *pinned: page-locked host memory. */
 static CUresult side(uint64_t p, uint64_t bytes, int want, int *device, bool *pinned) {
     *pinned = false;
-    *device = owner(p);
+    *device = sim_mem_owner(p);
     if (*device >= 0 && want == HOST)
         return misuse("0x%lx is device memory, host memory is expected", p);
     if (*device >= 0 || want == DEVICE) {
@@ -245,7 +238,7 @@ static CUresult peer_copy(CUdeviceptr dst, Ctx *to, CUdeviceptr src, Ctx *from, 
                           CUstream s, bool wait) {
     if (!obj_ok(to, T_CTX) || !obj_ok(from, T_CTX)) return E_INVALID_CONTEXT;
     if (to->sticky || from->sticky) return to->sticky ? to->sticky : from->sticky;
-    if (bytes && (owner(dst) != to->device || owner(src) != from->device))
+    if (bytes && (sim_mem_owner(dst) != to->device || sim_mem_owner(src) != from->device))
         return misuse("a pointer does not belong to the context given with it");
     if (wait) run_ctx(from);
     if (wait) run_ctx(to);

@@ -429,33 +429,15 @@ static u32 *shuffled(u32 n) {
     return order;
 }
 
-/* The sizes of a launch; INVALID_VALUE for what no device can hold. */
-static int check_limits(const SimLaunch *in, Launch *launch) {
-    const SimKernel *kernel = in->kernel;
-    u64 blocks = 1, threads = 1;
-    u64 shared = ((kernel->shared_bytes + 15) & ~15u) + (u64)in->dynamic_shared;
-    for (int d = 0; d < 3; d++) {
-        bool wrong = kernel->required_block[d] && kernel->required_block[d] != in->block[d];
-        blocks *= in->grid[d];
-        threads *= in->block[d];
-        if (!blocks || !threads || wrong || blocks > 1u << 31 || threads > 1024)
-            return E_INVALID_VALUE;
-    }
-    if (threads > (u64)kernel->max_threads || shared > SIM_SHARED_MAX) return E_INVALID_VALUE;
-    launch->n_blocks = (u32)blocks;
-    launch->n_threads = (u32)threads;
-    launch->shared_bytes = (u32)shared;
-    return OK;
-}
-
 int sim_launch(const SimLaunch *in, SimCounters *counters) {
     static u32 number;
     Launch launch = {.in = in, .kernel = in->kernel, .code = in->kernel->code,
-                     .device = in->kernel->module->device};
+                     .device = in->kernel->module->device,
+                     .n_blocks = in->grid[0] * in->grid[1] * in->grid[2],
+                     .n_threads = in->block[0] * in->block[1] * in->block[2],
+                     .shared_bytes = ((in->kernel->shared_bytes + 15) & ~15u) + in->dynamic_shared};
     Worker workers[MAX_WORKERS] = {0};
     pthread_t threads[MAX_WORKERS];
-    int error = check_limits(in, &launch);
-    if (error) return error;
     if (in->kernel->param_bytes)
         memcpy(launch.params, in->params, in->kernel->param_bytes);
     launch.number = ++number;

@@ -263,11 +263,9 @@ int sim_mem_host_remove(void *host) {
 
 /* ---- questions */
 
-bool sim_mem_find(u64 address, SimRange *r) {
+int sim_mem_owner(u64 address) {
     const Alloc *a = mem_lookup(address);
-    if (!a) return false;
-    *r = (SimRange){a->base, a->size, a->device, a->freed, a->module_global};
-    return true;
+    return a ? a->device : -1;
 }
 
 /* Why [address, address + bytes) cannot be used by `device` (-1: the host). */

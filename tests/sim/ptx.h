@@ -109,7 +109,7 @@ struct Inst {
 };
 
 /* One accepted form of an opcode. Pattern: name, then elements separated by blanks; [x|y] may be
- * absent, x|y is one of. Operands: one letter each, see ptx_decode.c. */
+ * absent, x|y is one of. Operands: one letter each, see ptx_parse.c. */
 typedef struct {
     const char *pattern, *operands;
     u8 class;
@@ -131,7 +131,7 @@ typedef struct {
     bool dynamic;     /* add the start of dynamic shared memory */
 } Const;
 
-/* Special registers, numbered as in special_names (ptx_decode.c); from SR_GRIDID on 64 bits wide,
+/* Special registers, numbered as in special_names (ptx_parse.c); from SR_GRIDID on 64 bits wide,
  * from SR_CLOCK on different at every read. */
 enum { SR_CTAID_X = 6, SR_GRIDID = 24, SR_CLOCK = 25, SR_COUNT = 29 };
 
@@ -162,7 +162,7 @@ struct SimModule {
 
 void *module_memory(SimModule *m, size_t bytes); /* zeroed, lives as long as the module */
 
-/* ptx_decode.c: definite assignment and register pressure of finished code. */
+/* ptx_flow.c: definite assignment and register pressure of finished code. */
 void analyse(SimModule *m, SimKernel *kernel);
 
 /* ---- memory records */
@@ -318,29 +318,19 @@ static inline s64 integer_of(Type type, u64 lane) {
     }
 }
 
-static inline u32 float_bits(float f) {
+/* Numbers and their bits. */
+typedef union {
     u32 u;
-    memcpy(&u, &f, 4);
-    return u;
-}
-
-static inline float bits_float(u32 u) {
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static inline u64 double_bits(double d) {
+    f32 f;
+} Bits32;
+typedef union {
     u64 u;
-    memcpy(&u, &d, 8);
-    return u;
-}
-
-static inline double bits_double(u64 u) {
-    double d;
-    memcpy(&d, &u, 8);
-    return d;
-}
+    f64 d;
+} Bits64;
+#define float_bits(x) ((Bits32){.f = (x)}.u)
+#define bits_float(x) ((Bits32){.u = (x)}.f)
+#define double_bits(x) ((Bits64){.d = (x)}.u)
+#define bits_double(x) ((Bits64){.u = (x)}.d)
 
 /* The NaN that every arithmetic instruction gives. */
 #define CANON_NAN 0x7fffffffu

@@ -1,16 +1,76 @@
-/* ptx_parse.c: PTX text -> module. Tokens, directives, variables, scopes, functions.
- * Functions other than kernels are skipped: a call is an error that names them. */
-#include "ptx_parser.h"
+/* ptx_parse.c: PTX text -> module. Tokens, variables, scopes; then one line of PTX -> one Inst, by
+ * the tables of forms. Functions other than kernels are skipped: a call is an error that names them.
+ *
+ * The tables (alu_forms, ...) are the complete list of what is understood: an opcode, a modifier or
+ * an operand that no row allows is refused by name. Letters of a form's operand list, where "type"
+ * and "type2", "type3" are the types in the order they stand in the opcode:
+ *   d destination of type             D of any width from type's up; a {list} with .v2 / .v4
+ *   e destination of twice the width  u destination of 32 bits      p predicate destination, p|q
+ *   V {list} of 32-bit destinations
+ *   a source of type   A of type's width or more, or a {list}   t source of type2   E of twice type
+ *   w source of 32 bits   l of 64 bits   q predicate, may be !p
+ *   U {list} of 32-bit sources, or one register   m [address]   i integer constant   L label
+ *   X Y of mov   M second [address]   n integer up to 255
+ *   ? the operands after it may be absent
+ * A destination may be followed by |p, a predicate (shfl, match). */
+#include "ptx.h"
 
 #include <ctype.h>
+#include <setjmp.h>
 #include <stdarg.h>
+
+typedef enum { K_REG, K_LABEL, K_SHARED, K_LOCAL, K_GLOBAL, K_CONST, K_PARAM } SymKind;
+
+/* A name. Registers: `slot` is a frame offset, count >= 0 makes it a family name0 .. name(count-1).
+ * Memory: `value` is the address in its window. */
+typedef struct {
+    const char *name;
+    SymKind kind;
+    Type type;
+    u32 slot, stride;
+    int count;
+    u64 value, bytes, align;
+    bool dynamic;          /* extern shared: starts after the static part */
+    const SimCode *owner;  /* kernel for which a module-level shared variable has its address */
+} Symbol;
+
+typedef enum { TOK_END, TOK_WORD, TOK_NUMBER, TOK_STRING, TOK_PUNCT } Token;
+
+typedef struct {
+    u32 inst;
+    const char *label;
+    int line;
+} Fixup;
+
+typedef struct {
+    SimModule *m;
+    const char *p, *end;   /* unread text */
+    int line;              /* of the token */
+    int read_line;         /* of p */
+    Token tok;
+    char word[512];        /* TOK_WORD and TOK_STRING text */
+    int punct;
+    u64 number;            /* bits */
+    int float_bits;        /* 32: pattern 0f; 64: pattern 0d, or a decimal fraction; 0: integer */
+    Symbol *syms;
+    u32 n_syms, cap_syms;
+    Fixup *fixups;
+    u32 n_fixups, cap_fixups;
+    SimKernel *kernel;
+    SimCode *code;
+    int loc_file, loc_line;
+    jmp_buf fail;
+    char *log;
+    size_t log_size;
+    int error;
+} Parser;
 
 void *module_memory(SimModule *m, size_t bytes) {
     m->memory = xgrow(m->memory, m->n_memory, &m->cap_memory, sizeof *m->memory);
     return m->memory[m->n_memory++] = zalloc(bytes);
 }
 
-char *keep(Parser *p, const char *text) {
+static char *keep(Parser *p, const char *text) {
     size_t n = strlen(text) + 1;
     return memcpy(module_memory(p->m, n), text, n);
 }
@@ -18,7 +78,8 @@ char *keep(Parser *p, const char *text) {
 /* ---- tokens */
 
 /* Ends the parse: the line and the reason go to the log. */
-void ptx_fail(Parser *p, const char *format, ...) {
+__attribute__((format(printf, 2, 3), noreturn))
+static void ptx_fail(Parser *p, const char *format, ...) {
     va_list ap;
     va_start(ap, format);
     int n = p->log_size ? snprintf(p->log, p->log_size, "line %d: ", p->line) : 0;
@@ -90,12 +151,12 @@ static void read_number(Parser *p) {
 }
 
 /* A double's pattern -> the pattern of the f32 next to it. */
-u64 to_f32(u64 pattern) {
+static u64 to_f32(u64 pattern) {
     return float_bits((float)bits_double(pattern));
 }
 
 /* Reads the next token into tok, word, punct, number. */
-void next(Parser *p) {
+static void next(Parser *p) {
     skip_blank(p);
     p->line = p->read_line;
     if (p->p >= p->end) {
@@ -123,33 +184,33 @@ void next(Parser *p) {
     }
 }
 
-bool at_punct(const Parser *p, int punct) {
+static bool at_punct(const Parser *p, int punct) {
     return p->tok == TOK_PUNCT && p->punct == punct;
 }
 
-bool at_word(const Parser *p, const char *word) {
+static bool at_word(const Parser *p, const char *word) {
     return p->tok == TOK_WORD && !strcmp(p->word, word);
 }
 
 /* Takes the punctuation if it is the current token. */
-bool accept(Parser *p, int punct) {
+static bool accept(Parser *p, int punct) {
     bool here = at_punct(p, punct);
     if (here) next(p);
     return here;
 }
 
-void expect(Parser *p, int punct) {
+static void expect(Parser *p, int punct) {
     if (!accept(p, punct))
         ptx_fail(p, "expected '%c' before '%s'", punct, p->tok == TOK_NUMBER ? "number" : p->word);
 }
 
-bool accept_word(Parser *p, const char *word) {
+static bool accept_word(Parser *p, const char *word) {
     bool here = at_word(p, word);
     if (here) next(p);
     return here;
 }
 
-u64 expect_number(Parser *p) {
+static u64 expect_number(Parser *p) {
     if (p->tok != TOK_NUMBER) ptx_fail(p, "expected a number before '%s'", p->word);
     u64 v = p->number;
     next(p);
@@ -164,7 +225,7 @@ static const char *expect_name(Parser *p) {
 }
 
 /* Which word of a list separated by blanks: 1, 2 ...; 0: none. */
-int word_index(const char *list, const char *word) {
+static int word_index(const char *list, const char *word) {
     size_t len = strlen(word);
     for (int n = 1; *list; n++) {
         size_t here = strcspn(list, " ");
@@ -175,7 +236,7 @@ int word_index(const char *list, const char *word) {
 }
 
 /* ".u32" -> T_U32; T_NONE if it is not a type. */
-Type parse_type(const char *dotted) {
+static Type parse_type(const char *dotted) {
     return word_index(".pred .b8 .u8 .s8 .b16 .u16 .s16 .f16 .bf16 .b32 .u32 .s32 .f32 .f16x2 "
                       ".bf16x2 .b64 .u64 .s64 .f64", dotted); /* as in Type */
 }
@@ -201,7 +262,7 @@ static bool in_family(const Symbol *s, const char *name, u32 *slot) {
 }
 
 /* The innermost symbol that the current token names, or NULL; its slot if it is a register. */
-Symbol *named(Parser *p, u32 *slot) {
+static Symbol *named(Parser *p, u32 *slot) {
     for (u32 i = p->n_syms; p->tok == TOK_WORD && i-- > 0;) {
         Symbol *s = &p->syms[i];
         *slot = s->slot;
@@ -211,7 +272,7 @@ Symbol *named(Parser *p, u32 *slot) {
 }
 
 /* Room in the frame for a register, constant or special register. */
-u32 new_slot(Parser *p, int bits) {
+static u32 new_slot(Parser *p, int bits) {
     u32 at = p->code->frame_bytes;
     p->code->frame_bytes += bits == 1 ? 32 : bits == 64 ? 256 : 128; /* a predicate: one mask */
     if (p->code->frame_bytes > 64u << 20) ptx_fail(p, "too many registers");
@@ -219,7 +280,7 @@ u32 new_slot(Parser *p, int bits) {
 }
 
 /* The slot of a constant; each value has one per kernel. */
-u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
+static u32 const_slot(Parser *p, u64 value, int bits, bool dynamic) {
     SimCode *c = p->code;
     if (bits < 64 && bits > 1) value = (u32)value;
     for (u32 i = 0; i < c->n_consts; i++)
@@ -240,16 +301,16 @@ static u32 place(Parser *p, u32 *used, u64 bytes, u64 align, u64 limit, const ch
     return (u32)at;
 }
 
-u64 symbol_address(Parser *p, Symbol *s) {
+static u64 symbol_address(Parser *p, Symbol *s) {
     if (s->kind == K_SHARED && !s->dynamic && s->owner != p->code) {
         s->owner = p->code;
-        s->value = place(p, &p->code->static_shared, s->bytes, s->align, 1 << 20, "shared");
+        s->value = place(p, &p->code->static_shared, s->bytes, s->align, 48 << 10, "shared");
     }
     return s->value;
 }
 
 /* One more instruction, with its line in the PTX and in the source. */
-Inst *new_inst(Parser *p) {
+static Inst *new_inst(Parser *p) {
     SimCode *c = p->code;
     c->inst = xgrow(c->inst, c->n_inst, &c->cap_inst, sizeof *c->inst);
     Inst *i = &c->inst[c->n_inst++];
@@ -258,7 +319,7 @@ Inst *new_inst(Parser *p) {
 }
 
 /* The target of instruction `inst` is a label that may come later. */
-void add_fixup(Parser *p, u32 inst, const char *label) {
+static void add_fixup(Parser *p, u32 inst, const char *label) {
     p->fixups = xgrow(p->fixups, p->n_fixups, &p->cap_fixups, sizeof *p->fixups);
     p->fixups[p->n_fixups++] = (Fixup){inst, label, p->line};
 }
@@ -404,6 +465,420 @@ static void declare_registers(Parser *p) {
         for (u32 k = 0; k < count; k++) new_slot(p, bits);
     } while (at_punct(p, ','));
     expect(p, ';');
+}
+
+/* ---- opcodes */
+
+/* The modifiers that say 1, 2, 3 ... of a field of the instruction (in the order of its enum; "-":
+ * no such modifier); the others change nothing here. */
+#define FIELD(name) offsetof(Inst, name)
+static const struct {
+    size_t field;
+    const char *names;
+} modifiers[] = {
+    {FIELD(space), ".global .shared .local .const .param"}, {FIELD(space), "- .shared::cta"},
+    {FIELD(round), ".rn .rz .rm .rp .rna .rni .rzi .rmi .rpi"},
+    {FIELD(cmp), ".lt .eq .le .gt .ne .ge .num .nan .ltu .equ .leu .gtu .neu .geu"},
+    {FIELD(cmp), ".lo - .ls .hi - .hs"}, /* unsigned integers */
+    {FIELD(op), ".and .or .xor .add .min .max .inc .dec .exch .cas .up .down .bfly .idx .all .any "
+                ".uni .ballot"},
+    {FIELD(vec), ".x1 .v2 - .v4"}, {FIELD(vec), "- .x2 - .x4"},
+    {FIELD(ftz), ".ftz"}, {FIELD(sat), ".sat"}, {FIELD(sat), ".satfinite"}, {FIELD(nan), ".NaN"},
+    {FIELD(strong), ".volatile"}, {FIELD(strong), ".relaxed"}, {FIELD(fence), ".acquire"},
+    {FIELD(fence), ".release"}, {FIELD(fence), ".acq_rel"}, {FIELD(relu), ".relu"},
+    {FIELD(to), ".to"}, {FIELD(trans), ".trans"}, {FIELD(left), ".l"}, {FIELD(wrap), ".wrap"},
+    {FIELD(shiftamt), ".shiftamt"},
+};
+
+/* One ".modifier": a type, or in the table above; of two state spaces the first counts. */
+static void apply_modifier(Inst *i, const char *name) {
+    Type t = parse_type(name);
+    if (t != T_NONE) {
+        u8 *to = !i->type ? &i->type : !i->type2 ? &i->type2 : &i->type3;
+        *to = *to ? *to : (u8)t; /* the fourth, of mma, repeats the first */
+        return;
+    }
+    for (size_t k = 0; k < sizeof modifiers / sizeof *modifiers; k++) {
+        u8 *field = (u8 *)i + modifiers[k].field;
+        if (!*field) *field = (u8)word_index(modifiers[k].names, name);
+    }
+}
+
+/* Does `element` ("x|y") allow the modifier at `mod` (".x", up to the next dot)? */
+static bool element_allows(const char *element, size_t n, const char *mod, size_t m) {
+    for (const char *e = element; e < element + n;) {
+        size_t len = strcspn(e, "| ]");
+        if (len == m && !memcmp(e, mod, m)) return true;
+        e += len + 1;
+    }
+    return false;
+}
+
+/* Matches an opcode against a pattern; on failure `reach` is how much of the opcode was matched. */
+static bool match_form(const char *pattern, const char *opcode, size_t *reach) {
+    size_t n = strcspn(pattern, " "), name = strcspn(opcode, ".");
+    const char *mod = opcode + name, *e = pattern + n;
+    *reach = 0;
+    if (!element_allows(pattern, n, opcode, name)) return false;
+    while (*e == ' ') e++;
+    while (*e) {
+        bool optional = *e == '[';
+        const char *start = e + optional;
+        size_t len = strcspn(start, optional ? "]" : " ");
+        size_t m = *mod ? 1 + strcspn(mod + 1, ".") : 0;
+        if (m && element_allows(start, len, mod, m))
+            mod += m;
+        else if (!optional)
+            break;
+        e = start + len + optional;
+        while (*e == ' ') e++;
+    }
+    *reach = (size_t)(mod - opcode);
+    return !*e && !*mod;
+}
+
+static const Form *const form_tables[] = {alu_forms, cvt_forms, mem_forms, warp_forms};
+
+/* The first form that allows the opcode, or an error that names what none does. */
+static const Form *find_form(Parser *p, const char *opcode) {
+    size_t best = 0, name = strcspn(opcode, ".");
+    bool known = false;
+    for (size_t t = 0; t < sizeof form_tables / sizeof *form_tables; t++)
+        for (const Form *f = form_tables[t]; f->pattern; f++) {
+            size_t reach;
+            if (match_form(f->pattern, opcode, &reach)) return f;
+            known |= reach > 0;
+            best = reach > best ? reach : best;
+        }
+    if (!known) ptx_fail(p, "unknown instruction '%.*s' in '%s'", (int)name, opcode, opcode);
+    size_t bad = strcspn(opcode + best + (opcode[best] == '.'), ".");
+    if (!opcode[best]) ptx_fail(p, "unsupported form '%s': modifiers are missing", opcode);
+    ptx_fail(p, "unsupported modifier '%.*s' in '%s'", (int)bad + 1, opcode + best, opcode);
+}
+
+/* ---- operands */
+
+static const char special_names[] =
+    "%tid.x %tid.y %tid.z %ntid.x %ntid.y %ntid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y "
+    "%nctaid.z %laneid %warpid %nwarpid %lanemask_eq %lanemask_lt %lanemask_le %lanemask_gt "
+    "%lanemask_ge %dynamic_smem_size %total_smem_size %smid %nsmid %gridid %clock %clock_hi "
+    "%clock64 %globaltimer";
+
+/* %tid.x and its like live in slots that are filled before a warp starts; 0: no such register. */
+static u32 special_slot(Parser *p, bool *wide) {
+    int k = word_index(special_names, p->word) - 1;
+    if (k < 0) return 0;
+    *wide = k >= SR_GRIDID;
+    if (!p->code->special[k]) p->code->special[k] = new_slot(p, *wide ? 64 : 32);
+    return p->code->special[k];
+}
+
+static int width_bits(Type t) {
+    return t == T_PRED ? 1 : type_bytes(t) * 8;
+}
+
+/* The bits of an immediate as an operand of `bits` bits and of type `type`. */
+static u64 immediate(Parser *p, Type type, int bits, bool minus) {
+    u64 v = p->number;
+    if (p->float_bits && !type_is_float(type) && p->float_bits != bits)
+        ptx_fail(p, "floating-point constant for an integer operand");
+    if (!p->float_bits && (type == T_F32 || type == T_F64))
+        ptx_fail(p, "integer constant for a floating-point operand");
+    if (p->float_bits == 64 && bits == 32) v = to_f32(v);
+    if (minus) v = p->float_bits ? v ^ 1ull << (bits - 1) : 0 - v;
+    return bits == 64 ? v : v & ((1ull << bits) - 1);
+}
+
+/* Has the register that the token names `bits` bits, or (relaxed) at least as many? */
+static void check_width(Parser *p, const Symbol *s, int bits, bool relaxed) {
+    int have = width_bits(s->type);
+    if (s->type == T_PRED || (relaxed ? have < bits : have != bits))
+        ptx_fail(p, "operand '%s' has %d bits, the instruction needs %d", p->word, have, bits);
+}
+
+/* A single source. Returns its slot; *wide: a slot of 64 bits per lane. */
+static u32 source(Parser *p, Type type, int bits, bool relaxed, bool *wide) {
+    bool minus = accept(p, '-'), dynamic = false;
+    u32 at, width = bits > 32 ? 64 : 32;
+    u64 v = 32; /* WARP_SZ */
+    Symbol *s = named(p, &at);
+    *wide = width == 64;
+    if (p->tok == TOK_NUMBER) {
+        v = immediate(p, type, bits, minus);
+    } else if (minus || p->tok != TOK_WORD) {
+        ptx_fail(p, "bad operand '%s'", p->word);
+    } else if (s && s->kind == K_REG) {
+        check_width(p, s, bits, relaxed);
+        *wide = width_bits(s->type) == 64;
+        next(p);
+        return at;
+    } else if (s && s->kind != K_LABEL) {
+        v = symbol_address(p, s);
+        dynamic = s->dynamic;
+    } else if (!s && (at = special_slot(p, wide)) != 0) {
+        if (width == 64 && !*wide) ptx_fail(p, "operand '%s' is too narrow", p->word);
+        next(p);
+        return at;
+    } else if (s || !at_word(p, "WARP_SZ")) {
+        ptx_fail(p, "'%s' is not declared", p->word);
+    }
+    next(p);
+    if (s && accept(p, '+')) v += expect_number(p);
+    return const_slot(p, v, (int)width, dynamic);
+}
+
+static u32 predicate(Parser *p, bool destination) {
+    u32 at = 0;
+    if (destination && accept_word(p, "_")) return 0;
+    Symbol *s = named(p, &at);
+    if (!s || s->kind != K_REG || s->type != T_PRED)
+        ptx_fail(p, "'%s' is not a predicate", p->word);
+    next(p);
+    return at;
+}
+
+/* A register to write, of `bits` bits or (relaxed) more. */
+static u32 destination(Parser *p, int bits, bool relaxed, bool *wide) {
+    u32 at = 0;
+    if (accept_word(p, "_")) return 0;
+    Symbol *s = named(p, &at);
+    if (!s || s->kind != K_REG || s->type == T_PRED) ptx_fail(p, "'%s' is not a register", p->word);
+    check_width(p, s, bits, relaxed);
+    *wide = width_bits(s->type) == 64;
+    next(p);
+    return at;
+}
+
+static void add_src(Parser *p, Inst *i, u32 at) {
+    if (i->n_src == MAX_SRC) ptx_fail(p, "too many operands");
+    i->src[i->n_src++] = at;
+}
+
+static void add_dst(Parser *p, Inst *i, u32 at) {
+    if (i->n_dst == MAX_DST) ptx_fail(p, "too many destinations");
+    i->dst[i->n_dst++] = at;
+}
+
+/* [reg + offset], [symbol + offset], [offset]: adds the slot of the base as a source (64 bits, or
+ * 32 for a 32-bit shared or local address, which `wide` tells) and returns the offset. */
+static int64_t address_operand(Parser *p, Inst *i, bool *wide) {
+    u32 at = 0;
+    int64_t offset = 0;
+    Symbol *s;
+    expect(p, '[');
+    s = named(p, &at);
+    *wide = !s || s->kind != K_REG || width_bits(s->type) == 64;
+    if (p->tok == TOK_NUMBER) {
+        at = const_slot(p, p->number, 64, false);
+    } else if (!s || s->kind == K_LABEL || s->type == T_PRED) {
+        ptx_fail(p, "bad address '%s'", p->word);
+    } else if (s->kind == K_REG) {
+        if (width_bits(s->type) < 32) check_width(p, s, 64, false);
+    } else {
+        at = const_slot(p, symbol_address(p, s), 64, s->dynamic);
+    }
+    next(p);
+    while (at_punct(p, '+') || at_punct(p, '-')) {
+        bool minus = accept(p, '-') || (next(p), accept(p, '-'));
+        if (p->tok != TOK_NUMBER) ptx_fail(p, "bad address offset '%s'", p->word);
+        offset += minus ? -(int64_t)p->number : (int64_t)p->number;
+        next(p);
+    }
+    expect(p, ']');
+    add_src(p, i, at);
+    return offset;
+}
+
+/* The global address of cp.async; its offset goes to `target`. */
+static void second_address(Parser *p, Inst *i) {
+    bool wide;
+    int64_t offset = address_operand(p, i, &wide);
+    if (!wide || offset < INT32_MIN || offset > INT32_MAX) ptx_fail(p, "bad global address");
+    i->target = (u32)(int32_t)offset;
+}
+
+/* "{a, b, c, d}" or a single register. */
+static void list_operand(Parser *p, Inst *i, bool dst, Type type, int bits, bool relaxed) {
+    bool braces = accept(p, '{');
+    do
+        if (dst)
+            add_dst(p, i, destination(p, bits, relaxed, &i->wide_dst));
+        else
+            add_src(p, i, source(p, type, bits, relaxed, &i->wide_src));
+    while (braces && accept(p, ','));
+    if (braces) expect(p, '}');
+}
+
+/* "p", "!p", or a constant. */
+static void predicate_source(Parser *p, Inst *i) {
+    if (accept(p, '!')) i->src_flip |= 1u << i->n_src;
+    accept(p, '-');
+    if (p->tok == TOK_NUMBER) { /* 0, 1 or -1 */
+        add_src(p, i, const_slot(p, p->number ? ~0u : 0, 1, false));
+        next(p);
+    } else {
+        add_src(p, i, predicate(p, false));
+    }
+}
+
+/* An operand of mov: a register, or a list whose elements share the width. */
+static void move_operand(Parser *p, Inst *i, bool dst, Type t, int bits) {
+    if (t == T_PRED && dst)
+        add_dst(p, i, predicate(p, true));
+    else if (t == T_PRED)
+        predicate_source(p, i);
+    else if (at_punct(p, '{'))
+        list_operand(p, i, dst, t, bits == 64 ? 16 : bits / 2, true);
+    else
+        list_operand(p, i, dst, t, bits, false);
+}
+
+/* A source of one register or constant, exactly as wide as the instruction says. */
+static void single(Parser *p, Inst *i, Type t, int bits) {
+    bool wide;
+    add_src(p, i, source(p, t, bits, false, &wide));
+}
+
+/* Reads one operand as its letter says. */
+static void operand(Parser *p, Inst *i, char letter) {
+    Type t = i->type, t2 = i->type2;
+    int bits = width_bits(t);
+    bool wide;
+    switch (letter) {
+    case 'd':
+        add_dst(p, i, t == T_PRED ? predicate(p, true) : destination(p, bits, false, &wide));
+        break;
+    case 'D': list_operand(p, i, true, t, bits, true); break;
+    case 'e': add_dst(p, i, destination(p, bits * 2, false, &wide)); break;
+    case 'u': add_dst(p, i, destination(p, 32, false, &wide)); break;
+    case 'p': add_dst(p, i, predicate(p, true)); break;
+    case 'V': list_operand(p, i, true, T_B32, 32, false); break;
+    case 'a':
+        if (t == T_PRED)
+            predicate_source(p, i);
+        else
+            single(p, i, t, bits);
+        break;
+    case 'A': list_operand(p, i, false, t, bits, true); break;
+    case 'X': case 'Y': move_operand(p, i, letter == 'X', t, bits); break;
+    case 'n':
+        if (p->tok != TOK_NUMBER || p->number > 255)
+            ptx_fail(p, "expected a small integer constant before '%s'", p->word);
+        i->vec = (u8)expect_number(p);
+        break;
+    case 't': add_src(p, i, source(p, t2, width_bits(t2), true, &i->wide_src)); break;
+    case 'E': single(p, i, t, bits * 2); break;
+    case 'w': single(p, i, T_B32, 32); break;
+    case 'l': single(p, i, T_B64, 64); break;
+    case 'q': predicate_source(p, i); break;
+    case 'U': list_operand(p, i, false, T_B32, 32, false); break;
+    case 'm': i->imm = address_operand(p, i, &i->wide_addr); break;
+    case 'M': second_address(p, i); break;
+    case 'i': i->imm = (int64_t)expect_number(p); break;
+    case 'L':
+        if (p->tok != TOK_WORD) ptx_fail(p, "expected a label");
+        add_fixup(p, (u32)(i - p->code->inst), keep(p, p->word));
+        next(p);
+        break;
+    default: abort();
+    }
+    if (strchr("dup", letter) && accept(p, '|')) i->dst_pred = predicate(p, true);
+}
+
+static void operands(Parser *p, Inst *i, const char *letters) {
+    bool optional = false, first = true;
+    for (; *letters; letters++) {
+        if (*letters == '?') {
+            optional = true;
+            continue;
+        }
+        if (first ? optional && at_punct(p, ';') : !accept(p, ',')) {
+            if (!optional) ptx_fail(p, "operands are missing");
+            break;
+        }
+        operand(p, i, *letters);
+        first = false;
+    }
+}
+
+/* ---- instructions */
+
+/* %clock and the other registers that change by themselves. */
+static bool reads_clock(const SimCode *c, const Inst *i) {
+    for (int k = SR_CLOCK; k < SR_COUNT; k++)
+        for (int s = 0; s < i->n_src; s++)
+            if (c->special[k] && i->src[s] == c->special[k]) return true;
+    return false;
+}
+
+/* .v2 and .v4 need as many registers. */
+static void check_vector(Parser *p, const Inst *i, const Form *f) {
+    if (!strpbrk(f->operands, "DA") || i->class == SIM_C_CVT) return;
+    int n = strchr(f->operands, 'D') ? i->n_dst : i->n_src - 1;
+    if (n != (i->vec ? i->vec : 1))
+        ptx_fail(p, "%d registers for a vector of %d", n, i->vec ? i->vec : 1);
+}
+
+/* Finds the function that will run it: by form, by type, or by the form's own choice. */
+static void choose_handler(Parser *p, Inst *i, const Form *f, const char *opcode) {
+    int size = type_bytes(i->type);
+    Handler *typed = f->by_type[(size == 8 ? 4 : size == 4 ? 2 : 0) +
+                                type_is_signed(i->type)];
+    i->class = f->class;
+    i->arg = f->arg;
+    i->out_bits = f->out_bits;
+    if (!i->out_bits && f->class == SIM_C_INT && i->n_dst)
+        i->out_bits = size << (f->operands[0] == 'e') == 8 ? 64 : 32;
+    i->run = f->choose ? f->choose(i) : f->run ? f->run : typed;
+    if (f->run) i->inner = typed;
+    if (!i->run) ptx_fail(p, "unsupported combination of types in '%s'", opcode);
+    if (i->class == SIM_C_CVT || i->class == SIM_C_HALF || f->choose)
+        return; /* these see to rounding, flushing and saturation themselves */
+    bool rounded = i->round == RND_RZ || i->round == RND_RM || i->round == RND_RP;
+    bool flushed = i->ftz && (i->type == T_F32 || i->type2 == T_F32);
+    if (rounded || flushed || (i->sat && type_is_float(i->type))) {
+        i->inner = i->run;
+        i->run = run_wrapped;
+    }
+}
+
+static void decode_instruction(Parser *p, u32 guard, bool flip) {
+    char opcode[sizeof p->word];
+    strcpy(opcode, p->word);
+    int line = p->line;
+    next(p);
+    if (!strcmp(opcode, "call") || !strcmp(opcode, "call.uni")) {
+        while (at_punct(p, '(') && p->tok != TOK_END) /* the result */
+            while (p->tok != TOK_END && !accept(p, ',')) next(p);
+        ptx_fail(p, "unsupported: call of '%s'", p->word);
+    }
+    const Form *f = find_form(p, opcode);
+    u32 at = p->code->n_inst;
+    Inst *i = new_inst(p);
+    i->line = line;
+    i->guard = guard;
+    i->guard_flip = flip ? ~0u : 0;
+    for (char *mod = opcode + strcspn(opcode, "."); *mod;) {
+        char one[64];
+        size_t n = 1 + strcspn(mod + 1, ".");
+        snprintf(one, sizeof one, "%.*s", (int)n, mod);
+        apply_modifier(i, one);
+        mod += n;
+    }
+    operands(p, i, f->operands);
+    expect(p, ';');
+    int next_line = p->line;
+    p->line = line;
+    i = &p->code->inst[at];
+    choose_handler(p, i, f, opcode);
+    check_vector(p, i, f);
+    p->code->global_atomics |= i->class == SIM_C_ATOMIC && i->space != SP_SHARED;
+    if (reads_clock(p->code, i)) {
+        if (strncmp(opcode, "mov.", 4)) ptx_fail(p, "clock registers can only be moved");
+        i->run = run_clock;
+        i->out_bits = 0;
+    }
+    p->line = next_line;
 }
 
 /* ---- bodies */

@@ -19,17 +19,13 @@
     X(1, INVALID_VALUE, "invalid argument")                                                        \
     X(2, OUT_OF_MEMORY, "out of memory")                                                           \
     X(3, NOT_INITIALIZED, "initialization error")                                                  \
-    X(46, DEVICE_UNAVAILABLE, "CUDA-capable device(s) is/are busy or unavailable")                 \
     X(100, NO_DEVICE, "no CUDA-capable device is detected")                                        \
     X(101, INVALID_DEVICE, "invalid device ordinal")                                               \
     X(200, INVALID_IMAGE, "device kernel image is invalid")                                        \
     X(201, INVALID_CONTEXT, "invalid device context")                                              \
     X(209, NO_BINARY_FOR_GPU, "no kernel image is available for execution on the device")          \
-    X(214, ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                               \
     X(217, PEER_ACCESS_UNSUPPORTED, "peer access is not supported between these two devices")      \
     X(218, INVALID_PTX, "a PTX JIT compilation failed")                                            \
-    X(220, NVLINK_UNCORRECTABLE, "uncorrectable NVLink error detected")                            \
-    X(221, JIT_COMPILER_NOT_FOUND, "PTX JIT compiler library not found")                           \
     X(222, UNSUPPORTED_PTX_VERSION,                                                                \
       "the provided PTX was compiled with an unsupported toolchain")                               \
     X(301, FILE_NOT_FOUND, "file not found")                                                       \
@@ -43,7 +39,6 @@
     X(704, PEER_ACCESS_ALREADY_ENABLED, "peer access is already enabled")                          \
     X(705, PEER_ACCESS_NOT_ENABLED, "peer access has not been enabled")                            \
     X(709, CONTEXT_IS_DESTROYED, "context is destroyed")                                           \
-    X(710, ASSERT, "device-side assert triggered")                                                 \
     X(712, HOST_MEMORY_ALREADY_REGISTERED,                                                         \
       "part or all of the requested memory range is already mapped")                               \
     X(713, HOST_MEMORY_NOT_REGISTERED,                                                             \
@@ -51,7 +46,6 @@
     X(715, ILLEGAL_INSTRUCTION, "an illegal instruction was encountered")                          \
     X(716, MISALIGNED_ADDRESS, "misaligned address")                                               \
     X(719, LAUNCH_FAILED, "unspecified launch failure")                                            \
-    X(720, COOPERATIVE_LAUNCH_TOO_LARGE, "too many blocks in cooperative launch")                  \
     X(800, NOT_PERMITTED, "operation not permitted")                                               \
     X(801, NOT_SUPPORTED, "operation not supported")                                               \
     X(900, STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing")         \
@@ -67,8 +61,6 @@
       "operation not permitted on an event last recorded in a capturing stream")                   \
     X(908, STREAM_CAPTURE_WRONG_THREAD,                                                            \
       "attempt to terminate a thread-local capture sequence from another thread")                  \
-    X(910, GRAPH_EXEC_UPDATE_FAILURE,                                                              \
-      "the graph update was not performed because it included changes which violated constraints") \
     X(999, UNKNOWN, "unknown error")
 #define ERROR_CODE(code, name, text) E_##name = code,
 enum { OK = 0, ERRORS(ERROR_CODE) };
@@ -140,14 +132,6 @@ char *sim_finding_text(const SimFinding *finding, char *out, size_t size);
 
 /* ---- memory */
 
-/* What lies at an address. */
-typedef struct {
-    uint64_t base, size; /* of the allocation */
-    int device;          /* owner, or -1 for pinned / registered host memory */
-    bool freed;
-    bool module_global;  /* belongs to a loaded module, cannot be freed by itself */
-} SimRange;
-
 /* Sets the size of a device's memory, bytes (default 24 GiB); only before its first allocation. */
 void sim_mem_limit(int device, uint64_t bytes);
 /* Free and total bytes of a device. */
@@ -163,8 +147,8 @@ void sim_mem_reset(int device);
  * INVALID_VALUE if it overlaps a known range. Host memory counts as initialised. */
 int sim_mem_host_add(void *host, uint64_t bytes);
 int sim_mem_host_remove(void *host);
-/* Looks an address up; freed ranges are remembered. False: nothing there. */
-bool sim_mem_find(uint64_t address, SimRange *range);
+/* The device whose memory it is or, if freed, was; -1: host memory or nothing at all. */
+int sim_mem_owner(uint64_t address);
 /* Is [address, address + bytes) inside one live allocation? On failure returns ILLEGAL_ADDRESS or
  * INVALID_VALUE and describes why in text (may be NULL). */
 int sim_mem_check(uint64_t address, uint64_t bytes, char *text, size_t text_size);
