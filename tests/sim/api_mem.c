@@ -27,8 +27,7 @@ static CUresult device_range(uint64_t address, uint64_t bytes, int *device) {
     *device = sim_mem_owner(address);
     if (*device >= 0 && !sim_mem_check(address, bytes, why, sizeof why)) return OK;
     if (*device < 0) snprintf(why, sizeof why, "not device memory");
-    return misuse("device pointer 0x%lx, %lu bytes: %s", address,
-                  bytes, why);
+    return misuse("device pointer 0x%lx, %lu bytes: %s", address, bytes, why);
 }
 
 /* ---- device memory */
@@ -56,8 +55,7 @@ BODY(UNSAFE, 3020, cuMemFree_v2, (CUdeviceptr address), (address)) {
     if (!address) return OK;
     if (c) run_ctx(c);
     if (c && c->sticky) return c->sticky;
-    return !sim_mem_free(address) ? OK : misuse("0x%lx is not the start of an allocation",
-                                                address);
+    return !sim_mem_free(address) ? OK : misuse("0x%lx is not the start of an allocation", address);
 }
 
 /* ---- host memory */

@@ -26,8 +26,7 @@
     X(209, NO_BINARY_FOR_GPU, "no kernel image is available for execution on the device")          \
     X(217, PEER_ACCESS_UNSUPPORTED, "peer access is not supported between these two devices")      \
     X(218, INVALID_PTX, "a PTX JIT compilation failed")                                            \
-    X(222, UNSUPPORTED_PTX_VERSION,                                                                \
-      "the provided PTX was compiled with an unsupported toolchain")                               \
+    X(222, UNSUPPORTED_PTX_VERSION, "the provided PTX was compiled with an unsupported toolchain") \
     X(301, FILE_NOT_FOUND, "file not found")                                                       \
     X(400, INVALID_HANDLE, "invalid resource handle")                                              \
     X(401, ILLEGAL_STATE, "the operation cannot be performed in the present state")                \
