@@ -332,12 +332,9 @@ static CUresult attribute(int *value, int which, int dev) {
         { 31, 1 }, { 32, 0 }, { 33, dev + 1 }, { 34, 0 }, { 35, 0 }, /* concurrent, ECC, PCI, TCC */
         { 36, 9751000 }, { 37, 384 }, { 38, 6291456 },   /* memory clock and bus, L2 */
         { 39, WARPS_PER_SM * 32 }, { 40, 2 }, { 41, 1 }, /* threads, copy engines, UVA */
-        { 50, 0 }, { 75, sim_options.sm / 10 }, { 76, sim_options.sm % 10 },
-        { 78, 1 }, { 79, 1 }, { 80, 1 }, { 81, SHARED_PER_SM }, { 82, REGS_PER_SM },
-        { 83, 1 }, { 84, 0 }, { 86, 0 }, { 87, 32 }, { 88, 0 }, { 89, 0 }, { 90, 1 },
-        { 91, 1 }, { 95, 1 }, { 96, 0 }, { 97, SIM_SHARED_MAX }, { 98, 0 },
-        { 99, 1 }, { 100, 0 }, { 102, 0 }, { 106, BLOCKS_PER_SM }, { 108, 0 },
-        { 111, SHARED_RESERVED }, { 113, 0 }, { 115, 0 }, { 120, 0 }, { 127, 0 }, { 132, 0 },
+        { 75, sim_options.sm / 10 }, { 76, sim_options.sm % 10 },
+        { 81, SHARED_PER_SM }, { 82, REGS_PER_SM }, { 95, 0 }, { 97, SIM_SHARED_MAX },
+        { 99, 1 }, { 106, BLOCKS_PER_SM }, { 111, SHARED_RESERVED }, { 113, 0 },
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         if (table[i][0] == which) return GIVE(value, table[i][1]);
@@ -409,24 +406,14 @@ BODY(INIT, 4000, cuCtxSetCurrent, (CUcontext c), (c)) {
 
 API(INIT, 4000, cuCtxGetCurrent, (CUcontext *ctx), GIVE(ctx, self.ctx))
 
-static CUresult get_device(int *dev, Ctx *c) {
-    return obj_ok(c, T_CTX) ? GIVE(dev, c->device) : E_INVALID_CONTEXT;
-}
-
-/* The second forms, since 13.0, are about a given context. */
-API(INIT, 13000, cuCtxGetDevice_v2, (CUdevice *dev, CUcontext ctx),
-    get_device(dev, ctx ? ctx : self.ctx))
-API(INIT, 2000, cuCtxGetDevice, (CUdevice *dev), get_device(dev, self.ctx))
+API(INIT, 2000, cuCtxGetDevice, (CUdevice *dev),
+    self.ctx ? GIVE(dev, self.ctx->device) : E_INVALID_CONTEXT)
 
 /* The place where a kernel's fault usually comes to light. */
-static CUresult synchronize(Ctx *c) {
-    if (!ctx_ok(c)) return E_INVALID_CONTEXT;
-    run_ctx(c);
-    return c->sticky;
+BODY(UNSAFE, 2000, cuCtxSynchronize, (void), ()) {
+    run_ctx(self.ctx);
+    return self.ctx->sticky;
 }
-
-API(UNSAFE, 2000, cuCtxSynchronize, (void), synchronize(self.ctx))
-API(UNSAFE, 13000, cuCtxSynchronize_v2, (CUcontext ctx), synchronize(ctx ? ctx : self.ctx))
 
 /* One direction: kernels of the current device may use the peer's memory, or no longer. */
 static CUresult peer_access(Ctx *peer, bool on) {

@@ -78,7 +78,7 @@ struct CUctx_st {
     Stream *legacy;     /* the NULL stream */
     Stream *streams;    /* all, the NULL stream included */
     bool peer[SIM_MAX_DEVICES];
-    double engine[3];   /* virtual time in us at which kernels, copies in, copies out are through */
+    double kernels_end; /* virtual time in us: its kernels run one after the other */
 };
 
 struct CUmod_st {

@@ -35,20 +35,14 @@ static void put_log(const JitLog *log, const char *text) {
     if (log->slot) *log->slot = (void *)n;
 }
 
-/* Is it PTX, and for this device? Binaries (ELF, fat binaries) are for real devices only. */
+/* Is it PTX? Binaries (ELF, fat binaries) are for real devices only. */
 static CUresult check_image(const char *image, char *log, size_t size) {
     static const unsigned char fat[4] = { 0x50, 0xED, 0x55, 0xBA };
     if (!memcmp(image, "\177ELF", 4) || !memcmp(image, fat, 4)) {
         snprintf(log, size, "the simulated device runs PTX, not machine code");
         return E_NO_BINARY_FOR_GPU;
     }
-    const char *p = strstr(image, ".version"), *t = p ? strstr(p, ".target sm_") : NULL;
-    if (!p) return E_INVALID_IMAGE;
-    int target = t ? atoi(t + strlen(".target sm_")) : -1;
-    if (target <= sim_options.sm) return OK;
-    snprintf(log, size, "fatal: SM version specified by .target (%d) is higher than the device's "
-             "(%d)", target, sim_options.sm);
-    return E_NO_BINARY_FOR_GPU;
+    return strstr(image, ".version") ? OK : E_INVALID_IMAGE;
 }
 
 /* Without attribute 8 static and dynamic shared memory together may take 48 KB. */

@@ -125,7 +125,7 @@ API(CTX, 3020, cuMemHostGetDevicePointer_v2, (CUdeviceptr *address, void *p, uns
 
 /* ---- copies */
 
-enum { HOST = 1, DEVICE = 2, EITHER = 3 }; /* what an argument has to be */
+enum { HOST = 1, DEVICE = 2 }; /* what an argument has to be */
 
 /* Checks one side of a copy. *device: owner or -1; *pinned: page-locked host memory. */
 static CUresult side(uint64_t p, uint64_t bytes, int want, int *device, bool *pinned) {
@@ -228,27 +228,19 @@ API(CTX, 3020, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t bytes, 
     copy((uintptr_t)dst, HOST, src, DEVICE, bytes, s, false))
 API(CTX, 3020, cuMemcpyDtoDAsync_v2, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
     copy(dst, DEVICE, src, DEVICE, bytes, s, false))
-API(CTX, 4000, cuMemcpyAsync, (CUdeviceptr dst, CUdeviceptr src, size_t bytes, CUstream s),
-    copy(dst, EITHER, src, EITHER, bytes, s, false))
 
 /* Works with and without peer access: the driver stages through the host if need be. */
 static CUresult peer_copy(CUdeviceptr dst, Ctx *to, CUdeviceptr src, Ctx *from, size_t bytes,
-                          CUstream s, bool wait) {
+                          CUstream s) {
     if (!obj_ok(to, T_CTX) || !obj_ok(from, T_CTX)) return E_INVALID_CONTEXT;
     if (to->sticky || from->sticky) return to->sticky ? to->sticky : from->sticky;
     if (bytes && (sim_mem_owner(dst) != to->device || sim_mem_owner(src) != from->device))
         return misuse("a pointer does not belong to the context given with it");
-    if (wait) run_ctx(from);
-    if (wait) run_ctx(to);
-    return copy(dst, DEVICE, src, DEVICE, bytes, s, wait);
+    return copy(dst, DEVICE, src, DEVICE, bytes, s, false);
 }
 
 API(CTX, 4000, cuMemcpyPeerAsync, (CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
-    size_t bytes, CUstream s), peer_copy(dst, to, src, from, bytes, s, false))
-
-/* In order with all work of both contexts, as documented. */
-API(UNSAFE, 4000, cuMemcpyPeer, (CUdeviceptr dst, CUcontext to, CUdeviceptr src, CUcontext from,
-    size_t bytes), peer_copy(dst, to, src, from, bytes, NULL, true))
+    size_t bytes, CUstream s), peer_copy(dst, to, src, from, bytes, s))
 
 /* ---- memset */
 

@@ -1079,8 +1079,10 @@ static void parse_target(Parser *p) {
         ptx_fail(p, "bad .target '%s'", p->word);
     if (strspn(p->word + 3, "0123456789") != strlen(p->word + 3))
         ptx_fail(p, "target '%s' is for another architecture", p->word);
-    if (p->m->target > sim_options.sm)
+    if (p->m->target > sim_options.sm) {
+        p->error = E_NO_BINARY_FOR_GPU;
         ptx_fail(p, "target sm_%d is newer than the device's sm_%d", p->m->target, sim_options.sm);
+    }
     for (next(p); accept(p, ',');) next(p);
 }
 

@@ -82,23 +82,6 @@ static void finish(Op *op, double end) {
     op_hold(&op, NULL);
 }
 
-/* The engines that an operation occupies: kernels, copies in, copies out. */
-static double occupy(const Work *w, double t, double us) {
-    Ctx *a = NULL, *b = NULL;
-    int ea = 0, eb = 0;
-    if (w->kind == W_KERNEL || w->kind == W_SET) a = w->ctx;
-    if (w->kind == W_COPY) {
-        a = device_ctx(w->dst_dev), ea = 1;
-        b = device_ctx(w->src_dev), eb = 2;
-    }
-    if (a && a->engine[ea] > t) t = a->engine[ea];
-    if (b && b->engine[eb] > t) t = b->engine[eb];
-    t += us;
-    if (a) a->engine[ea] = t;
-    if (b) b->engine[eb] = t;
-    return t;
-}
-
 /* Runs one operation (not in the ready list any more). After a fault in its context only its place
  * in the order is kept. */
 static void execute(Op *op) {
@@ -117,7 +100,10 @@ static void execute(Op *op) {
             us = computed_set(w->bytes);
         }
     }
-    finish(op, occupy(w, op->ready, us));
+    double start = w->kind != W_KERNEL && w->kind != W_SET ? 0 : c->kernels_end;
+    double end = (start > op->ready ? start : op->ready) + us;
+    if (w->kind == W_KERNEL || w->kind == W_SET) c->kernels_end = end;
+    finish(op, end);
 }
 
 /* Does this operation run although nobody waits for it? */

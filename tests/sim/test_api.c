@@ -273,7 +273,7 @@ static void case_copies(void) {
     IS(b[9], 63);
     IS(cuMemcpyPeerAsync(r, ctx[0], p, ctx[1], 4, t), 1);
     IS(cuMemcpyHtoDAsync_v2(r, (void *)(uintptr_t)p, 4, t), 1);
-    GOOD(cuMemcpyAsync((uintptr_t)&b[1], r, 4, t));
+    GOOD(cuMemcpyDtoHAsync_v2(&b[1], r, 4, t));
     GOOD(cuCtxSynchronize());
     IS(b[1], 1);
 }
@@ -704,12 +704,13 @@ static void case_fault_corrupt(void) {
     setup(2);
     CUdeviceptr p = alloc(64), q;
     GOOD(cuMemsetD8_v2(p, 0, 64));
+    GOOD(cuCtxSynchronize());
     GOOD(cuCtxSetCurrent(ctx[1]));
     q = alloc(64);
-    GOOD(cuMemcpyPeer(q, ctx[1], p, ctx[0], 64));
+    GOOD(cuMemcpyPeerAsync(q, ctx[1], p, ctx[0], 64, NULL));
     GOOD(cuMemcpyDtoH_v2(v, q, 64));
     IS(v[32], 0);
-    GOOD(cuMemcpyPeer(q, ctx[1], p, ctx[0], 64));
+    GOOD(cuMemcpyPeerAsync(q, ctx[1], p, ctx[0], 64, NULL));
     GOOD(cuMemcpyDtoH_v2(v, q, 64));
     IS(v[32], 1);
 }

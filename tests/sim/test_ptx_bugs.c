@@ -338,7 +338,7 @@ static void run_refused(void) {
     result(sim_module_load(0, newer, sizeof newer, &m, log, sizeof log) ==
                E_UNSUPPORTED_PTX_VERSION, "version 9.0", "accepted", log);
     sim_options.ptx_version_max = 0;
-    result(sim_module_load(0, target, sizeof target, &m, log, sizeof log) == E_INVALID_PTX,
+    result(sim_module_load(0, target, sizeof target, &m, log, sizeof log) == E_NO_BINARY_FOR_GPU,
            "target sm_90", "accepted", log);
 }
 
