@@ -1,8 +1,6 @@
 /* api.c: entry rules, configuration, injected faults, devices and contexts. */
 #include "api.h"
-#include <link.h>
 #include <stdarg.h>
-#include <sys/mman.h>
 
 pthread_mutex_t sim_lock = PTHREAD_MUTEX_INITIALIZER;
 _Thread_local Thread self;
@@ -61,25 +59,10 @@ static bool known_symbol(const char *name) {
     return false;
 }
 
-/* Makes an export impossible to find, for dlsym too: its name in the loaded table is changed. */
-static void hide_symbol(const char *name) {
-    char *table = NULL;
-    size_t size = 0, n = strlen(name) + 1;
-    for (ElfW(Dyn) *d = _DYNAMIC; d->d_tag != DT_NULL; d++) {
-        if (d->d_tag == DT_STRTAB) table = (char *)d->d_un.d_ptr;
-        if (d->d_tag == DT_STRSZ) size = d->d_un.d_val;
-    }
-    for (char *p = table + 1; table && p + n <= table + size; p++) {
-        if (p[-1] || memcmp(p, name, n)) continue;
-        char *page = (char *)((uintptr_t)p & ~(uintptr_t)4095);
-        if (!mprotect(page, 4096, PROT_READ | PROT_WRITE)) *p = 'x';
-    }
-}
-
 /* ---- SIM_FAULT: comma-separated list, README.md has the forms */
 
 typedef struct {
-    char what[64];      /* a function, or launch, oom, lost, missing, corrupt */
+    char what[64];      /* a function, or launch, oom, lost */
     uint64_t nth, seen; /* which call or operation; bytes for oom */
     int device, code;   /* -1: any, the usual one */
     bool lasting;       /* from the nth on, not only then */
@@ -88,26 +71,23 @@ typedef struct {
 static Fault faults[32];
 static int n_faults;
 
-/* NAME[:A[:B]][=CODE], such as "cuMemAlloc_v2:3=2", "oom:1:2G", "missing:cuGraphLaunch" */
+/* NAME[:A[:B]][=CODE], such as "cuMemAlloc_v2:3=2", "oom:1:2G" */
 static void parse_fault(char *item) {
     Fault f = { .device = -1, .nth = 1, .code = -1 };
     char *code = strchr(item, '='), *rest = item, *name = strsep(&rest, ":");
     char *a = strsep(&rest, ":"), *b = rest;
     bool lost = !strcmp(name, "lost"), oom = !strcmp(name, "oom");
-    bool missing = !strcmp(name, "missing");
     if (code) {
         *code++ = 0;
         f.code = atoi(code);
     }
-    snprintf(f.what, sizeof f.what, missing ? "%.12s %.50s" : "%.50s", name, a ? a : "");
+    snprintf(f.what, sizeof f.what, "%.50s", name);
     if (a && (lost || b)) f.device = atoi(a);
     if (lost || (oom && b)) a = b;
-    if (a && !missing && !parse_number(a, &f.nth)) bad_setting("SIM_FAULT", a);
-    if (!f.nth || !(lost || oom || missing || !strcmp(name, "launch") ||
-                    !strcmp(name, "corrupt") || known_symbol(name)))
+    if (a && !parse_number(a, &f.nth)) bad_setting("SIM_FAULT", a);
+    if (!f.nth || !(lost || oom || !strcmp(name, "launch") || known_symbol(name)))
         bad_setting("SIM_FAULT", name);
-    if (missing && a) hide_symbol(a);
-    f.lasting = lost || oom || missing;
+    f.lasting = lost || oom;
     f.nth += oom; /* the last byte still fits */
     if (n_faults < 32) faults[n_faults++] = f;
 }
@@ -121,12 +101,6 @@ CUresult fault(const char *what, int device, uint64_t amount, CUresult usual) {
             r = f->code >= 0 ? f->code : usual;
     }
     return r;
-}
-
-static bool fault_missing(const char *symbol) {
-    char what[64];
-    snprintf(what, sizeof what, "missing %.50s", symbol);
-    return fault(what, -1, 1, E_NOT_FOUND) != OK;
 }
 
 /* ---- configuration */
@@ -172,8 +146,6 @@ static void load_options(void) {
     sim_options.strict = env_number("SIM_STRICT", sim_options.strict, 1);
     sim_options.check_init = env_number("SIM_CHECK_INIT", sim_options.check_init, 1);
     sim_options.check_races = env_number("SIM_CHECK_RACES", sim_options.check_races, 1);
-    sim_options.count_unique = env_number("SIM_UNIQUE", sim_options.count_unique, 1);
-    sim_options.perturb_ulp = (int)env_number("SIM_PERTURB", (uint64_t)sim_options.perturb_ulp, 99);
     sim_options.watchdog = env_number("SIM_WATCHDOG", sim_options.watchdog, UINT64_MAX);
 }
 
@@ -271,11 +243,11 @@ static CUresult get_proc(const char *asked, void **fn, int version, uint64_t fla
     if (!asked || !fn || flags > 2 || version > config.driver) return E_INVALID_VALUE;
     *fn = NULL;
     for (const Symbol *s = __start_symbols; s < __stop_symbols; s++) {
-        if (!is_form(s, asked) || fault_missing(s->name)) continue;
+        if (!is_form(s, asked)) continue;
         if (!best) *status = 2;
         if (s->since <= version && (!best || s->since > best->since)) best = s;
     }
-    if (best && !fault_missing(asked)) {
+    if (best) {
         *status = 0;
         *fn = best->function;
     }

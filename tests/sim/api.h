@@ -215,7 +215,7 @@ bool obj_ok(const void *handle, Type type);
 Ctx *device_ctx(int device);           /* NULL: not retained */
 CUresult misuse(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* What SIM_FAULT asks for: the code of a fault of a kind (launch, lost, oom, corrupt, or the
+/* What SIM_FAULT asks for: the code of a fault of a kind (launch, lost, oom, or the
  * name of a function) whose turn has come with `amount` more calls, operations or bytes; or OK. */
 CUresult fault(const char *what, int device, uint64_t amount, CUresult usual);
 

@@ -52,7 +52,7 @@ void count_global(Warp *w, const u64 *address, u32 bytes, bool store, bool row, 
     c->lane += lanes;
     c->bytes += (u64)lanes * bytes;
     c->sectors += n;
-    for (u32 s = 0; s < n && sim_options.count_unique; s++)
+    for (u32 s = 0; s < n; s++)
         *unique += first_sight(&seen[list[s] - base], launch);
 }
 
@@ -130,11 +130,7 @@ void sim_set_sink(void (*function)(void *user, const SimFinding *finding), void 
 }
 
 void sim_report(const SimFinding *f) {
-    char line[800];
-    if (sink)
-        sink(sink_user, f);
-    else
-        fprintf(stderr, "sim: %s\n", sim_finding_text(f, line, sizeof line));
+    sink(sink_user, f);
 }
 
 const char *sim_kind_name(SimKind kind) {

@@ -16,7 +16,7 @@
 enum { MAX_WORKERS = 16, TURN = 4096, MAX_FINDINGS = 20 };
 
 SimOptions sim_options = {
-    .strict = true, .check_init = true, .check_races = true, .count_unique = true,
+    .strict = true, .check_init = true, .check_races = true,
     .watchdog = 1u << 26, .sm = 86,
 };
 
@@ -78,20 +78,12 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     w->next_pc = 0;
 }
 
-/* splitmix64: the source of all seeded orders and perturbations. */
+/* splitmix64: the source of all seeded orders. */
 u64 mix64(u64 x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ x >> 27) * 0x94d049bb133111ebull;
     return x ^ x >> 31;
-}
-
-/* Moves x by up to perturb_ulp units in the last place, always the same way for the same place. */
-float perturb(const Warp *w, float x, u32 lane) {
-    u32 bits = float_bits(x), range = (u32)sim_options.perturb_ulp, magnitude = bits & 0x7fffffff;
-    if (!range || magnitude < 0x00800000 + range || magnitude >= 0x7f000000) return x;
-    u64 h = mix64(sim_options.seed ^ mix64((u64)w->pc << 32 | (u64)w->index << 5 | lane) ^ bits);
-    return bits_float(bits + (u32)(h % (2 * range + 1)) - range);
 }
 
 /* ---- control flow */

@@ -44,8 +44,6 @@ OP(mul_hi_u32, u32, u32, u32, u32, (u64)x * y >> 32)
 OP(mul_hi_s32, u32, s32, s32, s32, (s64)x * y >> 32)
 OP(mul_hi_u64, u64, u64, u64, u64, (u128)x * y >> 64)
 OP(mul_hi_s64, u64, s64, s64, s64, (s128)x * y >> 64)
-OP(mad_hi_u32, u32, u32, u32, u32, ((u64)x * y >> 32) + z)
-OP(mad_hi_s32, u32, s32, s32, u32, (u32)((s64)x * y >> 32) + z)
 OP(mul_wide_u16, u32, u16, u16, u32, (u32)x * y)
 OP(mul_wide_s16, u32, s16, s16, u32, x * y)
 OP(mul_wide_u32, u64, u32, u32, u64, (u64)x * y)
@@ -231,14 +229,14 @@ FLOAT(max_nan, f32, x != x || y != y ? x + y : max_f32_of(x, y))
 OP(copysign_f32, u32, u32, u32, u32, (x & 0x80000000) | (y & 0x7fffffff)) /* the sign of a */
 OP(copysign_f64, u64, u64, u64, u64, (x & 1ull << 63) | (y & ~(1ull << 63)))
 
-/* The approximate functions: the double result rounded to float, then perturbed if asked to. */
+/* The approximate functions: the double result rounded to float. */
 #define APPROX(name, expression)                                                                  \
     HANDLER(name##_approx) {                                                                      \
         const float *a = src(w, i, 0), *b = src(w, i, 1);                                         \
         EACH(l, w->mask) {                                                                        \
             double x = a[l], y = b[l];                                                            \
             (void)y;                                                                              \
-            ((float *)out)[l] = perturb(w, canon_f32((float)(expression)), l);                    \
+            ((float *)out)[l] = canon_f32((float)(expression));                                   \
         }                                                                                         \
     }
 
@@ -262,56 +260,36 @@ static inline u32 pack_mask(const u32 *t) {
     return m;
 }
 
-/* The lanes in which the operands are in one of the wanted relations. */
-#define COMPARE(T, V, convert)                                                                    \
-    static u32 compare_##T(const void *left, const void *right, u32 want) {                       \
-        const lane_##T *a = left, *b = right;                                                     \
+static u32 combine(u8 op, u32 x, u32 y) {
+    return op == OP_AND ? x & y : op == OP_OR ? x | y : op == OP_XOR ? x ^ y : x;
+}
+
+/* setp p|q, a, b, c: p = (a ? b) op c, q = !(a ? b) op c; ? is true for the relations in i->cmp. */
+#define SETP(T, V, convert)                                                                       \
+    HANDLER(setp_##T) {                                                                           \
+        const lane_##T *a = src(w, i, 0), *b = src(w, i, 1);                                      \
         _Alignas(32) u32 t[32];                                                                   \
+        u32 want = i->cmp, c = i->n_src > 2 ? src_mask(w, i, 2) : 0;                              \
         LANES {                                                                                   \
             V x = convert(a[l]), y = convert(b[l]);                                               \
             u32 relation = x < y ? LESS : x == y ? EQUAL : x > y ? GREATER : UNORDERED;           \
             t[l] = relation & want ? ~0u : 0;                                                     \
         }                                                                                         \
-        return pack_mask(t);                                                                      \
+        u32 r = pack_mask(t);                                                                     \
+        put_pred(w, i->dst_pred, combine(i->op, ~r, c), w->mask);                                 \
+        *(u32 *)out = combine(i->op, r, c);                                                       \
     }
 
-COMPARE(u16, u16, (u16))
-COMPARE(s16, s16, (s16))
-COMPARE(u32, u32, )
-COMPARE(s32, s32, )
-COMPARE(u64, u64, )
-COMPARE(s64, s64, )
-COMPARE(f16, f32, half_to_float)
-COMPARE(bf16, f32, bf16_to_float)
-COMPARE(f32, f32, )
-COMPARE(f64, f64, )
-
-static u32 compare(const Inst *i, const void *a, const void *b) {
-    switch (i->type) {
-    case T_B16: case T_U16: return compare_u16(a, b, i->cmp);
-    case T_S16: return compare_s16(a, b, i->cmp);
-    case T_S32: return compare_s32(a, b, i->cmp);
-    case T_B64: case T_U64: return compare_u64(a, b, i->cmp);
-    case T_S64: return compare_s64(a, b, i->cmp);
-    case T_F32: return compare_f32(a, b, i->cmp);
-    case T_F64: return compare_f64(a, b, i->cmp);
-    case T_F16: return compare_f16(a, b, i->cmp);
-    case T_BF16: return compare_bf16(a, b, i->cmp);
-    default: return compare_u32(a, b, i->cmp);
-    }
-}
-
-static u32 combine(u8 op, u32 x, u32 y) {
-    return op == OP_AND ? x & y : op == OP_OR ? x | y : op == OP_XOR ? x ^ y : x;
-}
-
-/* setp p|q, a, b, c: p = (a ? b) op c, q = !(a ? b) op c. */
-HANDLER(setp_any) {
-    u32 r = compare(i, src(w, i, 0), src(w, i, 1));
-    u32 c = i->n_src > 2 ? src_mask(w, i, 2) : 0;
-    put_pred(w, i->dst_pred, combine(i->op, ~r, c), w->mask);
-    *(u32 *)out = combine(i->op, r, c);
-}
+SETP(u16, u16, (u16))
+SETP(s16, s16, (s16))
+SETP(u32, u32, )
+SETP(s32, s32, )
+SETP(u64, u64, )
+SETP(s64, s64, )
+SETP(f16, f32, half_to_float)
+SETP(bf16, f32, bf16_to_float)
+SETP(f32, f32, )
+SETP(f64, f64, )
 
 HANDLER(logic_pred) {
     *(u32 *)out = combine(i->arg, src_mask(w, i, 0), src_mask(w, i, 1));
@@ -403,8 +381,6 @@ const Form alu_forms[] = {
     {"mul .hi " NUM, "daa", INT, 0, .by_type = SIGNS(mul_hi)},
     {"mul .wide .u16|.s16|.u32|.s32", "eaa", INT, 0, .by_type = WIDES(mul_wide)},
     {"mad .lo " NUM, "daaa", INT, 0, .by_type = SIZES(mad_lo)},
-    {"mad .hi .u32", "daaa", INT, 32, mad_hi_u32},
-    {"mad .hi .s32", "daaa", INT, 32, mad_hi_s32},
     {"mad .wide .u16|.s16|.u32|.s32", "eaaE", INT, 0, .by_type = WIDES(mad_wide)},
     {"div " NUM, "daa", INT, 0, run_divide, .by_type = SIGNS(div)},
     {"rem " NUM, "daa", INT, 0, run_divide, .by_type = SIGNS(rem)},
@@ -469,11 +445,11 @@ const Form alu_forms[] = {
     {"abs .f64", "da", SIM_C_FP64, 64, abs_f64},
     {"neg .f64", "da", SIM_C_FP64, 64, neg_f64},
     {"copysign .f64", "daa", SIM_C_FP64, 64, copysign_f64},
-    {"setp " CMPS " " ALL, "paa", INT, 1, setp_any},
-    {"setp " CMPS " .and|.or|.xor " ALL, "paaq", INT, 1, setp_any},
-    {"setp " FCMPS " [.ftz] .f32|.f64", "paa", SIM_C_FP32, 1, setp_any},
-    {"setp " FCMPS " .and|.or|.xor [.ftz] .f32|.f64", "paaq", SIM_C_FP32, 1, setp_any},
-    {"setp " FCMPS " .f16|.bf16", "paa", SIM_C_HALF, 1, setp_any},
+    {"setp " CMPS " [.and|.or|.xor] " ALL, "paa?q", INT, 1, .by_type = SIGNS(setp)},
+    {"setp " FCMPS " [.and|.or|.xor] [.ftz] .f32", "paa?q", SIM_C_FP32, 1, setp_f32},
+    {"setp " FCMPS " [.and|.or|.xor] .f64", "paa?q", SIM_C_FP64, 1, setp_f64},
+    {"setp " FCMPS " .f16", "paa", SIM_C_HALF, 1, setp_f16},
+    {"setp " FCMPS " .bf16", "paa", SIM_C_HALF, 1, setp_bf16},
     {"selp .b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32", "daaq", INT, 32, selp_32},
     {"selp .b64|.u64|.s64|.f64", "daaq", INT, 64, selp_64},
     {"mov .pred|.b16|.u16|.s16|.f16|.bf16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64", "XY", INT, 0,

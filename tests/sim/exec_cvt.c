@@ -233,7 +233,7 @@ static double fma_odd(double a, double b, double c) {
     return bits_double((error > 0) == (s > 0) ? bits + 1 : bits - 1);
 }
 
-typedef enum { H_ADD, H_SUB, H_MUL, H_FMA, H_MIN, H_MAX, H_EX2, H_TANH } HalfOp;
+typedef enum { H_ADD, H_SUB, H_MUL, H_FMA, H_MIN, H_MAX } HalfOp;
 
 /* The number if one is NaN, unless .NaN. */
 static double min_max(double x, double y, bool max, bool nan) {
@@ -250,9 +250,7 @@ static double half_value(const Inst *i, const double v[3]) {
     case H_MUL: return v[0] * v[1];
     case H_FMA: return fma_odd(v[0], v[1], v[2]);
     case H_MIN: return min_max(v[0], v[1], false, i->nan);
-    case H_MAX: return min_max(v[0], v[1], true, i->nan);
-    case H_EX2: return exp2(v[0]);
-    default: return tanh(v[0]);
+    default: return min_max(v[0], v[1], true, i->nan); /* H_MAX */
     }
 }
 
@@ -304,8 +302,5 @@ const Form cvt_forms[] = {
     {"max [.ftz] [.NaN] " HALVES, "daa", SIM_C_HALF, 32, half_any, H_MAX},
     {"neg [.ftz] " HALVES, "da", SIM_C_HALF, 32, half_neg},
     {"abs [.ftz] " HALVES, "da", SIM_C_HALF, 32, half_abs},
-    {"ex2 .approx .f16|.f16x2", "da", SIM_C_HALF, 32, half_any, H_EX2},
-    {"ex2 .approx .ftz .bf16|.bf16x2", "da", SIM_C_HALF, 32, half_any, H_EX2},
-    {"tanh .approx " HALVES, "da", SIM_C_HALF, 32, half_any, H_TANH},
     {0},
 };

@@ -218,7 +218,7 @@ static inline __m256 widen_half(__m256i halves, bool high, bool bf16) {
 }
 
 /* Products are exact in f32; sums are rounded one by one, k ascending (hardware's order and width
- * differ; perturbed: descending). */
+ * differ). */
 static void multiply_half(Tile *t, bool bf16) {
     __m256 b[8][2];
     float a[16][8][2];
@@ -235,10 +235,8 @@ static void multiply_half(Tile *t, bool bf16) {
     const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(CANON_NAN));
     for (int r = 0; r < 16; r++) {
         __m256 sum = _mm256_loadu_ps((void *)t->c[r]);
-        for (int k = 0; k < n; k++) {
-            int at = sim_options.perturb_ulp ? n - 1 - k : k;
-            sum = _mm256_fmadd_ps(_mm256_set1_ps(a[r][at / 2][at & 1]), b[at / 2][at & 1], sum);
-        }
+        for (int k = 0; k < n; k++)
+            sum = _mm256_fmadd_ps(_mm256_set1_ps(a[r][k / 2][k & 1]), b[k / 2][k & 1], sum);
         sum = _mm256_blendv_ps(sum, nan, _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q));
         _mm256_storeu_ps((void *)t->c[r], sum);
     }

@@ -405,6 +405,5 @@ void counters_finish(Worker *k);
 float half_to_float(u16 h);
 u16 float_to_half(float f, Rounding round);
 float bf16_to_float(u16 h);
-float perturb(const Warp *w, float x, u32 lane); /* exec.c: moves an approximate result */
 
 #endif

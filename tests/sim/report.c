@@ -81,10 +81,7 @@ KernelStats *stats_of(const Func *func) {
 
 /* Bytes of DRAM traffic: each sector of a launch once. */
 static double dram_bytes(const SimCounters *c) {
-    uint64_t sectors = c->unique_load_sectors + c->unique_store_sectors;
-    for (int w = 0; w < SIM_N_WIDTHS && !sim_options.count_unique; w++)
-        sectors += c->load[w].sectors + c->store[w].sectors;
-    return 32.0 * (double)sectors;
+    return 32.0 * (double)(c->unique_load_sectors + c->unique_store_sectors);
 }
 
 /* Computed time of one launch in us, and what it is bound by. */

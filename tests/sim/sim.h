@@ -75,12 +75,10 @@ enum { SIM_MAX_DEVICES = 16, SIM_SHARED_MAX = 101376, SIM_WARP = 32 };
 
 typedef struct {
     int threads;         /* worker threads of a launch; 0: one per CPU, at most 4 */
-    uint64_t seed;       /* orders warps and blocks (0: ascending) and perturbs, see below */
+    uint64_t seed;       /* orders warps and blocks (0: ascending) */
     bool strict;         /* findings that hardware would survive fail the launch too (default) */
     bool check_init;     /* uninitialised reads: registers, shared, local and global memory */
     bool check_races;    /* shared and global races */
-    bool count_unique;   /* unique sectors per launch */
-    int perturb_ulp;     /* approx functions and mma sums are off by up to so many ulp, seeded */
     uint64_t watchdog;   /* taken branches per warp before a time-out */
     int ptx_version_max; /* highest .version accepted, 10 * major + minor (90 = 9.0); 0: any */
     int sm;              /* compute capability of the devices, 86; .target above it is refused */

@@ -66,7 +66,6 @@ REF(r_add, x + y) REF(r_sub, x - y) REF(r_mul, x * y) REF(r_mad, x * y + z)
 REF(r_hi_u16, x * y >> 16) REF(r_hi_s16, (s32)X16 * Y16 >> 16)
 REF(r_hi_u32, x * y >> 32) REF(r_hi_s32, (s64)X32 * Y32 >> 32)
 REF(r_hi_u64, (unsigned __int128)x * y >> 64) REF(r_hi_s64, (__int128)X64 * Y64 >> 64)
-REF(r_madhi_u32, (x * y >> 32) + z) REF(r_madhi_s32, ((s64)X32 * Y32 >> 32) + (s64)z)
 REF(r_wide_s16, (s32)X16 * Y16) REF(r_wide_s32, (s64)X32 * Y32)
 REF(r_madw_s16, (s64)((s32)X16 * Y16) + (s64)z) REF(r_madw_s32, (s64)((u64)((s64)X32 * Y32) + z))
 REF(r_div_u, y ? x / y : ~0ull) REF(r_rem_u, y ? x % y : ~0ull)
@@ -308,7 +307,6 @@ static const struct {
     {"mul.wide.u16", "w:hh", r_mul}, {"mul.wide.s16", "w:hh", r_wide_s16},
     {"mul.wide.u32", "l:ww", r_mul}, {"mul.wide.s32", "l:ww", r_wide_s32},
     {"mad.lo.s16", "h:hhh", r_mad}, {"mad.lo.u32", "w:www", r_mad}, {"mad.lo.s64", "l:lll", r_mad},
-    {"mad.hi.u32", "w:www", r_madhi_u32}, {"mad.hi.s32", "w:www", r_madhi_s32},
     {"mad.wide.u16", "w:hhw", r_mad}, {"mad.wide.s16", "w:hhw", r_madw_s16},
     {"mad.wide.u32", "l:wwl", r_mad}, {"mad.wide.s32", "l:wwl", r_madw_s32},
     {"div.u16", "h:hh", r_div_u}, {"div.s16", "h:hh", r_div_s16}, {"rem.u16", "h:hh", r_rem_u},
