@@ -143,7 +143,6 @@ static void load_options(void) {
     sim_options.ptx_version_max = env_version("SIM_PTX", 0);
     sim_options.seed = config.seed = env_number("SIM_SEED", 0, UINT64_MAX);
     sim_options.threads = (int)env_number("SIM_THREADS", (uint64_t)sim_options.threads, 256);
-    sim_options.strict = env_number("SIM_STRICT", sim_options.strict, 1);
     sim_options.check_init = env_number("SIM_CHECK_INIT", sim_options.check_init, 1);
     sim_options.check_races = env_number("SIM_CHECK_RACES", sim_options.check_races, 1);
     sim_options.watchdog = env_number("SIM_WATCHDOG", sim_options.watchdog, UINT64_MAX);

@@ -198,8 +198,7 @@ CUresult work_copy(const Work *w) {
             SimFinding f = { .kind = SIM_UNINIT, .kernel = "", .device = w->src_dev, .file = "",
                              .address = w->src + good };
             snprintf(f.text, sizeof f.text, "a copy of %lu bytes to the host reads bytes that "
-                     "nothing wrote, the first at offset %lu", w->bytes,
-                     good);
+                     "nothing wrote, the first at offset %lu", w->bytes, good);
             sim_report(&f);
         }
     }

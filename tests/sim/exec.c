@@ -11,12 +11,11 @@
 #include <unistd.h>
 #include <math.h>
 
-/* TURN: taken branches before another warp of the block is run. MAX_FINDINGS: of a launch that goes
- * on in spite of them. */
-enum { MAX_WORKERS = 16, TURN = 4096, MAX_FINDINGS = 20 };
+/* TURN: taken branches before another warp of the block is run. */
+enum { MAX_WORKERS = 16, TURN = 4096 };
 
 SimOptions sim_options = {
-    .strict = true, .check_init = true, .check_races = true,
+    .check_init = true, .check_races = true,
     .watchdog = 1u << 26, .sm = 86,
 };
 
@@ -45,15 +44,13 @@ static int error_of(SimKind kind) {
     }
 }
 
-/* One finding per block is enough once it stops the launch. */
+/* One finding per block is enough: it stops the launch. */
 void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...) {
     Worker *k = w->worker;
     Launch *launch = k->launch;
     const Inst *i = &k->code->inst[w->pc];
     const SimModule *m = launch->kernel->module;
     int error = error_of(kind);
-    bool survivable = error == E_LAUNCH_FAILED && kind != SIM_BARRIER;
-    bool stop = sim_options.strict || !survivable;
     u32 lanes = w->mask ? w->mask : w->alive ? w->alive : 1;
     if (k->stop) return;
     SimFinding f = {.kind = kind, .kernel = launch->kernel->name, .device = launch->device,
@@ -66,13 +63,12 @@ void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, .
     vsnprintf(f.text, sizeof f.text, format, ap);
     va_end(ap);
     pthread_mutex_lock(&report_lock);
-    if (stop || launch->n_findings++ < MAX_FINDINGS) sim_report(&f);
-    if (stop && (!launch->result || k->block_index < launch->result_block)) {
+    sim_report(&f);
+    if (!launch->result || k->block_index < launch->result_block) {
         launch->result = error;
         launch->result_block = k->block_index;
     }
     pthread_mutex_unlock(&report_lock);
-    if (!stop) return;
     k->stop = true;
     __atomic_store_n(&launch->cancel, true, __ATOMIC_RELAXED);
     w->next_pc = 0;
@@ -165,11 +161,6 @@ void run_exit(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
 
 void run_trap(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
     if (w->mask) finding(w, SIM_TRAP, -1, 0, "trap");
-}
-
-void run_clock(Warp *w, const Inst *i, UNUSED void *out) {
-    u64 now = w->branches * 16 + w->pc; /* deterministic, grows with work done */
-    EACH(l, w->mask) put_lane(slot(w, i->dst[0]), type_bytes(i->type) == 8, l, now);
 }
 
 /* Rounding modes other than to nearest, .ftz (denormal operands and results are zeros with their

@@ -84,7 +84,7 @@ static void check_global_init(Warp *w, const Alloc *a, u64 address, u32 bytes, i
     if (n < bytes)
         finding(w, SIM_UNINIT, lane, address + n,
                 "read of global memory that nothing wrote, %lu bytes into a block of %lu",
-                (at + n), a->size);
+                at + n, a->size);
 }
 
 static int how_of(const Inst *i, bool store) {
@@ -339,15 +339,9 @@ HANDLER(membar) {
 
 static u64 add_values(Type t, u64 a, u64 b) {
     float f = bits_float((u32)a) + bits_float((u32)b);
-    u32 sum = 0;
     switch (t) {
     case T_F32: return f == f ? float_bits(f) : CANON_NAN;
     case T_F64: return double_bits(bits_double(a) + bits_double(b));
-    case T_F16X2:
-        for (int k = 0; k < 32; k += 16)
-            sum |= (u32)float_to_half(half_to_float((u16)(a >> k)) + half_to_float((u16)(b >> k)),
-                                      RND_RN) << k;
-        return sum;
     default: return a + b;
     }
 }
@@ -556,10 +550,10 @@ const Form mem_forms[] = {
     {"fence [.sc|.acq_rel] .cta", "", SIM_C_GLOBAL, 0, nothing},
     {"fence [.sc|.acq_rel] .gpu|.sys", "", SIM_C_GLOBAL, 0, membar},
     {ATOM OPS " .b32|.u32|.s32|.b64|.u64|.s64", "dma", SIM_C_ATOMIC, 0, atomic},
-    {ATOM ".add [.noftz] .f32|.f64|.f16x2", "dma", SIM_C_ATOMIC, 0, atomic},
+    {ATOM ".add .f32|.f64", "dma", SIM_C_ATOMIC, 0, atomic},
     {ATOM ".cas .b16|.b32|.u32|.b64|.u64", "dmaa", SIM_C_ATOMIC, 0, atomic},
     {RED OPS " .b32|.u32|.s32|.b64|.u64|.s64", "ma", SIM_C_ATOMIC, 0, atomic},
-    {RED ".add [.noftz] .f32|.f64|.f16x2", "ma", SIM_C_ATOMIC, 0, atomic},
+    {RED ".add .f32|.f64", "ma", SIM_C_ATOMIC, 0, atomic},
     {"cp .async .ca|.cg .shared|.shared::cta .global " PREFETCH, "mMn?w",
      SIM_C_ASYNC, 0, cp_async},
     {"cp .async .commit_group", "", SIM_C_ASYNC, 0, cp_commit},

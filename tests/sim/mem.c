@@ -277,24 +277,22 @@ void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, 
     } else if (a && a->freed) {
         *kind = SIM_FREED;
         snprintf(text, size, "use after free: %lu bytes into a freed block of %lu",
-                 (address - a->base), a->size);
+                 address - a->base, a->size);
     } else if (a && device >= 0 && !mem_may_use(device, a)) {
         *kind = SIM_FOREIGN;
         snprintf(text, size, "memory of device %d, to which device %d has no peer access",
                  a->device, device);
     } else if (a) {
-        snprintf(text, size, "%lu bytes at %lu cross the end of a block of %lu",
-                 bytes, (address - a->base),
-                 a->size);
+        snprintf(text, size, "%lu bytes at %lu cross the end of a block of %lu", bytes,
+                 address - a->base, a->size);
     } else if (address < DEVICE_BASE && (near->device >= 0 || address - near->base > 1u << 20)) {
         snprintf(text, size, "outside every block: not a device address, nor registered memory");
     } else if (address < near->base) {
         snprintf(text, size, "outside every block: %lu bytes before the first one",
-                 (near->base - address));
+                 near->base - address);
     } else {
         snprintf(text, size, "outside every block: %lu bytes past the end of one of %lu",
-                 (address - near->base - near->size),
-                 near->size);
+                 address - near->base - near->size, near->size);
     }
 }
 

@@ -122,7 +122,7 @@ typedef struct {
 
 extern const Form alu_forms[], cvt_forms[], mem_forms[], warp_forms[];
 /* Handlers that the decoder itself places. */
-Handler run_wrapped, run_clock, run_trap, run_bra, run_exit;
+Handler run_wrapped, run_trap, run_bra, run_exit;
 
 typedef struct {
     u64 value;
@@ -131,9 +131,8 @@ typedef struct {
     bool dynamic;     /* add the start of dynamic shared memory */
 } Const;
 
-/* Special registers, numbered as in special_names (ptx_parse.c); from SR_GRIDID on 64 bits wide,
- * from SR_CLOCK on different at every read. */
-enum { SR_CTAID_X = 6, SR_GRIDID = 24, SR_CLOCK = 25, SR_COUNT = 29 };
+/* Special registers, numbered as in special_names (ptx_parse.c); from SR_GRIDID on 64 bits wide. */
+enum { SR_CTAID_X = 6, SR_GRIDID = 24, SR_COUNT = 25 };
 
 typedef struct SimCode {
     Inst *inst;
@@ -273,7 +272,7 @@ typedef struct Launch {
     u32 *order;        /* blocks in the order they are run, or NULL */
     u32 next_block;
     int result;        /* first error, by lowest block */
-    u32 result_block, n_findings;
+    u32 result_block;
     bool cancel;
 } Launch;
 
@@ -378,8 +377,8 @@ static inline __m256i widen_byte(__m256i v, bool odd, bool is_signed) {
 #define EACH(l, mask) \
     for (u32 l##_m = (mask), l = 0; l##_m && (l = (u32)__builtin_ctz(l##_m), 1); l##_m &= l##_m - 1)
 
-/* Reports a finding at the warp's current instruction. Hard ones, and all in strict mode, stop the
- * launch. lane -1: the first active one. */
+/* Reports a finding at the warp's current instruction and stops the launch. lane -1: the first
+ * active one. */
 void finding(Warp *w, SimKind kind, int lane, u64 address, const char *format, ...)
     __attribute__((format(printf, 5, 6)));
 

@@ -381,14 +381,12 @@ static u64 initial_value(Parser *p, const Variable *v) {
         x = v->type == T_F32 && p->float_bits == 64 ? to_f32(p->number) : p->number;
         next(p);
     } else {
-        bool generic = accept_word(p, "generic") && accept(p, '(');
         Symbol *s = named(p, &at);
         if (!s || (s->kind != K_GLOBAL && s->kind != K_CONST))
             ptx_fail(p, "unsupported initialiser '%s'", p->word);
         x = s->value;
         next(p);
         if (accept(p, '+')) x += expect_number(p);
-        if (generic) expect(p, ')');
     }
     return minus ? 0 - x : x;
 }
@@ -561,8 +559,7 @@ static const Form *find_form(Parser *p, const char *opcode) {
 static const char special_names[] =
     "%tid.x %tid.y %tid.z %ntid.x %ntid.y %ntid.z %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y "
     "%nctaid.z %laneid %warpid %nwarpid %lanemask_eq %lanemask_lt %lanemask_le %lanemask_gt "
-    "%lanemask_ge %dynamic_smem_size %total_smem_size %smid %nsmid %gridid %clock %clock_hi "
-    "%clock64 %globaltimer";
+    "%lanemask_ge %dynamic_smem_size %total_smem_size %smid %nsmid %gridid";
 
 /* %tid.x and its like live in slots that are filled before a warp starts; 0: no such register. */
 static u32 special_slot(Parser *p, bool *wide) {
@@ -803,14 +800,6 @@ static void operands(Parser *p, Inst *i, const char *letters) {
 
 /* ---- instructions */
 
-/* %clock and the other registers that change by themselves. */
-static bool reads_clock(const SimCode *c, const Inst *i) {
-    for (int k = SR_CLOCK; k < SR_COUNT; k++)
-        for (int s = 0; s < i->n_src; s++)
-            if (c->special[k] && i->src[s] == c->special[k]) return true;
-    return false;
-}
-
 /* .v2 and .v4 need as many registers. */
 static void check_vector(Parser *p, const Inst *i, const Form *f) {
     if (!strpbrk(f->operands, "DA") || i->class == SIM_C_CVT) return;
@@ -873,11 +862,6 @@ static void decode_instruction(Parser *p, u32 guard, bool flip) {
     choose_handler(p, i, f, opcode);
     check_vector(p, i, f);
     p->code->global_atomics |= i->class == SIM_C_ATOMIC && i->space != SP_SHARED;
-    if (reads_clock(p->code, i)) {
-        if (strncmp(opcode, "mov.", 4)) ptx_fail(p, "clock registers can only be moved");
-        i->run = run_clock;
-        i->out_bits = 0;
-    }
     p->line = next_line;
 }
 

@@ -76,7 +76,6 @@ enum { SIM_MAX_DEVICES = 16, SIM_SHARED_MAX = 101376, SIM_WARP = 32 };
 typedef struct {
     int threads;         /* worker threads of a launch; 0: one per CPU, at most 4 */
     uint64_t seed;       /* orders warps and blocks (0: ascending) */
-    bool strict;         /* findings that hardware would survive fail the launch too (default) */
     bool check_init;     /* uninitialised reads: registers, shared, local and global memory */
     bool check_races;    /* shared and global races */
     uint64_t watchdog;   /* taken branches per warp before a time-out */
@@ -120,7 +119,7 @@ typedef struct {
 } SimFinding;
 
 /* The sink may be called from any thread, one call at a time; the strings inside the finding live
- * as long as the call. NULL: print to stderr (default). */
+ * as long as the call. report.c sets one at the start. */
 void sim_set_sink(void (*sink)(void *user, const SimFinding *finding), void *user);
 void sim_report(const SimFinding *finding);
 const char *sim_kind_name(SimKind kind);

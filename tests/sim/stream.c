@@ -3,11 +3,8 @@
  * Work does not run when it is submitted. Each operation knows its predecessors: the one before it
  * in its stream, the records it waits for, and the legacy stream's rule. When a call has to wait,
  * the operations it needs run one by one, each time the ready one with the lowest seeded priority;
- * with SIM_SEED % 4 of
- *   0  nothing else runs (the laziest device),
- *   1  whatever is ready runs at once, when it is submitted (the most eager one),
- *   2, 3  half of the operations that nobody waits for run too, in between.
- * So what is not ordered by the program happens in some other order under some seed.
+ * README.md ("Order") says what else runs, by SIM_SEED. So what is not ordered by the program happens
+ * in some other order under some seed.
  *
  * A capturing stream does not run its work but adds it to a graph; an event recorded in it carries
  * the place in that graph to other streams, which so join the capture. What could not be put into
