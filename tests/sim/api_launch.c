@@ -168,7 +168,8 @@ static CUresult check_shape(const Func *f, const SimLaunch *l) {
             return misuse("%s: block differs from the one its .reqntid demands", k->name);
     }
     if (threads > 1024) return misuse("%s: %u threads in a block", k->name, (unsigned)threads);
-    if (threads > (uint64_t)k->max_threads || !occupancy_blocks(k->registers, (int)threads, k->shared_bytes)) {
+    if (threads > (uint64_t)k->max_threads ||
+        !occupancy_blocks(k->registers, (int)threads, k->shared_bytes)) {
         misuse("%s: %u threads: at most %d, with about %d registers each", k->name,
                (unsigned)threads, k->max_threads, k->registers);
         return E_LAUNCH_OUT_OF_RESOURCES;
@@ -236,9 +237,5 @@ CUresult work_kernel(const Work *w, double *us) {
     }
     r = sim_launch(&l, &counters);
     *us = stats_launch(w->func->stats, w, &counters);
-    if (config.trace)
-        fprintf(stderr, "sim: device %d ran %s<<<(%u,%u,%u), (%u,%u,%u), %u>>>, computed %.2f us\n",
-                w->ctx->device, l.kernel->name, l.grid[0], l.grid[1], l.grid[2], l.block[0],
-                l.block[1], l.block[2], l.dynamic_shared, *us);
     return r;
 }

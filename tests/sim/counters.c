@@ -143,7 +143,7 @@ const char *sim_kind_name(SimKind kind) {
 
 char *sim_finding_text(const SimFinding *f, char *out, size_t size) {
     int n = snprintf(out, size, "%s: ", sim_kind_name(f->kind));
-    if (f->kernel && f->kernel[0] && n >= 0 && (size_t)n < size)
+    if (f->kernel[0])
         n += snprintf(out + n, size - (size_t)n,
                       "kernel %s, device %d, PTX line %d%s%s%s%.0d, block (%u,%u,%u), thread "
                       "(%u,%u,%u), address 0x%lx: ", f->kernel, f->device, f->ptx_line,

@@ -215,7 +215,6 @@ FLOAT(fma, f32, __builtin_fmaf(x, y, z))
 FLOAT(fma, f64, __builtin_fma(x, y, z))
 FLOAT(sqrt, f32, __builtin_sqrtf(x))
 FLOAT(sqrt, f64, __builtin_sqrt(x))
-FLOAT(rsqrt, f64, 1 / __builtin_sqrt(x))
 FLOAT(abs, f32, bits_float(float_bits(x) & 0x7fffffff))
 FLOAT(abs, f64, __builtin_fabs(x))
 FLOAT(neg, f32, bits_float(float_bits(x) ^ 0x80000000))
@@ -438,8 +437,6 @@ const Form alu_forms[] = {
     {"div .rn|.rz|.rm|.rp .f64", "daa", SIM_C_FP64, 64, div_f64},
     {"rcp .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, rcp_f64},
     {"sqrt .rn|.rz|.rm|.rp .f64", "da", SIM_C_FP64, 64, sqrt_f64},
-    {"rsqrt .approx [.ftz] .f64", "da", SIM_C_FP64, 64, rsqrt_f64},
-    {"rcp .approx .ftz .f64", "da", SIM_C_FP64, 64, rcp_f64},
     {"min .f64", "daa", SIM_C_FP64, 64, min_f64},
     {"max .f64", "daa", SIM_C_FP64, 64, max_f64},
     {"abs .f64", "da", SIM_C_FP64, 64, abs_f64},

@@ -106,11 +106,6 @@ Alloc *mem_lookup(u64 address) {
     return table[at - 1];
 }
 
-Alloc *mem_nearest(u64 address) {
-    u32 at = upper(address);
-    return at ? table[at - 1] : n_table ? table[0] : NULL;
-}
-
 static void insert(Alloc *a) {
     u32 at = upper(a->base);
     table = xgrow(table, n_table, &cap_table, sizeof *table);
@@ -270,7 +265,8 @@ int sim_mem_owner(u64 address) {
 
 /* Why [address, address + bytes) cannot be used by `device` (-1: the host). */
 void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, size_t size) {
-    const Alloc *a = mem_lookup(address), *near = a ? a : mem_nearest(address);
+    u32 at = upper(address);
+    const Alloc *a = mem_lookup(address), *near = at ? table[at - 1] : n_table ? table[0] : NULL;
     *kind = SIM_BOUNDS;
     if (!near) {
         snprintf(text, size, "no memory is allocated");
@@ -298,11 +294,9 @@ void mem_explain(u64 address, u64 bytes, int device, SimKind *kind, char *text, 
 
 int sim_mem_check(u64 address, u64 bytes, char *text, size_t text_size) {
     const Alloc *a = mem_lookup(address);
-    char scratch[8];
     SimKind kind;
     if (a && !a->freed && bytes <= a->size - (address - a->base)) return OK;
-    mem_explain(address, bytes, -1, &kind, text ? text : scratch,
-                text ? text_size : sizeof scratch);
+    mem_explain(address, bytes, -1, &kind, text, text_size);
     return E_INVALID_VALUE;
 }
 

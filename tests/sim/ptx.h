@@ -177,7 +177,6 @@ struct Alloc {
 };
 
 Alloc *mem_lookup(u64 address);          /* the allocation around an address, or NULL */
-Alloc *mem_nearest(u64 address);         /* the closest one below or around, for messages */
 int mem_alloc(int device, u64 bytes, bool global, Alloc **out);
 void mem_prepare_launch(u32 number);      /* clears the records when launch numbers wrap */
 bool mem_may_use(int device, const Alloc *a);

@@ -1,5 +1,5 @@
-/* ptx_parse.c: PTX text -> module. Tokens, variables, scopes; then one line of PTX -> one Inst, by
- * the tables of forms. Functions other than kernels are skipped: a call is an error that names them.
+/* ptx_parse.c: PTX text -> module: tokens, variables, scopes; one line of PTX -> one Inst, by the
+ * tables of forms. Functions other than kernels are skipped: a call is an error that names them.
  *
  * The tables (alu_forms, ...) are the complete list of what is understood: an opcode, a modifier or
  * an operand that no row allows is refused by name. Letters of a form's operand list, where "type"

@@ -45,7 +45,6 @@
     X(715, ILLEGAL_INSTRUCTION, "an illegal instruction was encountered")                          \
     X(716, MISALIGNED_ADDRESS, "misaligned address")                                               \
     X(719, LAUNCH_FAILED, "unspecified launch failure")                                            \
-    X(800, NOT_PERMITTED, "operation not permitted")                                               \
     X(801, NOT_SUPPORTED, "operation not supported")                                               \
     X(900, STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing")         \
     X(901, STREAM_CAPTURE_INVALIDATED, "operation failed due to a previous error during capture")  \
@@ -146,7 +145,7 @@ int sim_mem_host_remove(void *host);
 /* The device whose memory it is or, if freed, was; -1: host memory or nothing at all. */
 int sim_mem_owner(uint64_t address);
 /* Is [address, address + bytes) inside one live allocation? On failure returns ILLEGAL_ADDRESS or
- * INVALID_VALUE and describes why in text (may be NULL). */
+ * INVALID_VALUE and describes why in text. */
 int sim_mem_check(uint64_t address, uint64_t bytes, char *text, size_t text_size);
 /* The host bytes behind an address that sim_mem_check() accepted; host memory maps to itself. */
 void *sim_mem_ptr(uint64_t address);

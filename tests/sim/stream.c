@@ -3,7 +3,7 @@
  * Work does not run when it is submitted. Each operation knows its predecessors: the one before it
  * in its stream, the records it waits for, and the legacy stream's rule. When a call has to wait,
  * the operations it needs run one by one, each time the ready one with the lowest seeded priority;
- * README.md ("Order") says what else runs, by SIM_SEED. So what is not ordered by the program happens
+ * README.md ("Order") says what else runs, by SIM_SEED. So what the program does not order happens
  * in some other order under some seed.
  *
  * A capturing stream does not run its work but adds it to a graph; an event recorded in it carries
