@@ -4212,9 +4212,9 @@ static void cpu_device(Device *d, Pool *pool) {
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
     X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) \
-    X(query_norm) X(index_scores) X(index_slab) X(index_topk) X(attend) X(attend_combine) \
-    X(route) X(expert_up_1) X(expert_up_8) X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) X(ffn_in_8) \
-    X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) X(gather_rows) X(gemm) \
+    X(query_norm) X(index_scores) X(index_slab) X(index_topk) X(attend_16) X(attend_32) \
+    X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) \
+    X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) X(gather_rows) X(gemm) \
     X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
 #define KERNEL_ID(name) K_##name,
 #define KERNEL_NAME(name) #name,
@@ -4479,7 +4479,7 @@ static void upload_walk(Upload *u) {
         upload_layer(u, &w->mtp[i].block);
         upload_list(u, mtp_table, COUNT(mtp_table), 0, &w->mtp[i]);
     }
-    u->at += 65536;             // the products read up to three rows past a matrix
+    u->at += 1 << 20;           // the products read up to three rows past a matrix
 }
 
 static void *copy_of(const void *p, size_t n, size_t size) {
@@ -4663,15 +4663,17 @@ static int gpu_attribute(const Device *d, int id) {
     return v;
 }
 
-// What the kernels take for granted about a model's shape. The CPU takes any.
+// What the kernels take for granted about a model's shape; the CPU takes any. Rows in multiples of
+// 32 columns: they are read 16 bytes at a time in the checkpoint's own layout. head_dim and
+// index_head_dim: what a block can hold in registers.
 static void check_shape(const Device *d) {
     const Config *c = d->c;
     const struct { const char *name; int value, multiple, most; } rule[] = {
-        { "hidden_size", c->dim, 32, 1 << 16 }, { "head_dim", c->head_dim, 32, 640 },
-        { "qk_rope_head_dim", c->rope_dim, 4, 640 }, { "q_lora_rank", c->q_lora_rank, 32, 1 << 16 },
+        { "hidden_size", c->dim, 32, 1 << 16 }, { "head_dim", c->head_dim, 32, 512 },
+        { "qk_rope_head_dim", c->rope_dim, 4, 512 }, { "q_lora_rank", c->q_lora_rank, 32, 1 << 16 },
         { "o_lora_rank", c->o_lora_rank, 32, 1 << 16 }, { "index_head_dim", c->index_dim, 32, 256 },
         { "moe_intermediate_size", c->expert_dim, 32, 1 << 16 },
-        { "index_n_heads", c->index_heads, 1, 128 }, { "hc_mult", c->hc_mult, 2, 4 },
+        { "index_n_heads", c->index_heads, 1, 1 << 16 }, { "hc_mult", c->hc_mult, 1, 16 },
         { "num_experts_per_tok", c->n_active, 1, 32 },
         { "n_routed_experts", c->n_experts, 1, 1024 },
     };
@@ -4709,8 +4711,9 @@ static Formats model_formats(const Weights *w, const Config *c) {
     return f;
 }
 
-static unsigned attend_shared(const Config *c) {
-    unsigned warps = ((unsigned)c->head_dim + 63) / 64, heads = c->n_heads > 16 ? 32 : 16;
+// Dynamic shared memory of the kernel that takes `heads` heads a block.
+static unsigned attend_shared(const Config *c, unsigned heads) {
+    unsigned warps = ((unsigned)c->head_dim + 63) / 64;
     return warps * (3 * 2048 + heads * 64) + heads * 60;
 }
 
@@ -4743,7 +4746,8 @@ static void cuda_compile(Device *d) {
     const int tiled[] = { K_gemm, K_expert_up, K_expert_down };         // 8: dynamic shared memory
     for (size_t i = 0; i < COUNT(tiled); i++)
         CU(d, FuncSetAttribute, g->fn[tiled[i]], 8, TILE_SHARED);
-    CU(d, FuncSetAttribute, g->fn[K_attend], 8, (int)attend_shared(d->c));
+    CU(d, FuncSetAttribute, g->fn[K_attend_16], 8, (int)attend_shared(d->c, 16));
+    CU(d, FuncSetAttribute, g->fn[K_attend_32], 8, (int)attend_shared(d->c, 32));
     note("%s: kernels %s in %.2f s", d->name, from, now() - start);
     free(ptx), free(options.p);
 }
@@ -4785,7 +4789,7 @@ static void cuda_buffers(Device *d) {
     g->y = gpu_buffer(d, T * D, 4);
     g->post_c = gpu_buffer(d, T * S, 4);
     g->comb = gpu_buffer(d, T * S * S, 4);
-    g->part = gpu_buffer(d, T * ((D + 63) / 64) * 32, 4);
+    g->part = gpu_buffer(d, T * ((D + 63) / 64) * (((2 + S) * S + 32) & ~(size_t)31), 4);
     g->x = gpu_act(d, T, c->dim);
     g->qr = gpu_act(d, T, c->q_lora_rank);
     g->o = gpu_act(d, T, (int)(H * K));
@@ -5006,14 +5010,14 @@ static void gpu_mix(Device *d, const Hyper *h) {
     int apply = g->post, n = h ? h->fn.n : 0, D = d->c->dim;
     CuPtr fn = h ? (CuPtr)(uintptr_t)h->fn.w : 0;
     if (!apply && !h) return;
-    LAUNCH(d, hc_mix, (D + 63) / 64, (g->T + 7) / 8, 1, 16 * d->c->hc_mult, 0, &g->X, &g->y, &g->post_c, &g->comb,
+    LAUNCH(d, hc_mix, (D + 63) / 64, (g->T + 7) / 8, 1, 256, 0, &g->X, &g->y, &g->post_c, &g->comb,
            &apply, &fn, &n, &g->part, &g->T);
     g->post = false;
 }
 
 static void gpu_norm(Device *d, const Hyper *h, const float *norm, int full) {
     Cuda *g = d->impl;
-    LAUNCH(d, hc_norm, g->T, 1, 1, 256, 0, &g->X, &g->part, (void *)&h->base, (void *)&h->scale, &norm, &full,
+    LAUNCH(d, hc_norm, g->T, full ? 2 : 1, 1, 256, 0, &g->X, &g->part, (void *)&h->base, (void *)&h->scale, &norm, &full,
            &g->post_c, &g->comb, &g->x.x, &g->x.q, &g->x.s, &g->r.bad);
 }
 
@@ -5044,9 +5048,11 @@ static void cuda_hc_post(Device *d) { ((Cuda *)d->impl)->post = true; }
 // The kernel variant for T rows: 0, 1, 2, 3 for 1, 2, 4, 8 rows a block.
 static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3; }
 
+// Products of a launch for T rows. A batch of few rows never takes the tiles (its draft layer has
+// more rows than tokens): a row's result must not depend on how many others there are.
 static void gpu_products(Device *d, const GpuProducts *p, int T) {
     Cuda *g = d->impl;
-    if (T > TILE) {
+    if (T > TILE && g->T > TILE) {
         LAUNCH(d, gemm, p->tiles, (T + TILE_T - 1) / TILE_T, 1, 256, TILE_SHARED, (void *)&p->tasks, (void *)&p->n, &T,
                &g->rows, &g->slots);
         return;
@@ -5121,10 +5127,13 @@ static void cuda_attend(Device *d, const Layer *l, int i) {
     Cuda *g = d->impl;
     const Config *c = d->c;
     GpuLayer *gl = &g->layer[i];
-    int splits = g->T <= TILE ? MAX_SPLITS : 1, ratio = l->ratio, heads = c->n_heads > 16 ? 32 : 16;
+    int splits = g->T <= TILE ? MAX_SPLITS : 1, ratio = l->ratio;
+    int heads = c->n_heads > 16 && g->T > 2 ? 32 : 16;          // more blocks for few rows
     CuPtr ox = takes_int8(l->wo_a.fmt) && !g->keep_floats ? 0 : g->o.x;
-    LAUNCH(d, attend, splits, (c->n_heads + heads - 1) / heads, g->T, 32 * ((c->head_dim + 63) / 64), attend_shared(c),
-           &g->qh, &g->rows, &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits, &g->o_part, &g->ml);
+    gpu_launch(d, heads == 32 ? K_attend_32 : K_attend_16, (unsigned)splits, (unsigned)((c->n_heads + heads - 1) / heads),
+               (unsigned)g->T, 32 * ((unsigned)(c->head_dim + 63) / 64), attend_shared(c, (unsigned)heads),
+               (void *[]){ &g->qh, &g->rows, &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits,
+                           &g->o_part, &g->ml });
     LAUNCH(d, attend_combine, c->n_heads, g->T, 1, (c->head_dim / 4 + 31) & ~31, 0, &g->o_part, &g->ml, &g->rows, &ratio,
            &splits, (void *)&l->attn_sink, &g->inv_freq[ratio != 0], &ox, &g->o.q, &g->o.s);
 }
@@ -5164,7 +5173,7 @@ static void experts_many(Device *d, const Layer *l, const GpuLayer *gl) {
     tiles += (T + TILE_T - 1) / TILE_T;
     gpu_products(d, &gl->gate, T);
     LAUNCH(d, route, (T + 7) / 8, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
-    LAUNCH(d, group_rows, 1, 1, 1, 1024, 0, &T, &g->r);
+    LAUNCH(d, group_rows, (c->n_experts + 7) / 8, 1, 1, 256, 0, &T, &g->r);
     LAUNCH(d, expert_up, (c->expert_dim + 63) / 64, tiles, 1, 256, TILE_SHARED, (void *)&gl->experts, &g->x.x, &g->x.q,
            &g->x.s, &T, &g->r, &g->h);
     LAUNCH(d, expert_down, (c->dim + TILE_N - 1) / TILE_N, tiles, 1, 256, TILE_SHARED, (void *)&gl->experts, &g->h, &g->r,

@@ -1,4 +1,4 @@
-// kernels.cu: the forward pass of dsv4.c for CUDA devices, kernel by kernel, in the order of a layer.
+// kernels.cu: the forward pass of dsv4.c for CUDA devices, kernel by kernel, as a layer needs them.
 //
 // Compiled at run time by NVRTC without any header: 16-bit numbers are unsigned short, tensor-core
 // and asynchronous-copy instructions are inline PTX (7.4, sm_80 and later). The model's dimensions
@@ -26,8 +26,7 @@ typedef unsigned long long u64;
 
 enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4 };       // Format in dsv4.c
 
-// Mat in dsv4.c: [n, k] in the checkpoint's layout, base addresses on 256 bytes, k a multiple of
-// 32.
+// Mat in dsv4.c: [n, k] as in the checkpoint, base addresses on 256 bytes, k a multiple of 32.
 struct Matrix {
     const u8 *w, *s;
     int n, k, fmt, pad;
@@ -46,8 +45,7 @@ struct Task {
     float *out;             // [T, ldo], NULL if it is not wanted
     s8 *out_q;              // [T, ldo] the output quantised, or NULL
     float *out_s;           // [T, ldo / 32]
-    // ring > 0: row t goes to its session's cache at ring_at + (pos % ring) * ring_step
-    // bytes
+    // ring > 0: row t goes to its session's cache, at byte ring_at + (pos % ring) * ring_step
     u64 ring_at;
     int ring, ring_step;
     int ldx, ldo;
@@ -104,8 +102,10 @@ __device__ inline uint4 load_stream(const void *p) {
 }
 
 __device__ inline int dot16(uint4 a, uint4 b) {
-    return __dp4a((int)a.w, (int)b.w, __dp4a((int)a.z, (int)b.z, __dp4a((int)a.y, (int)b.y,
-        __dp4a((int)a.x, (int)b.x, 0))));
+    int sum = __dp4a((int)a.x, (int)b.x, 0);
+    sum = __dp4a((int)a.y, (int)b.y, sum);
+    sum = __dp4a((int)a.z, (int)b.z, sum);
+    return __dp4a((int)a.w, (int)b.w, sum);
 }
 
 __device__ inline float warp_sum(float v) {
@@ -144,6 +144,13 @@ __device__ inline float block_sum(float v, float *tmp) {
     return v;
 }
 
+__device__ inline float4 fma4(float a, float4 b, float4 c) {
+    return make_float4(fmaf(a, b.x, c.x), fmaf(a, b.y, c.y), fmaf(a, b.z, c.z), fmaf(a, b.w, c.w));
+}
+__device__ inline float dot4(float4 a, float4 b, float sum) {
+    return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, sum))));
+}
+
 __device__ inline float relu(float x) { return x < 0 ? 0 : x; }       // keeps NaN
 
 // The larger magnitude, as bits; NaN is the largest of all, so that it reaches the scale and
@@ -180,21 +187,72 @@ __device__ inline void quantize1(float v, s8 *q, float *scale) {
     if ((threadIdx.x & 31) == 0) *scale = m / 127.f;
 }
 
-// c += a b with a 16 x 16, b 16 x 8 in BF16, c in FP32.
-__device__ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3),
-            "r"(b0), "r"(b1));
+// Rows of N numbers in a block of 256 threads, 4 per thread and step: v[i] are the dims
+// (i * 256 + thread) * 4 and the three after it, 0 past the end.
+template <int N> __device__ inline void load_row(float4 *v, const float *from) {
+#pragma unroll
+    for (int i = 0; i < (N + 1023) / 1024; i++) {
+        const int d = (i * 256 + threadIdx.x) * 4;
+        v[i] = d < N ? *(const float4 *)(from + d) : make_float4(0, 0, 0, 0);
+    }
 }
 
-// The same for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
-__device__ inline void mma_int8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3),
-            "r"(b0), "r"(b1));
+// rms() of dsv4.c on such a row; tmp: 32 floats of shared memory.
+template <int N> __device__ inline void rms_row(float4 *v, const float *norm, float *tmp) {
+    constexpr int PER = (N + 1023) / 1024;
+    float sq = 0;
+#pragma unroll
+    for (int i = 0; i < PER; i++) sq = dot4(v[i], v[i], sq);
+    const float r = 1.f / sqrtf(block_sum(sq, tmp) / N + NORM_EPS);
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int d = (i * 256 + threadIdx.x) * 4;
+        if (d >= N) continue;
+        const float4 w = *(const float4 *)(norm + d);
+        v[i] = make_float4(v[i].x * r * w.x, v[i].y * r * w.y, v[i].z * r * w.z, v[i].w * r * w.w);
+    }
+}
+
+// Writes such a row as row t of activations [T, N]: FP32 and INT8.
+template <int N>
+__device__ inline void store_act(const float4 *v, int t, float *x, s8 *q, float *qs) {
+#pragma unroll
+    for (int i = 0; i < (N + 1023) / 1024; i++) {
+        const int d = (i * 256 + threadIdx.x) * 4;
+        const size_t at = (size_t)t * N + d;
+        if (d < N) *(float4 *)(x + at) = v[i];
+        quantize4(v[i], q + at, qs + at / 32, d < N);
+    }
+}
+
+// c += a b with a 16 x 16, b 16 x 8 in BF16, c in FP32.
+__device__ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c = a b for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
+__device__ inline void mma_int8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Four 8 x 8 matrices of 16-bit numbers: lane l names row l % 8 of matrix l / 8 and gets, of each,
+// numbers 2 (l % 4) and the next of row l / 4 (trans: of that column).
+__device__ inline void ldmatrix4(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+__device__ inline void ldmatrix4_trans(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
 
 __device__ inline void cp_async16(u32 to, const void *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from),
@@ -214,11 +272,11 @@ template <int N> __device__ inline void cp_async_wait() {
 __device__ inline void sin_cos(float x, float &s, float &c) {
     float k = rintf(x * 0.636619772f);
     float r = fmaf(k, 4.37113883e-8f, fmaf(k, -1.57079637f, x)), r2 = r * r;
-    float ps = fmaf(fmaf(fmaf(-1.9515295891e-4f, r2, 8.3321608736e-3f), r2, -1.6666654611e-1f),
-        r2 * r, r);
-    float pc = fmaf(fmaf(fmaf(2.443315711809948e-5f, r2, -1.388731625493765e-3f), r2,
-        4.166664568298827e-2f),
-                    r2 * r2, fmaf(r2, -0.5f, 1.f));
+    float ps =
+        fmaf(fmaf(fmaf(-1.9515295891e-4f, r2, 8.3321608736e-3f), r2, -1.6666654611e-1f), r2 * r, r);
+    float pc = fmaf(
+        fmaf(fmaf(2.443315711809948e-5f, r2, -1.388731625493765e-3f), r2, 4.166664568298827e-2f),
+        r2 * r2, fmaf(r2, -0.5f, 1.f));
     int n = (int)k & 3;
     float a = n & 1 ? pc : ps, b = n & 1 ? ps : pc;
     s = n & 2 ? -a : a;
@@ -251,219 +309,147 @@ struct In {
     int ld;
 };
 
-// The dot_* functions add the products of R weight rows with B activation rows to acc. A lane
-// takes the 16-byte chunks c, c + step, ... of a row. Rows past the end of a matrix or a batch
-// are read too (memory is allocated for them) and dropped by the caller.
+// Number i of a matrix's scales; 1/16 and 1/4 undo the factors in the integers of INT4 and FP4.
+template <int FMT> __device__ inline float scale_at(const u8 *s, size_t i) {
+    if (FMT == W_INT8) return bf16_to_float(__ldg((const u16 *)s + i));
+    if (FMT == W_INT4) return bf16_to_float(__ldg((const u16 *)s + i)) * 0.0625f;
+    return FMT == W_FP4 ? e8m0_to_float(__ldg(s + i)) * 0.25f : e8m0_to_float(__ldg(s + i));
+}
 
-// INT8: 16 columns a chunk, half a group of the activations. s: the scales of this row block,
-// one per 128 columns.
-template <int R, int B>
-__device__ inline void dot_int8(float (&acc)[R * B], const u8 *w, size_t pitch, const u16 *s,
-    const In &in,
-                                const int (&row)[B], int c, int step, int chunks) {
-#pragma unroll 1
-    for (; c < chunks; c += step) {
-        uint4 v[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-        const float ws = bf16_to_float(__ldg(s + (c >> 3)));
-#pragma unroll
-        for (int b = 0; b < B; b++) {
-            const uint4 a = __ldg((const uint4 *)(in.q + (u32)(row[b] * in.ld)) + c);
-            const float as = __ldg(in.qs + (u32)(row[b] * (in.ld >> 5) + (c >> 1))) * ws;
-#pragma unroll
-            for (int r = 0; r < R; r++) acc[r * B + b] = fmaf((float)dot16(v[r], a), as,
-                acc[r * B + b]);
-        }
+// Which of the scales holds for column k of row n: one per row and 32 columns, or per 128 x 128.
+template <int FMT> __device__ inline size_t scale_index(int columns, int n, int k) {
+    if (FMT == W_INT4 || FMT == W_FP4) return (size_t)n * (columns / 32) + k / 32;
+    return (size_t)(n / 128) * ((columns + 127) / 128) + k / 128;
+}
+
+// The 16 bytes at v as signed integers, and in `hi` the second half of what 4-bit formats hold.
+// FP4: columns 0..15 and 16..31, 4 times their value. INT4: the even and the odd columns, 16 times
+// their value: (nibble - 8) * 16 is one LOP3 away from the packed bytes.
+template <int FMT> __device__ inline void unpack(uint4 &v, uint4 &hi) {
+    if (FMT == W_FP4) {
+        hi = make_uint4(fp4_bytes(v.z), fp4_bytes(v.z >> 16), fp4_bytes(v.w), fp4_bytes(v.w >> 16));
+        v = make_uint4(fp4_bytes(v.x), fp4_bytes(v.x >> 16), fp4_bytes(v.y), fp4_bytes(v.y >> 16));
+    } else if (FMT == W_INT4) {
+        const u32 m = 0xf0f0f0f0u, x = 0x80808080u;
+        hi = make_uint4((v.x & m) ^ x, (v.y & m) ^ x, (v.z & m) ^ x, (v.w & m) ^ x);
+        v = make_uint4((v.x << 4 & m) ^ x, (v.y << 4 & m) ^ x, (v.z << 4 & m) ^ x,
+                       (v.w << 4 & m) ^ x);
     }
 }
 
-// INT4: 32 columns a chunk = one group. (nibble - 8) * 16 is one LOP3 away from the packed
-// bytes; even columns and odd columns come out apart, so the activations are sorted the same
-// way. s: this row's scales, row r at r * groups.
-template <int R, int B>
-__device__ inline void dot_int4(float (&acc)[R * B], const u8 *w, size_t pitch, const u16 *s,
-    const In &in,
-                                const int (&row)[B], int c, int step, int chunks) {
+// 32 columns of activations: the even ones to a, the odd ones to b.
+__device__ inline void sort_columns(uint4 &a, uint4 &b) {
+    const uint4 even = make_uint4(__byte_perm(a.x, a.y, 0x6420), __byte_perm(a.z, a.w, 0x6420),
+                                  __byte_perm(b.x, b.y, 0x6420), __byte_perm(b.z, b.w, 0x6420));
+    b = make_uint4(__byte_perm(a.x, a.y, 0x7531), __byte_perm(a.z, a.w, 0x7531),
+                   __byte_perm(b.x, b.y, 0x7531), __byte_perm(b.z, b.w, 0x7531));
+    a = even;
+}
+
+// dot_int and dot_float: acc[r * B + b] += W[n + r, :] . in[row[b], :], R rows of the matrix and B
+// of the input. A lane takes the 16-byte chunks c, c + step, ... of each row. Rows past the end of
+// a matrix or a batch are read too (memory is allocated for them) and dropped by the caller.
+
+// Integer formats: exact sums of a chunk (32 columns of INT4 and FP4 = one group, 16 of INT8 = half
+// a group of the activations), scaled and added.
+template <int FMT, int R, int B>
+__device__ inline void dot_int(float (&acc)[R * B], const Matrix &m, int n, const In &in,
+                               const int (&row)[B], int c, int step) {
+    constexpr bool BYTES = FMT == W_INT8;
+    const int chunks = m.k / (BYTES ? 16 : 32), per_row = BYTES ? 0 : chunks;
+    const size_t pitch = (size_t)chunks * 16;
+    const u8 *w = m.w + n * pitch;
+    const size_t s = scale_index<FMT>(m.k, n, 0);
 #pragma unroll 1
     for (; c < chunks; c += step) {
-        uint4 v[R];
+        uint4 v[R], hi[R];
         float ws[R];
 #pragma unroll
         for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-#pragma unroll
-        for (int r = 0; r < R; r++) ws[r] = bf16_to_float(__ldg(s + r * chunks + c)) * 0.0625f;
-        uint4 e[R], o[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const u32 m = 0xf0f0f0f0u, x = 0x80808080u;
-            e[r] = make_uint4((v[r].x << 4 & m) ^ x, (v[r].y << 4 & m) ^ x, (v[r].z << 4 & m) ^ x,
-                (v[r].w << 4 & m) ^ x);
-            o[r] = make_uint4((v[r].x & m) ^ x, (v[r].y & m) ^ x, (v[r].z & m) ^ x,
-                (v[r].w & m) ^ x);
-        }
-#pragma unroll
-        for (int b = 0; b < B; b++) {
-            const uint4 *p = (const uint4 *)(in.q + (u32)(row[b] * in.ld)) + 2 * c;
-            const uint4 a0 = __ldg(p), a1 = __ldg(p + 1);
-            const float as = __ldg(in.qs + (u32)(row[b] * (in.ld >> 5) + c));
-            const uint4 ae = make_uint4(__byte_perm(a0.x, a0.y, 0x6420), __byte_perm(a0.z, a0.w,
-                0x6420),
-                                        __byte_perm(a1.x, a1.y, 0x6420), __byte_perm(a1.z, a1.w,
-                                            0x6420));
-            const uint4 ao = make_uint4(__byte_perm(a0.x, a0.y, 0x7531), __byte_perm(a0.z, a0.w,
-                0x7531),
-                                        __byte_perm(a1.x, a1.y, 0x7531), __byte_perm(a1.z, a1.w,
-                                            0x7531));
-#pragma unroll
-            for (int r = 0; r < R; r++)
-                acc[r * B + b] = fmaf((float)(dot16(e[r], ae) + dot16(o[r], ao)), as * ws[r],
-                    acc[r * B + b]);
-        }
-    }
-}
-
-// FP4 (E2M1): 32 columns a chunk = one group; the integers are 4 times the values. s: one E8M0
-// byte per group.
-template <int R, int B>
-__device__ inline void dot_fp4(float (&acc)[R * B], const u8 *w, size_t pitch, const u8 *s,
-    const In &in,
-                               const int (&row)[B], int c, int step, int chunks) {
-#pragma unroll 1
-    for (; c < chunks; c += step) {
-        uint4 v[R], lo[R], hi[R];
-        float ws[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-#pragma unroll
-        for (int r = 0; r < R; r++) ws[r] = e8m0_to_float(__ldg(s + r * chunks + c)) * 0.25f;
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            lo[r] = make_uint4(fp4_bytes(v[r].x), fp4_bytes(v[r].x >> 16), fp4_bytes(v[r].y),
-                fp4_bytes(v[r].y >> 16));
-            hi[r] = make_uint4(fp4_bytes(v[r].z), fp4_bytes(v[r].z >> 16), fp4_bytes(v[r].w),
-                fp4_bytes(v[r].w >> 16));
-        }
-#pragma unroll
-        for (int b = 0; b < B; b++) {
-            const uint4 *p = (const uint4 *)(in.q + (u32)(row[b] * in.ld)) + 2 * c;
-            const uint4 a0 = __ldg(p), a1 = __ldg(p + 1);
-            const float as = __ldg(in.qs + (u32)(row[b] * (in.ld >> 5) + c));
-#pragma unroll
-            for (int r = 0; r < R; r++)
-                acc[r * B + b] = fmaf((float)(dot16(lo[r], a0) + dot16(hi[r], a1)), as * ws[r],
-                    acc[r * B + b]);
-        }
-    }
-}
-
-// BF16 and FP32: 8 and 4 columns a chunk, FP32 activations.
-template <int R, int B>
-__device__ inline void dot_bf16(float (&acc)[R * B], const u8 *w, size_t pitch, const In &in,
-                                const int (&row)[B], int c, int step, int chunks) {
-#pragma unroll 1
-    for (; c < chunks; c += step) {
-        uint4 v[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-#pragma unroll
-        for (int b = 0; b < B; b++) {
-            const float4 *p = (const float4 *)(in.x + (u32)(row[b] * in.ld)) + 2 * c;
-            const float4 a = __ldg(p), d = __ldg(p + 1);
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                float t = fmaf(lo_bf16(v[r].x), a.x, fmaf(hi_bf16(v[r].x), a.y, acc[r * B + b]));
-                t = fmaf(lo_bf16(v[r].y), a.z, fmaf(hi_bf16(v[r].y), a.w, t));
-                t = fmaf(lo_bf16(v[r].z), d.x, fmaf(hi_bf16(v[r].z), d.y, t));
-                acc[r * B + b] = fmaf(lo_bf16(v[r].w), d.z, fmaf(hi_bf16(v[r].w), d.w, t));
-            }
-        }
-    }
-}
-
-template <int R, int B>
-__device__ inline void dot_f32(float (&acc)[R * B], const u8 *w, size_t pitch, const In &in,
-                               const int (&row)[B], int c, int step, int chunks) {
-#pragma unroll 1
-    for (; c < chunks; c += step) {
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const uint4 v = load_stream(w + r * pitch + (size_t)c * 16);
-#pragma unroll
-            for (int b = 0; b < B; b++) {
-                const float4 a = __ldg((const float4 *)(in.x + (u32)(row[b] * in.ld)) + c);
-                float t = fmaf(__uint_as_float(v.x), a.x, fmaf(__uint_as_float(v.y), a.y,
-                    acc[r * B + b]));
-                acc[r * B + b] = fmaf(__uint_as_float(v.z), a.z, fmaf(__uint_as_float(v.w), a.w,
-                    t));
-            }
-        }
-    }
-}
-
-// FP8 (E4M3), 16 columns a chunk, decoded exactly, FP32 activations. s: one E8M0 byte per 128
-// columns.
-template <int R, int B>
-__device__ inline void dot_fp8(float (&acc)[R * B], const u8 *w, size_t pitch, const u8 *s,
-    const In &in,
-                               const int (&row)[B], int c, int step, int chunks) {
-#pragma unroll 1
-    for (; c < chunks; c += step) {
-        uint4 v[R];
-        float sum[R][B] = {};
-#pragma unroll
-        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-        const float ws = e8m0_to_float(__ldg(s + (c >> 3)));
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float4 a[B];
-#pragma unroll
-            for (int b = 0; b < B; b++) a[b] = __ldg((const float4 *)(in.x
-                + (u32)(row[b] * in.ld)) + 4 * c + i);
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                const u32 p = i == 0 ? v[r].x : i == 1 ? v[r].y : i == 2 ? v[r].z : v[r].w;
-                const float w0 = e4m3_raw(p, 0) * E4M3_SCALE, w1 = e4m3_raw(p, 1) * E4M3_SCALE;
-                const float w2 = e4m3_raw(p, 2) * E4M3_SCALE, w3 = e4m3_raw(p, 3) * E4M3_SCALE;
-#pragma unroll
-                for (int b = 0; b < B; b++)
-                    sum[r][b] = fmaf(w3, a[b].w, fmaf(w2, a[b].z, fmaf(w1, a[b].y, fmaf(w0, a[b].x,
-                        sum[r][b]))));
-            }
-        }
 #pragma unroll
         for (int r = 0; r < R; r++)
+            ws[r] = scale_at<FMT>(m.s, s + r * per_row + (BYTES ? c >> 3 : c));
 #pragma unroll
-            for (int b = 0; b < B; b++) acc[r * B + b] = fmaf(sum[r][b], ws, acc[r * B + b]);
+        for (int r = 0; r < R; r++) unpack<FMT>(v[r], hi[r]);
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            const uint4 *p = (const uint4 *)(in.q + (u32)(row[b] * in.ld)) + c * (BYTES ? 1 : 2);
+            uint4 a = __ldg(p), a_hi = BYTES ? a : __ldg(p + 1);
+            const float as = __ldg(in.qs + (u32)(row[b] * (in.ld >> 5) + (BYTES ? c >> 1 : c)));
+            if (FMT == W_INT4) sort_columns(a, a_hi);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                const int sum = BYTES ? dot16(v[r], a) : dot16(v[r], a) + dot16(hi[r], a_hi);
+                acc[r * B + b] = fmaf((float)sum, as * ws[r], acc[r * B + b]);
+            }
+        }
     }
 }
 
-// Rows n .. n+R-1 of m times B rows; one warp, or `ksplit` warps that each take a part k
-// of the columns. The sums go to part[r * B + b]. FORMATS: those that m can have.
+// Columns 4 i .. 4 i + 3 of a chunk in a float format.
+template <int FMT> __device__ inline float4 unpack_float(const uint4 &v, int i, float scale) {
+    const u32 x = i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+    if (FMT == W_FP8) {
+        const float s = scale;
+        return make_float4(e4m3_raw(x, 0) * E4M3_SCALE * s, e4m3_raw(x, 1) * E4M3_SCALE * s,
+                           e4m3_raw(x, 2) * E4M3_SCALE * s, e4m3_raw(x, 3) * E4M3_SCALE * s);
+    }
+    if (FMT == W_F32)
+        return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                           __uint_as_float(v.w));
+    return i == 0 ? make_float4(lo_bf16(v.x), hi_bf16(v.x), lo_bf16(v.y), hi_bf16(v.y))
+                  : make_float4(lo_bf16(v.z), hi_bf16(v.z), lo_bf16(v.w), hi_bf16(v.w));
+}
+
+// Float formats with FP32 activations: FP32, BF16 and FP8, 4, 8 and 16 columns a chunk.
+template <int FMT, int R, int B>
+__device__ inline void dot_float(float (&acc)[R * B], const Matrix &m, int n, const In &in,
+                                 const int (&row)[B], int c, int step) {
+    constexpr int QUADS = FMT == W_F32 ? 1 : FMT == W_BF16 ? 2 : 4;
+    constexpr int UNROLL = QUADS * B > 16 ? 1 : QUADS;      // else registers run out
+    const int chunks = m.k / (4 * QUADS);
+    const size_t pitch = (size_t)chunks * 16;
+    const u8 *w = m.w + n * pitch, *s = m.s + (FMT == W_FP8 ? scale_index<FMT>(m.k, n, 0) : 0);
+#pragma unroll 1
+    for (; c < chunks; c += step) {
+        uint4 v[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
+        const float ws = FMT == W_FP8 ? scale_at<FMT>(s, c >> 3) : 1.f;
+#pragma unroll UNROLL
+        for (int i = 0; i < QUADS; i++) {
+            float4 u[R];
+#pragma unroll
+            for (int r = 0; r < R; r++) u[r] = unpack_float<FMT>(v[r], i, ws);
+#pragma unroll
+            for (int b = 0; b < B; b++) {
+                const float4 *p = (const float4 *)(in.x + (u32)(row[b] * in.ld)) + c * QUADS;
+                const float4 a = __ldg(p + i);
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    float &sum = acc[r * B + b];
+                    sum = fmaf(u[r].x, a.x, fmaf(u[r].y, a.y, sum));
+                    sum = fmaf(u[r].z, a.z, fmaf(u[r].w, a.w, sum));
+                }
+            }
+        }
+    }
+}
+
+// Rows n .. n+R-1 of m times B rows; one warp, or `ksplit` warps that each take a part k of the
+// columns. The sums go to part[r * B + b]. FORMATS: those that m can have.
 template <int FORMATS, int R, int B>
 __device__ inline void dot_rows(float *part, const Matrix &m, int n, const In &in,
-    const int (&row)[B],
-                                int k, int ksplit) {
+                                const int (&row)[B], int k, int ksplit) {
     const int lane = threadIdx.x & 31, c = k * 32 + lane, step = ksplit * 32;
     float acc[R * B] = {};
 #define HAS(f) (FORMATS == 1 << (f) || ((FORMATS >> (f) & 1) && m.fmt == (f)))
-    if (HAS(W_INT8)) {
-        const u16 *s = (const u16 *)m.s + (size_t)(n / 128) * ((m.k + 127) / 128);
-        dot_int8<R, B>(acc, m.w + (size_t)n * m.k, m.k, s, in, row, c, step, m.k / 16);
-    } else if (HAS(W_INT4)) {
-        const u16 *s = (const u16 *)m.s + (size_t)n * (m.k / 32);
-        dot_int4<R, B>(acc, m.w + (size_t)n * (m.k / 2), m.k / 2, s, in, row, c, step, m.k / 32);
-    } else if (HAS(W_FP4)) {
-        const u8 *s = m.s + (size_t)n * (m.k / 32);
-        dot_fp4<R, B>(acc, m.w + (size_t)n * (m.k / 2), m.k / 2, s, in, row, c, step, m.k / 32);
-    } else if (HAS(W_FP8)) {
-        const u8 *s = m.s + (size_t)(n / 128) * ((m.k + 127) / 128);
-        dot_fp8<R, B>(acc, m.w + (size_t)n * m.k, m.k, s, in, row, c, step, m.k / 16);
-    } else if (HAS(W_BF16)) {
-        dot_bf16<R, B>(acc, m.w + (size_t)n * m.k * 2, (size_t)m.k * 2, in, row, c, step, m.k / 8);
-    } else if (HAS(W_F32)) {
-        dot_f32<R, B>(acc, m.w + (size_t)n * m.k * 4, (size_t)m.k * 4, in, row, c, step, m.k / 4);
-    }
+    if (HAS(W_INT8)) dot_int<W_INT8, R, B>(acc, m, n, in, row, c, step);
+    else if (HAS(W_INT4)) dot_int<W_INT4, R, B>(acc, m, n, in, row, c, step);
+    else if (HAS(W_FP4)) dot_int<W_FP4, R, B>(acc, m, n, in, row, c, step);
+    else if (HAS(W_FP8)) dot_float<W_FP8, R, B>(acc, m, n, in, row, c, step);
+    else if (HAS(W_BF16)) dot_float<W_BF16, R, B>(acc, m, n, in, row, c, step);
+    else if (HAS(W_F32)) dot_float<W_F32, R, B>(acc, m, n, in, row, c, step);
     const float v = reduce_many<R * B>(acc);
     if (lane % (32 / (R * B)) == 0) part[lane / (32 / (R * B))] = v;
 }
@@ -473,27 +459,26 @@ __device__ inline void dot_rows(float *part, const Matrix &m, int n, const In &i
 // weights, writes (32 / ksplit) * B results.
 template <int FORMATS, int B>
 __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int t0, int T,
-    const Row *rows,
-                                  const u64 *slots) {
+                                  const Row *rows, const u64 *slots) {
     constexpr int R = B > 2 ? 2 : 4;
     __shared__ float part[8][4 * B];
     int i = n_tasks - 1;
     while (i > 0 && block < tasks[i].block0) i--;
     const Task *t = tasks + i;
     const int warp = threadIdx.x >> 5, ksplit = t->ksplit, per = 32 / ksplit, seg_n = t->seg_n;
-    const int seg = (block - t->block0) / t->seg_blocks,
-        base = (block - t->block0 - seg * t->seg_blocks) * per;
+    const int seg = (block - t->block0) / t->seg_blocks;
+    const int base = (block - t->block0 - seg * t->seg_blocks) * per;
     const int n = base + warp / ksplit * 4;
     const Matrix m = t->m;
     const In in = { t->x + (size_t)seg * m.k, t->q + (size_t)seg * m.k,
-        t->qs + (size_t)seg * (m.k / 32), t->ldx };
+                    t->qs + (size_t)seg * (m.k / 32), t->ldx };
     int row[B];
 #pragma unroll
     for (int b = 0; b < B; b++) row[b] = t0 + b;
 #pragma unroll 1
     for (int r = 0; r < 4 && n + r < seg_n; r += R)
         dot_rows<FORMATS, R, B>(part[warp] + r * B, m, seg * seg_n + n + r, in, row, warp % ksplit,
-            ksplit);
+                                ksplit);
     __syncthreads();
     const int j = threadIdx.x % per, b = threadIdx.x / per, row_t = t0 + b;
     if (b >= B || base + j >= seg_n || row_t >= T) return;
@@ -539,26 +524,15 @@ template <int FMT> struct Step {
     static constexpr int AB = INTEGER || FMT == W_F32 ? 64 : 128;
 };
 
-// Chunks of 16 bytes are moved inside a row so that what a warp reads at once lies in different
-// banks.
+// Chunks of 16 bytes move inside a row, so that what a warp reads at once lies in different banks.
 template <int BYTES> __device__ inline int swizzle(int row, int chunk) {
-    return BYTES == 32 ? chunk ^ (row >> 2 & 1) : BYTES == 64
-        ? chunk ^ (row & 2) : chunk ^ (row & 1) * 4;
+    if (BYTES == 32) return chunk ^ (row >> 2 & 1);
+    return BYTES == 64 ? chunk ^ (row & 2) ^ (row >> 2 & 1) : chunk ^ (row & 1) * 4;
 }
 
-// Two matrices side by side: rows r < split of a tile are rows na + r of a, the others rows nb +
-// r - split of b.
+// Two matrices side by side: row r of a tile is row na + r of a below `split`, else nb + r - split
+// of b.
 struct Pair { Matrix a, b; int na, nb, split; };
-
-// The scale of column k of `columns` in a row; 0 past the end.
-template <int FMT> __device__ inline float weight_scale(const u8 *s, int columns, int row, int k) {
-    if (k >= columns) return 0;
-    const size_t block = (size_t)(row / 128) * ((columns + 127) / 128) + k / 128,
-        group = (size_t)row * (columns / 32) + k / 32;
-    if (FMT == W_INT8) return bf16_to_float(((const u16 *)s)[block]);
-    if (FMT == W_INT4) return bf16_to_float(((const u16 *)s)[group]) * 0.0625f;
-    return FMT == W_FP4 ? e8m0_to_float(s[group]) * 0.25f : e8m0_to_float(s[block]);
-}
 
 __device__ inline void split_bf16(float a, float b, u32 &hi, u32 &lo) {
     hi = pack_bf16(a, b);
@@ -566,47 +540,58 @@ __device__ inline void split_bf16(float a, float b, u32 &hi, u32 &lo) {
 }
 
 // Two groups of 32 columns of a warp's 32 x 32 part: exact integer sums of a group, scaled into
-// acc. The sums start at 1.5 * 2^23 as bits of a float, so that subtracting it converts them.
+// acc. The order of the columns inside a group is free as long as weights and activations agree.
 template <int FMT>
-__device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int rn, int rt, int g,
-    int q, int count) {
-    const u8 *act = stage + 8192;
+__device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int rn, int rt,
+                                     int count) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    const u32 weights = shared_address(stage), act = weights + 8192;
     const float *as = (const float *)(stage + 12288), *ws = (const float *)(stage + 12800);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        u32 a[2][4];
+        u32 a[2][4], b[4];                          // rows g, g + 8 of two 16-row tiles
         float w[2][2];
+        if (FMT == W_INT8) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {               // rows g, g + 8 of two 16-row tiles
-            const int r = rn + i * 8 + g, m = i >> 1, o = i & 1;
-            if (FMT == W_INT8) {
-                const uint2 v = *(const uint2 *)(stage + r * 64 + swizzle<64>(r,
-                    k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
-                a[m][o] = v.x, a[m][o + 2] = v.y;
-            } else {
-                const u32 v = *(const u32 *)(stage + r * 32 + swizzle<32>(r, k) * 16 + q * 4);
-                a[m][o] = FMT == W_FP4 ? fp4_bytes(v) : (v << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
-                a[m][o + 2] = FMT == W_FP4 ? fp4_bytes(v >> 16) : (v & 0xf0f0f0f0u) ^ 0x80808080u;
+            for (int m = 0; m < 2; m++) {
+                const int r = rn + m * 16 + (lane & 15);
+                ldmatrix4(a[m], weights + r * 64 + swizzle<64>(r, k * 2 + (lane >> 4)) * 16);
             }
-            w[m][o] = ws[k * TILE_N + r];
+        } else {
+            ldmatrix4(b, weights + (rn + lane) * 32 + swizzle<32>(rn + lane, k) * 16);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const u32 v = b[i], m = 0xf0f0f0f0u, x = 0x80808080u;
+                a[i >> 1][i & 1] = FMT == W_FP4 ? fp4_bytes(v) : (v << 4 & m) ^ x;
+                a[i >> 1][(i & 1) + 2] = FMT == W_FP4 ? fp4_bytes(v >> 16) : (v & m) ^ x;
+            }
         }
 #pragma unroll
+        for (int i = 0; i < 4; i++) w[i >> 1][i & 1] = ws[k * TILE_N + rn + i * 8 + g];
+#pragma unroll
         for (int n = 0; n < 4; n++) {
-            const int t = rt + n * 8 + g;
             if (rt + n * 8 >= count) break;
-            const uint2 v = *(const uint2 *)(act + t * 64 + swizzle<64>(t,
-                k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
-            const u32 b0 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x6420) : v.x;
-            const u32 b1 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x7531) : v.y;
+            u32 b0, b1;
+            if (FMT == W_INT8) {        // two tiles of 8 rows at once
+                const int t = rt + n * 8 + (lane >> 4) * 8 + (lane & 7),
+                          c = k * 2 + (lane >> 3 & 1);
+                if (n % 2 == 0) ldmatrix4(b, act + t * 64 + swizzle<64>(t, c) * 16);
+                b0 = b[n % 2 * 2], b1 = b[n % 2 * 2 + 1];
+            } else {
+                const int t = rt + n * 8 + g, c = swizzle<64>(t, k * 2 + (q >> 1));
+                const uint2 v = *(const uint2 *)(stage + 8192 + t * 64 + c * 16 + (q & 1) * 8);
+                b0 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x6420) : v.x;
+                b1 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x7531) : v.y;
+            }
             const float2 s = *(const float2 *)(as + k * TILE_T + rt + n * 8 + q * 2);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
-                int c[4] = { 0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000 };
-                mma_int8(c, a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
+                int c[4];
+                mma_int8(c, a[m], b0, b1);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    acc[m][n][i] = fmaf(__int_as_float(c[i]) - 12582912.f,
-                        (i & 1 ? s.y : s.x) * w[m][i >> 1], acc[m][n][i]);
+                    acc[m][n][i] =
+                        fmaf((float)c[i], (i & 1 ? s.y : s.x) * w[m][i >> 1], acc[m][n][i]);
             }
         }
     }
@@ -626,16 +611,17 @@ __device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, i
         for (int i = 0; i < 4; i++) {
             const int r = rn + i * 8 + g, m = i >> 1, o = i & 1;
             if (FMT == W_BF16) {
-                const uint2 v = *(const uint2 *)(stage + r * 64 + swizzle<64>(r,
-                    k * 2 + (q >> 1)) * 16 + (q & 1) * 8);
+                const uint2 v = *(const uint2 *)(stage + r * 64 +
+                                                 swizzle<64>(r, k * 2 + (q >> 1)) * 16 +
+                                                 (q & 1) * 8);
                 a[m][o] = v.x, a[m][o + 2] = v.y;
             } else if (FMT == W_FP8) {
                 const u32 v = *(const u32 *)(stage + r * 32 + swizzle<32>(r, k) * 16 + q * 4);
                 const float s = ws[r];
-                a[m][o] = pack_bf16(e4m3_raw(v, 0) * E4M3_SCALE * s, e4m3_raw(v,
-                    1) * E4M3_SCALE * s);
-                a[m][o + 2] = pack_bf16(e4m3_raw(v, 2) * E4M3_SCALE * s, e4m3_raw(v,
-                    3) * E4M3_SCALE * s);
+                a[m][o] =
+                    pack_bf16(e4m3_raw(v, 0) * E4M3_SCALE * s, e4m3_raw(v, 1) * E4M3_SCALE * s);
+                a[m][o + 2] =
+                    pack_bf16(e4m3_raw(v, 2) * E4M3_SCALE * s, e4m3_raw(v, 3) * E4M3_SCALE * s);
             } else {
                 const float4 v = *(const float4 *)(stage + r * 64 + swizzle<64>(r, q) * 16);
                 split_bf16(v.x, v.y, a[m][o], al[m][o]);
@@ -654,8 +640,8 @@ __device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, i
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 mma_bf16(acc[m][n], a[m][0], a[m][1], a[m][2], a[m][3], l0, l1);
-                if (FMT == W_F32) mma_bf16(acc[m][n], al[m][0], al[m][1], al[m][2], al[m][3], b0,
-                    b1);
+                if (FMT == W_F32)
+                    mma_bf16(acc[m][n], al[m][0], al[m][1], al[m][2], al[m][3], b0, b1);
                 mma_bf16(acc[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
             }
         }
@@ -667,79 +653,80 @@ __device__ inline void tile_step_float(float (&acc)[2][4][4], const u8 *stage, i
 // three stages by asynchronous copies; what lies past the columns is zero.
 template <int FMT>
 __device__ inline void tile_product(const Pair &p, const In &in, const int *row, int count,
-    u8 *shared) {
-    constexpr int K = Step<FMT>::K, WB = Step<FMT>::WB, AB = Step<FMT>::AB,
-        WN = TILE_N * WB / 4096, AN = TILE_T * AB / 4096;
-    constexpr bool INTEGER = Step<FMT>::INTEGER;
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, k_all = p.a.k,
-        steps = (k_all + K - 1) / K;
-    const size_t pitch = (size_t)k_all * WB / K;
+                                    u8 *shared) {
+    constexpr int K = Step<FMT>::K, WB = Step<FMT>::WB, AB = Step<FMT>::AB, WN = TILE_N * WB / 4096,
+                  AN = TILE_T * AB / 4096;
+    constexpr bool INTEGER = Step<FMT>::INTEGER, SCALED = INTEGER || FMT == W_FP8;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, k_all = p.a.k;
+    const int steps = (k_all + K - 1) / K, w_bytes = k_all / K * WB + k_all % K * WB / K;
+    const int a_bytes = k_all * (AB / K);
     const u8 *w_from[WN], *a_from[AN];
     u32 w_to[WN], a_to[AN];
 #pragma unroll
     for (int i = 0; i < WN; i++) {
         const int r = (tid + i * 256) / (WB / 16), c = (tid + i * 256) % (WB / 16);
-        const bool first = r < p.split;
-        const int n = min(first ? p.na + r : p.nb + r - p.split, p.a.n - 1);
-        w_from[i] = (first ? p.a.w : p.b.w) + n * pitch + c * 16;
-        w_to[i] = r * WB + swizzle<WB>(r, c) * 16;
+        const int n = min(r < p.split ? p.na + r : p.nb + r - p.split, p.a.n - 1);
+        w_from[i] = (r < p.split ? p.a.w : p.b.w) + (size_t)n * w_bytes + c * 16;
+        w_to[i] = shared_address(shared) + r * WB + swizzle<WB>(r, c) * 16;
     }
 #pragma unroll
     for (int i = 0; i < AN; i++) {
         const int t = (tid + i * 256) / (AB / 16), c = (tid + i * 256) % (AB / 16);
-        a_from[i] = (INTEGER ? (const u8 *)in.q + (size_t)row[t] * in.ld
-            : (const u8 *)(in.x + (size_t)row[t] * in.ld)) + c * 16;
-        a_to[i] = 8192 + t * AB + swizzle<AB>(t, c) * 16;
+        const size_t at = (size_t)row[t] * in.ld;
+        a_from[i] = (INTEGER ? (const u8 *)(in.q + at) : (const u8 *)(in.x + at)) + c * 16;
+        a_to[i] = shared_address(shared) + 8192 + t * AB + swizzle<AB>(t, c) * 16;
     }
-    const int sr = INTEGER ? tid >> 1 : tid & 127, sn = min(sr < p.split
-        ? p.na + sr : p.nb + sr - p.split, p.a.n - 1);
+    // a thread's scales: of matrix row sr in every group (INTEGER: every second one), and of row
+    // tid % 64 of the batch in every second group
+    const int sr = INTEGER ? tid >> 1 : tid & 127, odd = INTEGER ? tid & 1 : 0;
+    const int sn = min(sr < p.split ? p.na + sr : p.nb + sr - p.split, p.a.n - 1);
     const u8 *scales = sr < p.split ? p.a.s : p.b.s;
-    // returns this thread's weight scale, to be stored later
-    auto load = [&](int step) -> float {
-        const u32 to = shared_address(shared + step % STAGES * STAGE_BYTES);
+    const float *as_from = INTEGER ? in.qs + (size_t)row[tid & 63] * (in.ld >> 5) + (tid >> 6) : 0;
+    // starts the copies of a step into the stage at byte `to`; returns this thread's weight scale,
+    // to be stored later
+    auto load = [&](int step, u32 to) -> float {
 #pragma unroll
         for (int i = 0; i < WN; i++) {
             const int c = (tid + i * 256) % (WB / 16);
-            cp_async16(to + w_to[i], w_from[i] + (size_t)step * WB,
-                (size_t)step * WB + c * 16 < pitch);
+            cp_async16(to + w_to[i], w_from[i] + (size_t)step * WB, step * WB + c * 16 < w_bytes);
         }
 #pragma unroll
         for (int i = 0; i < AN; i++) {
             const int c = (tid + i * 256) % (AB / 16);
-            cp_async16(to + a_to[i], a_from[i] + (size_t)step * AB,
-                step * AB + c * 16 < k_all * (AB / K));
+            cp_async16(to + a_to[i], a_from[i] + (size_t)step * AB, step * AB + c * 16 < a_bytes);
         }
         if (INTEGER && tid < 2 * TILE_T) {
-            const int group = step * 2 + (tid >> 6), t = tid & 63;
-            const float *s = in.qs + (size_t)row[t] * (in.ld >> 5);
-            cp_async4(to + 12288 + tid * 4, s + (group < k_all / 32 ? group : 0),
-                group < k_all / 32);
+            const bool valid = step * 2 + (tid >> 6) < k_all / 32;
+            cp_async4(shared_address(shared) + to + 12288 + tid * 4,
+                      as_from + (valid ? step * 2 : 0), valid);
         }
-        if (INTEGER) return weight_scale<FMT>(scales, k_all, sn, step * K + (tid & 1) * 32);
-        return FMT == W_FP8 ? weight_scale<FMT>(scales, k_all, sn, step * K) : 0;
+        const int k = step * K + odd * 32;
+        if (!SCALED || k >= k_all) return 0;
+        return scale_at<FMT>(scales, scale_index<FMT>(k_all, sn, k));
     };
-    auto store_scale = [&](int step, float s) {
-        u8 *stage = shared + step % STAGES * STAGE_BYTES;
-        if (INTEGER) ((float *)(stage + 12800))[(tid & 1) * TILE_N + sr] = s;
-        else if (FMT == W_FP8 && tid < TILE_N) ((float *)(stage + 4096))[sr] = s;
+    auto store_scale = [&](u32 to, float s) {
+        if (INTEGER) ((float *)(shared + to + 12800))[odd * TILE_N + sr] = s;
+        else if (SCALED && tid < TILE_N) ((float *)(shared + to + 4096))[sr] = s;
     };
     float acc[2][4][4] = {};
     const int rn = (warp & 3) * 32, rt = (warp >> 2) * 32;
     for (int i = 0; i < STAGES - 1; i++) {
-        if (i < steps) store_scale(i, load(i));
+        if (i < steps) store_scale(i * STAGE_BYTES, load(i, i * STAGE_BYTES));
         cp_async_commit();
     }
+    u32 from = 0, to = (STAGES - 1) * STAGE_BYTES;      // the stages that are read and filled
     for (int i = 0; i < steps; i++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         float s = 0;
         const bool more = i + STAGES - 1 < steps;
-        if (more) s = load(i + STAGES - 1);
+        if (more) s = load(i + STAGES - 1, to);
         cp_async_commit();
-        const u8 *stage = shared + i % STAGES * STAGE_BYTES;
-        if constexpr (INTEGER) tile_step_int<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3, count);
-        else tile_step_float<FMT>(acc, stage, rn, rt, lane >> 2, lane & 3, count);
-        if (more) store_scale(i + STAGES - 1, s);
+        if constexpr (INTEGER) tile_step_int<FMT>(acc, shared + from, rn, rt, count);
+        else tile_step_float<FMT>(acc, shared + from, rn, rt, lane >> 2, lane & 3, count);
+        if (more) store_scale(to, s);
+        to = from;
+        from = from + STAGE_BYTES < STAGES * STAGE_BYTES ? from + STAGE_BYTES : 0;
     }
     __syncthreads();
     float *out = (float *)shared;
@@ -749,8 +736,8 @@ __device__ inline void tile_product(const Pair &p, const In &in, const int *row,
         for (int n = 0; n < 4; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                out[(rt + n * 8 + (lane & 3) * 2 + (i & 1)) * TILE_PITCH
-                    + rn + m * 16 + (lane >> 2) + (i >> 1) * 8] = acc[m][n][i];
+                out[(rt + n * 8 + (lane & 3) * 2 + (i & 1)) * TILE_PITCH + rn + m * 16 +
+                    (lane >> 2) + (i >> 1) * 8] = acc[m][n][i];
     __syncthreads();
 }
 
@@ -758,18 +745,14 @@ template <int FORMATS>
 __device__ inline void tile_any(const Pair &p, const In &in, const int *row, int count,
     u8 *shared) {
     const Matrix &m = p.a;
-    if constexpr (FORMATS >> W_INT8 & 1) if (HAS(W_INT8)) tile_product<W_INT8>(p, in, row, count,
-        shared);
-    if constexpr (FORMATS >> W_INT4 & 1) if (HAS(W_INT4)) tile_product<W_INT4>(p, in, row, count,
-        shared);
-    if constexpr (FORMATS >> W_FP4 & 1) if (HAS(W_FP4)) tile_product<W_FP4>(p, in, row, count,
-        shared);
-    if constexpr (FORMATS >> W_FP8 & 1) if (HAS(W_FP8)) tile_product<W_FP8>(p, in, row, count,
-        shared);
-    if constexpr (FORMATS >> W_BF16 & 1) if (HAS(W_BF16)) tile_product<W_BF16>(p, in, row, count,
-        shared);
-    if constexpr (FORMATS >> W_F32 & 1) if (HAS(W_F32)) tile_product<W_F32>(p, in, row, count,
-        shared);
+#define PRODUCT(f) \
+    if constexpr (FORMATS >> f & 1) { if (HAS(f)) tile_product<f>(p, in, row, count, shared); }
+    PRODUCT(W_INT8)
+    PRODUCT(W_INT4)
+    PRODUCT(W_FP4)
+    PRODUCT(W_FP8)
+    PRODUCT(W_BF16)
+    PRODUCT(W_F32)
 }
 
 // matmul() of dsv4.c for long batches: block (tile of one task, 64 rows). Reads 128 matrix rows
@@ -787,7 +770,7 @@ gemm(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) {
         lane = threadIdx.x & 31;
     const Matrix m = t->m;
     const In in = { t->x + (size_t)seg * m.k, t->q + (size_t)seg * m.k,
-        t->qs + (size_t)seg * (m.k / 32), t->ldx };
+                    t->qs + (size_t)seg * (m.k / 32), t->ldx };
     if (threadIdx.x < TILE_T) row[threadIdx.x] = min(t0 + (int)threadIdx.x, T - 1);
     __syncthreads();
     const Pair p = { m, m, seg * seg_n + base, 0, TILE_N };
@@ -797,8 +780,8 @@ gemm(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) {
         float *out = t->out + to;
         if (t->ring) {
             const Row r = rows[t0 + j];
-            out = (float *)(slots[r.slot] + t->ring_at
-                + (u64)(r.pos % t->ring) * t->ring_step) + base;
+            out = (float *)(slots[r.slot] + t->ring_at + (u64)(r.pos % t->ring) * t->ring_step) +
+                  base;
         }
         for (int n = lane; n < TILE_N && base + n < seg_n; n += 32) {
             const float v = ((const float *)shared)[j * TILE_PITCH + n];
@@ -829,163 +812,159 @@ embed(const void *table, int wide, const Row *rows, float *X) {
 }
 
 constexpr int HC_N = (2 + STREAMS) * STREAMS;           // numbers that steer one hyper-connection
+constexpr int HC_PAD = (HC_N + 32) & ~31;               // and the sum of squares behind them
 constexpr int HC_BLOCKS = (DIM + 63) / 64;
 
-// hc_post() of the last sublayer and the first half of hc_pre() of the next. A block owns 64
-// dims of all streams for 8 rows: X[k] = post[k] y + sum_j comb[j][k] X[j] (apply), then its
-// share of fn . X and of the sum of squares goes to part[t, block, 32] (the squares at HC_N).
-// Thread: 4 dims of one stream. Reads 256 S n_fn bytes of fn, X and y once.
-extern "C" __global__ void __launch_bounds__(16 * STREAMS)
-hc_mix(float *X, const float *y, const float *post, const float *comb, int apply, const float *fn,
-    int n_fn,
-       float *part, int T) {
-    __shared__ float sums[(STREAMS + 1) / 2][32];
-    const int s = threadIdx.x / 16, d = blockIdx.x * 64 + threadIdx.x % 16 * 4;
-    const bool in = d < DIM;
-    for (int t = blockIdx.y * 8; t < min(T, (int)blockIdx.y * 8 + 8); t++) {
-        float *row = X + (size_t)t * STREAMS * DIM + d;
-        float4 x = make_float4(0, 0, 0, 0);
-        if (apply) {
-            if (in) {
-                const float4 v = *(const float4 *)(y + (size_t)t * DIM + d);
-                const float p = post[t * STREAMS + s];
-                x = make_float4(p * v.x, p * v.y, p * v.z, p * v.w);
-                for (int j = 0; j < STREAMS; j++) {
-                    const float4 u = *(const float4 *)(row + j * DIM);
-                    const float c = comb[(t * STREAMS + j) * STREAMS + s];
-                    x.x = fmaf(c, u.x, x.x), x.y = fmaf(c, u.y, x.y), x.z = fmaf(c, u.z, x.z),
-                        x.w = fmaf(c, u.w, x.w);
-                }
+// hc_mix for 64 dims of all streams and the rows t0 .. t0+B-1.
+template <int B>
+__device__ inline void hc_mix_block(float *X, const float *y, const float *post, const float *comb,
+                                    int apply, const float *fn, int n_fn, float *part, int t0,
+                                    int T) {
+    constexpr int CHUNKS = STREAMS * 16;                // of 4 dims
+    __shared__ float4 x[B * CHUNKS];
+    const int lane = threadIdx.x & 31, d0 = blockIdx.x * 64;
+    for (int i = threadIdx.x; i < B * CHUNKS; i += 256) {
+        const int t = t0 + i / CHUNKS, s = i / 16 % STREAMS, d = d0 + i % 16 * 4;
+        float4 v = make_float4(0, 0, 0, 0);
+        if (t < T && d < DIM) {
+            const float *row = X + (size_t)t * STREAMS * DIM + d;
+            if (apply) {
+                v = fma4(post[t * STREAMS + s], *(const float4 *)(y + (size_t)t * DIM + d), v);
+                for (int j = 0; j < STREAMS; j++)
+                    v = fma4(comb[(t * STREAMS + j) * STREAMS + s],
+                             *(const float4 *)(row + j * DIM), v);
+            } else {
+                v = *(const float4 *)(row + s * DIM);
             }
-            __syncthreads();
-            if (in) *(float4 *)(row + s * DIM) = x;
-        } else if (in) {
-            x = *(const float4 *)(row + s * DIM);
         }
-        if (!n_fn) continue;
-        float v[32] = {};
-        v[HC_N] = x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+        x[i] = v;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; apply && i < B * CHUNKS; i += 256) {
+        const int t = t0 + i / CHUNKS, s = i / 16 % STREAMS, d = d0 + i % 16 * 4;
+        if (t < T && d < DIM) *(float4 *)(X + ((size_t)t * STREAMS + s) * DIM + d) = x[i];
+    }
+    // a warp takes four rows of fn at a time; row n_fn is x itself
+    for (int n = threadIdx.x / 32 * 4; n_fn && n <= n_fn; n += 32) {
+        float sum[4 * B] = {};
+#pragma unroll 2
+        for (int i = lane; i < CHUNKS; i += 32) {
+            const int s = i / 16, d = d0 + i % 16 * 4;
+            if (d >= DIM) continue;
+            float4 f[4];
 #pragma unroll
-        for (int i = 0; i < HC_N; i++) {
-            if (i < n_fn && in) {
-                const float4 f = __ldg((const float4 *)(fn + ((size_t)i * STREAMS + s) * DIM + d));
-                v[i] = fmaf(f.x, x.x, fmaf(f.y, x.y, fmaf(f.z, x.z, f.w * x.w)));
+            for (int r = 0; r < 4; r++) {
+                const size_t at = ((size_t)min(n + r, n_fn - 1) * STREAMS + s) * DIM + d;
+                f[r] = __ldg((const float4 *)(fn + at));
             }
+#pragma unroll
+            for (int b = 0; b < B; b++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    const float4 v = x[b * CHUNKS + i];
+                    sum[b * 4 + r] = dot4(n + r < n_fn ? f[r] : v, v, sum[b * 4 + r]);
+                }
         }
-        const float total = reduce_many<32>(v);
-        __syncthreads();
-        sums[threadIdx.x >> 5][threadIdx.x & 31] = total;
-        __syncthreads();
-        if (threadIdx.x < 32) {
-            float sum = 0;
-            for (int w = 0; w < STREAMS / 2; w++) sum += sums[w][threadIdx.x];
-            part[((size_t)t * HC_BLOCKS + blockIdx.x) * 32 + threadIdx.x] = sum;
-        }
+        const float total = reduce_many<4 * B>(sum);
+        const int which = lane / (8 / B), t = t0 + which / 4, i = n + which % 4;
+        if (lane % (8 / B) == 0 && t < T && i <= n_fn)
+            part[((size_t)t * HC_BLOCKS + blockIdx.x) * HC_PAD + i] = total;
     }
 }
 
-// sinkhorn() of dsv4.c on comb, lane j * S + k of one warp holding C[j][k].
+// hc_post() of the last sublayer and the first half of hc_pre() of the next. A block owns 64 dims
+// of all streams for 8 rows: X[k] = post[k] y + sum_j comb[j][k] X[j] (apply), then its share of
+// fn . X (n_fn rows) and of the sum of squares goes to part[t, block, HC_PAD]. Reads 256 S n_fn
+// bytes of fn, X and y once; writes X and part.
+extern "C" __global__ void __launch_bounds__(256)
+hc_mix(float *X, const float *y, const float *post, const float *comb, int apply,
+       const float *fn, int n_fn, float *part, int T) {
+    const int t0 = blockIdx.y * 8;
+    if (T == 1) hc_mix_block<1>(X, y, post, comb, apply, fn, n_fn, part, t0, T);
+    else hc_mix_block<8>(X, y, post, comb, apply, fn, n_fn, part, t0, T);
+}
+
+// sinkhorn() of dsv4.c: thread j * S + k holds and gets C[j][k]. All threads of the block call it.
 __device__ inline float sinkhorn(float c) {
-    float m = c;
-    for (int i = 1; i < STREAMS; i <<= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
-    c = expf(c - m);
+    constexpr int N = STREAMS * STREAMS;
+    __shared__ float by_row[N], by_column[N];
+    const int i = threadIdx.x, j = i / STREAMS, k = i % STREAMS;
+    if (N <= 32 && i >= 32) return c;                   // one warp is enough
+    auto share = [&](float *to) {
+        if (i < N) to[i] = c;
+        if (N <= 32) __syncwarp();
+        else __syncthreads();
+    };
+    auto row_sum = [&]() {
+        float sum = 0;
+        share(by_row);
+        for (int m = 0; i < N && m < STREAMS; m++) sum += by_row[j * STREAMS + m];
+        return sum;
+    };
+    share(by_column);
+    float most = MINUS_INF;
+    for (int m = 0; i < N && m < STREAMS; m++) most = fmaxf(most, by_column[j * STREAMS + m]);
+    c = expf(c - most);
+    c = c / row_sum() + HC_EPS;
     for (int it = 0; it < HC_ITERS; it++) {
-        float sum = c;
-        for (int i = 1; i < STREAMS; i <<= 1) sum += __shfl_xor_sync(~0u, sum, i);
-        c = it ? c / (sum + HC_EPS) : c / sum + HC_EPS;
-        sum = c;
-        for (int i = STREAMS; i < STREAMS * STREAMS; i <<= 1) sum += __shfl_xor_sync(~0u, sum, i);
+        if (it) c = c / (row_sum() + HC_EPS);
+        float sum = 0;
+        share(by_column);
+        for (int m = 0; i < N && m < STREAMS; m++) sum += by_column[m * STREAMS + k];
         c = c / (sum + HC_EPS);
     }
     return c;
 }
 
-// The second half of hc_pre() (full) or hc_head(): one block per row adds up part[], makes pre,
-// post and comb, mixes the streams, normalises with `norm` and quantises. Reads 4 S D bytes of
-// X, writes x [D] in FP32 and INT8.
+// The second half of hc_pre() (full) or hc_head(). Block (row, 0) adds up part[], makes pre, mixes
+// the streams, normalises with `norm` and quantises; block (row, 1), if full, makes post and comb
+// meanwhile. Reads 4 S D bytes of X, writes x [D] in FP32 and INT8.
 extern "C" __global__ void __launch_bounds__(256)
 hc_norm(const float *X, const float *part, const float *base, const float *scale,
-    const float *norm, int full,
-        float *post, float *comb, float *x, s8 *q, float *qs, int *bad) {
+        const float *norm, int full, float *post, float *comb, float *x, s8 *q, float *qs,
+        int *bad) {
     constexpr int PER = (DIM + 1023) / 1024;
-    __shared__ float sums[8][32], pre[STREAMS], tmp[32];
-    const int t = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    float v = 0;
-    for (int b = warp; b < HC_BLOCKS; b += 8) v += part[((size_t)t * HC_BLOCKS + b) * 32 + lane];
-    sums[warp][lane] = v;
-    __syncthreads();
-    if (warp == 0) {
-        v = 0;
-        for (int w = 0; w < 8; w++) v += sums[w][lane];
-        const float mean = __shfl_sync(~0u, v, HC_N) / (STREAMS * DIM),
-            r = 1.f / sqrtf(mean + NORM_EPS);
-        if (!(mean <= 3.4e38f)) *bad = 1;
-        const float mix = v * r;
-        if (lane < STREAMS) pre[lane] = sigmoid(fmaf(mix, scale[0], base[lane])) + HC_EPS;
-        if (full) {
-            if (lane >= STREAMS && lane < 2 * STREAMS)
-                post[t * STREAMS + lane - STREAMS] = 2.f * sigmoid(fmaf(mix, scale[1], base[lane]));
-            float c = __shfl_sync(~0u, mix, (lane + 2 * STREAMS) & 31);
-            const bool on = lane < STREAMS * STREAMS;
-            c = sinkhorn(on ? fmaf(c, scale[2], base[2 * STREAMS + lane]) : 0.f);
-            if (on) comb[t * STREAMS * STREAMS + lane] = c;
-        }
-        __syncwarp();
+    __shared__ float sums[8][HC_PAD], mix[HC_PAD], pre[STREAMS], tmp[32];
+    const int t = blockIdx.x, i = threadIdx.x, n = full ? HC_N : STREAMS;
+    for (int k = i & 31; k <= n; k += 32) {
+        float v = 0;
+        for (int b = i >> 5; b < HC_BLOCKS; b += 8)
+            v += part[((size_t)t * HC_BLOCKS + b) * HC_PAD + k];
+        sums[i >> 5][k] = v;
     }
+    __syncthreads();
+    for (int k = i; k <= n; k += 256) {
+        float v = 0;
+        for (int w = 0; w < 8; w++) v += sums[w][k];
+        mix[k] = v;
+    }
+    __syncthreads();
+    const float mean = mix[n] / (STREAMS * DIM), r = 1.f / sqrtf(mean + NORM_EPS);
+    if (!(mean <= 3.4e38f)) *bad = 1;
+    if (blockIdx.y) {
+        constexpr int N = STREAMS * STREAMS, S = STREAMS;
+        if (i < S) post[t * S + i] = 2.f * sigmoid(fmaf(mix[S + i] * r, scale[1], base[S + i]));
+        const int k = 2 * S + min(i, N - 1);
+        const float c = sinkhorn(fmaf(mix[k] * r, scale[2], base[k]));
+        if (i < N) comb[t * N + i] = c;
+        return;
+    }
+    if (i < STREAMS) pre[i] = sigmoid(fmaf(mix[i] * r, scale[0], base[i])) + HC_EPS;
     __syncthreads();
     float4 y[PER];
-    float sq = 0;
 #pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int d = (i * 256 + threadIdx.x) * 4;
-        y[i] = make_float4(0, 0, 0, 0);
-        if (d >= DIM) continue;
-        for (int s = 0; s < STREAMS; s++) {
-            const float4 u = *(const float4 *)(X + ((size_t)t * STREAMS + s) * DIM + d);
-            const float p = pre[s];
-            y[i] = make_float4(fmaf(p, u.x, y[i].x), fmaf(p, u.y, y[i].y), fmaf(p, u.z, y[i].z),
-                fmaf(p, u.w, y[i].w));
-        }
-        sq = fmaf(y[i].x, y[i].x, fmaf(y[i].y, y[i].y, fmaf(y[i].z, y[i].z, fmaf(y[i].w, y[i].w,
-            sq))));
+    for (int k = 0; k < PER; k++) {
+        const int d = (k * 256 + i) * 4;
+        y[k] = make_float4(0, 0, 0, 0);
+        for (int s = 0; d < DIM && s < STREAMS; s++)
+            y[k] = fma4(pre[s], *(const float4 *)(X + ((size_t)t * STREAMS + s) * DIM + d), y[k]);
     }
-    const float r = 1.f / sqrtf(block_sum(sq, tmp) / DIM + NORM_EPS);
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int d = (i * 256 + threadIdx.x) * 4;
-        const size_t at = (size_t)t * DIM + d;
-        const bool in = d < DIM;
-        if (in) {
-            const float4 w = *(const float4 *)(norm + d);
-            y[i] = make_float4(y[i].x * r * w.x, y[i].y * r * w.y, y[i].z * r * w.z,
-                y[i].w * r * w.w);
-            *(float4 *)(x + at) = y[i];
-        }
-        quantize4(y[i], q + at, qs + at / 32, in);
-    }
+    rms_row<DIM>(y, norm, tmp);
+    store_act<DIM>(y, t, x, q, qs);
 }
 
 // ---------------------------------------------------------------------------
 // attention: latents, compressor, queries
-
-// rms() of dsv4.c over N values held 4 per thread and step by 256 threads.
-template <int N>
-__device__ inline void rms_row(float4 *v, const float *norm, float *tmp) {
-    constexpr int PER = (N + 1023) / 1024;
-    float sq = 0;
-#pragma unroll
-    for (int i = 0; i < PER; i++)
-        sq = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, fmaf(v[i].z, v[i].z, fmaf(v[i].w, v[i].w,
-            sq))));
-    const float r = 1.f / sqrtf(block_sum(sq, tmp) / N + NORM_EPS);
-#pragma unroll
-    for (int i = 0; i < PER; i++) {
-        const int d = (i * 256 + threadIdx.x) * 4;
-        if (d >= N) continue;
-        const float4 w = *(const float4 *)(norm + d);
-        v[i] = make_float4(v[i].x * r * w.x, v[i].y * r * w.y, v[i].z * r * w.z, v[i].w * r * w.w);
-    }
-}
 
 // Rotates a row of N held as above to position pos and stores it in BF16.
 template <int N>
@@ -1020,8 +999,8 @@ __device__ inline void compress(const Pool &p, u64 cache, int pos, const float *
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         const int d = (i * 256 + threadIdx.x) * 4;
-        float4 m = make_float4(MINUS_INF, MINUS_INF, MINUS_INF, MINUS_INF), l = make_float4(0, 0,
-            0, 0), o = l;
+        float4 m = make_float4(MINUS_INF, MINUS_INF, MINUS_INF, MINUS_INF),
+               l = make_float4(0, 0, 0, 0), o = l;
         c[i] = l;
         if (d >= N) continue;
         const int first = M == 4 && w > 0 ? -M : 0;
@@ -1033,8 +1012,8 @@ __device__ inline void compress(const Pool &p, u64 cache, int pos, const float *
                     a = *(const float4 *)(p.ape + (j & (M - 1)) * wide + at);
                 const float4 g = make_float4(g0.x + a.x, g0.y + a.y, g0.z + a.z, g0.w + a.w);
                 if (pass == 0) {
-                    m = make_float4(fmaxf(m.x, g.x), fmaxf(m.y, g.y), fmaxf(m.z, g.z), fmaxf(m.w,
-                        g.w));
+                    m = make_float4(fmaxf(m.x, g.x), fmaxf(m.y, g.y), fmaxf(m.z, g.z),
+                                    fmaxf(m.w, g.w));
                 } else {
                     const float4 k = *(const float4 *)in;
                     const float4 e = make_float4(expf(g.x - m.x), expf(g.y - m.y), expf(g.z - m.z),
@@ -1055,41 +1034,23 @@ __device__ inline void compress(const Pool &p, u64 cache, int pos, const float *
 // kv into the window ring; 2 and 3 run the compressors. Reads and writes a few KB per row.
 extern "C" __global__ void __launch_bounds__(256)
 attn_latent(float *qr, const float *q_norm, s8 *q, float *qs, const float *kv,
-    const float *kv_norm, const Row *rows,
-            const u64 *slots, u64 win_at, int ring, const float *inv_freq, Pool comp, Pool icomp) {
+            const float *kv_norm, const Row *rows, const u64 *slots, u64 win_at, int ring,
+            const float *inv_freq, Pool comp, Pool icomp) {
     __shared__ float tmp[32];
     const int t = blockIdx.x, role = blockIdx.y;
     const Row row = rows[t];
     const u64 cache = slots[row.slot];
     if (role == 0) {
-        constexpr int PER = (Q_RANK + 1023) / 1024;
-        float4 v[PER];
-#pragma unroll
-        for (int i = 0; i < PER; i++) {
-            const int d = (i * 256 + threadIdx.x) * 4;
-            v[i] = d < Q_RANK ? *(const float4 *)(qr + (size_t)t * Q_RANK + d) : make_float4(0, 0,
-                0, 0);
-        }
+        float4 v[(Q_RANK + 1023) / 1024];
+        load_row<Q_RANK>(v, qr + (size_t)t * Q_RANK);
         rms_row<Q_RANK>(v, q_norm, tmp);
-#pragma unroll
-        for (int i = 0; i < PER; i++) {
-            const int d = (i * 256 + threadIdx.x) * 4;
-            const size_t at = (size_t)t * Q_RANK + d;
-            if (d < Q_RANK) *(float4 *)(qr + at) = v[i];
-            quantize4(v[i], q + at, qs + at / 32, d < Q_RANK);
-        }
+        store_act<Q_RANK>(v, t, qr, q, qs);
     } else if (role == 1) {
-        constexpr int PER = (HEAD_DIM + 1023) / 1024;
-        float4 v[PER];
-#pragma unroll
-        for (int i = 0; i < PER; i++) {
-            const int d = (i * 256 + threadIdx.x) * 4;
-            v[i] = d < HEAD_DIM ? *(const float4 *)(kv + (size_t)t * HEAD_DIM + d) : make_float4(0,
-                0, 0, 0);
-        }
+        float4 v[(HEAD_DIM + 1023) / 1024];
+        u16 *to = (u16 *)(cache + win_at) + (size_t)(row.pos % ring) * HEAD_DIM;
+        load_row<HEAD_DIM>(v, kv + (size_t)t * HEAD_DIM);
         rms_row<HEAD_DIM>(v, kv_norm, tmp);
-        store_row<HEAD_DIM>(v, (u16 *)(cache + win_at) + (size_t)(row.pos % ring) * HEAD_DIM,
-            row.pos, inv_freq);
+        store_row<HEAD_DIM>(v, to, row.pos, inv_freq);
     } else if (role == 2) {
         compress<HEAD_DIM>(comp, cache, row.pos, inv_freq, tmp);
     } else {
@@ -1109,8 +1070,8 @@ __device__ inline void query_head(const float *in, u16 *out, bool norm, int pos,
     for (int i = 0; i < PER; i++) {
         const int d = (i * 32 + lane) * 4;
         v[i] = d < N ? *(const float4 *)(in + d) : make_float4(0, 0, 0, 0);
-        sq = fmaf(v[i].x, v[i].x, fmaf(v[i].y, v[i].y, fmaf(v[i].z, v[i].z, fmaf(v[i].w, v[i].w,
-            sq))));
+        sq = fmaf(v[i].x, v[i].x,
+                  fmaf(v[i].y, v[i].y, fmaf(v[i].z, v[i].z, fmaf(v[i].w, v[i].w, sq))));
     }
     const float r = norm ? 1.f / sqrtf(warp_sum(sq) / N + NORM_EPS) : 1.f;
 #pragma unroll
@@ -1127,7 +1088,7 @@ __device__ inline void query_head(const float *in, u16 *out, bool norm, int pos,
 // queries, to BF16. A warp per head, blocks (t, 8 heads).
 extern "C" __global__ void __launch_bounds__(256)
 query_norm(const float *q, const float *iq, const Row *rows, const float *inv_freq, u16 *qh,
-    u16 *iqh, int index) {
+           u16 *iqh, int index) {
     const int t = blockIdx.x, h = blockIdx.y * 8 + (threadIdx.x >> 5);
     if (h < HEADS) {
         const size_t at = ((size_t)t * HEADS + h) * HEAD_DIM;
@@ -1147,53 +1108,54 @@ constexpr int SCORE_KEYS = 128;     // keys per block, 32 per warp
 // visible w. Block (key block, row t of the slab that starts at t0). Keys are the A operand (16
 // rows), 8 heads the B operand; both are read 16 bytes at a time and thereby take the columns in
 // the same permuted order. Reads 256 bytes per key, the queries once per block.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, INDEX_DIM > 128 ? 3 : 5)
 index_scores(const u16 *iqh, const float *wt, const Row *rows, const u64 *slots, u64 keys_at,
-    int t0, float *scores,
-             size_t ld) {
-    constexpr int CHUNKS = INDEX_DIM / 32, PITCH = INDEX_DIM / 8 + 4, TILES = (INDEX_HEADS + 7) / 8;
-    // [head][16-byte chunks], the pad keeps 8 lanes on 32 banks
-    __shared__ uint4 qs[TILES * 8 * PITCH];
-    __shared__ float ws[TILES * 8];
+             int t0, float *scores, size_t ld) {
+    // [head][16-byte chunks] of 64 heads at a time; the pad keeps 8 lanes on 32 banks
+    constexpr int CHUNKS = INDEX_DIM / 32, ROW = INDEX_DIM / 8, PITCH = ROW + 4;
+    constexpr int SLAB = INDEX_HEADS > 64 ? 64 : (INDEX_HEADS + 7) & ~7;
+    __shared__ uint4 qs[SLAB * PITCH];
+    __shared__ float ws[SLAB];
     const int t = t0 + blockIdx.y, n = (rows[t].pos + 1) / 4, first = blockIdx.x * SCORE_KEYS;
     if (n <= INDEX_TOPK || first >= n) return;
-    for (int i = threadIdx.x; i < TILES * 8 * (INDEX_DIM / 8); i += blockDim.x) {
-        const int h = i / (INDEX_DIM / 8), c = i % (INDEX_DIM / 8);
-        const uint4 *q = (const uint4 *)(iqh + (size_t)t * INDEX_HEADS * INDEX_DIM);
-        qs[h * PITCH + c] = h < INDEX_HEADS ? q[i] : make_uint4(0, 0, 0, 0);
-    }
-    for (int h = threadIdx.x; h < TILES * 8; h += blockDim.x)
-        ws[h] = h < INDEX_HEADS ? wt[(size_t)t * INDEX_HEADS + h] : 0;
-    const int lane = threadIdx.x & 31, g = lane >> 2, q4 = lane & 3,
-        key = first + (threadIdx.x >> 5) * 32;
+    const int lane = threadIdx.x & 31, g = lane >> 2, q4 = lane & 3;
+    const int key = first + (threadIdx.x >> 5) * 32;
     const uint4 *keys = (const uint4 *)(slots[rows[t].slot] + keys_at);
+    const uint4 *q = (const uint4 *)(iqh + (size_t)t * INDEX_HEADS * INDEX_DIM);
     uint4 a[4][CHUNKS];             // key rows g, g + 8, g + 16, g + 24 of this warp
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
-            a[i][c] = load_stream(keys + (size_t)min(key + g + 8 * i,
-                n - 1) * (INDEX_DIM / 8) + c * 4 + q4);
-    __syncthreads();
+            a[i][c] = load_stream(keys + (size_t)min(key + g + 8 * i, n - 1) * ROW + c * 4 + q4);
     float sum[4] = {};
-    for (int j = 0; j < TILES; j++) {
-        float acc[2][4] = {};
+    for (int h0 = 0; h0 < INDEX_HEADS; h0 += SLAB) {
+        if (h0) __syncthreads();
+        for (int i = threadIdx.x; i < SLAB * ROW; i += 128)
+            qs[i / ROW * PITCH + i % ROW] = h0 + i / ROW < INDEX_HEADS ? q[h0 * ROW + i]
+                                                                       : make_uint4(0, 0, 0, 0);
+        for (int h = threadIdx.x; h < SLAB; h += 128)
+            ws[h] = h0 + h < INDEX_HEADS ? wt[(size_t)t * INDEX_HEADS + h0 + h] : 0;
+        __syncthreads();
+        for (int j = 0; j < SLAB; j += 8) {
+            float acc[2][4] = {};
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-            const uint4 b = qs[(j * 8 + g) * PITCH + c * 4 + q4];
+            for (int c = 0; c < CHUNKS; c++) {
+                const uint4 b = qs[(j + g) * PITCH + c * 4 + q4];
 #pragma unroll
-            for (int m = 0; m < 2; m++) {
-                mma_bf16(acc[m], a[2 * m][c].x, a[2 * m + 1][c].x, a[2 * m][c].y,
-                    a[2 * m + 1][c].y, b.x, b.y);
-                mma_bf16(acc[m], a[2 * m][c].z, a[2 * m + 1][c].z, a[2 * m][c].w,
-                    a[2 * m + 1][c].w, b.z, b.w);
+                for (int m = 0; m < 2; m++) {
+                    const uint4 &lo = a[2 * m][c], &hi = a[2 * m + 1][c];
+                    mma_bf16(acc[m], lo.x, hi.x, lo.y, hi.y, b.x, b.y);
+                    mma_bf16(acc[m], lo.z, hi.z, lo.w, hi.w, b.z, b.w);
+                }
+            }
+            const float w0 = ws[j + 2 * q4], w1 = ws[j + 2 * q4 + 1];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *s = acc[i >> 1] + (i & 1) * 2;
+                sum[i] = fmaf(w0, relu(s[0]), fmaf(w1, relu(s[1]), sum[i]));
             }
         }
-        const float w0 = ws[j * 8 + 2 * q4], w1 = ws[j * 8 + 2 * q4 + 1];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            sum[i] = fmaf(w0, relu(acc[i >> 1][(i & 1) * 2]), fmaf(w1,
-                relu(acc[i >> 1][(i & 1) * 2 + 1]), sum[i]));
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -1212,7 +1174,7 @@ __device__ inline u32 ordered(float f) {
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-// Inclusive prefix sum over 1024 threads; tmp holds 32 ints.
+// Inclusive prefix sum over a block of whole warps; tmp holds 32 ints.
 __device__ inline int block_scan(int v, int *tmp) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (int i = 1; i < 32; i <<= 1) {
@@ -1230,8 +1192,7 @@ __device__ inline int block_scan(int v, int *tmp) {
 // top_k() of dsv4.c by one block: calls take(place, i) for the INDEX_TOPK largest of s[0..n), n
 // > INDEX_TOPK, in ascending order of i; ties go to the lowest. Three histogram passes find the
 // threshold, two more collect. Reads s five times.
-template <class Take>
-__device__ inline void top_k(const float *s, int n, Take take) {
+template <class Take> __device__ inline void top_k(const float *s, int n, Take take) {
     __shared__ int hist[2048], tmp[32], above[32], equal[32];
     __shared__ int bin, left;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -1271,11 +1232,11 @@ __device__ inline void top_k(const float *s, int n, Take take) {
     for (int w = 0; w < warp; w++) gt += above[w], eq += equal[w];
     for (int i = lo + lane; i < lo + seg; i += 32) {
         const u32 k = i < hi ? ordered(s[i]) : 0, less = (1u << lane) - 1;
-        const u32 g = __ballot_sync(~0u, i < hi && k > prefix), e = __ballot_sync(~0u, i < hi
-            && k == prefix);
+        const u32 g = __ballot_sync(~0u, i < hi && k > prefix),
+                  e = __ballot_sync(~0u, i < hi && k == prefix);
         const int rank = eq + __popc(e & less);
-        if (g >> lane & 1 || (e >> lane & 1 && rank < need)) take(gt + __popc(g & less) + min(rank,
-            need), i);
+        if (g >> lane & 1 || (e >> lane & 1 && rank < need))
+            take(gt + __popc(g & less) + min(rank, need), i);
         gt += __popc(g), eq += __popc(e);
     }
 }
@@ -1285,26 +1246,26 @@ __device__ inline void top_k(const float *s, int n, Take take) {
 // What a slab drops, the whole would drop as well.
 extern "C" __global__ void __launch_bounds__(1024)
 index_slab(const float *scores, size_t ld, const Row *rows, int t0, int slab, float *best,
-    int *best_key, size_t best_ld) {
-    const int n = (rows[t0 + blockIdx.y].pos + 1) / 4, first = blockIdx.x * slab, count = min(slab,
-        n - first);
+           int *best_key, size_t best_ld) {
+    const int n = (rows[t0 + blockIdx.y].pos + 1) / 4, first = blockIdx.x * slab,
+              count = min(slab, n - first);
     const float *s = scores + (size_t)blockIdx.y * ld + first;
     const size_t to = (size_t)blockIdx.y * best_ld + (size_t)blockIdx.x * INDEX_TOPK;
     if (count <= 0) return;
     if (count <= INDEX_TOPK) {
-        for (int i = threadIdx.x; i < count; i += 1024) best[to + i] = s[i],
-            best_key[to + i] = first + i;
+        for (int i = threadIdx.x; i < count; i += 1024)
+            best[to + i] = s[i], best_key[to + i] = first + i;
         return;
     }
-    top_k(s, count, [&](int place, int i) { best[to + place] = s[i],
-        best_key[to + place] = first + i; });
+    top_k(s, count,
+          [&](int place, int i) { best[to + place] = s[i], best_key[to + place] = first + i; });
 }
 
 // index_topk() of dsv4.c: the rows that row t of the slab of rows attends to. One block per row;
 // with `slab` among the best of each slab of keys, else among all scores.
 extern "C" __global__ void __launch_bounds__(1024)
 index_topk(const float *scores, size_t ld, const int *key, const Row *rows, int t0, int slab,
-    int *chosen) {
+           int *chosen) {
     const int t = t0 + blockIdx.x, n = (rows[t].pos + 1) / 4;
     const float *s = scores + (size_t)blockIdx.x * ld;
     const int full = slab ? n / slab : 0, rest = slab ? n - full * slab : n;
@@ -1324,8 +1285,7 @@ index_topk(const float *scores, size_t ld, const int *key, const Row *rows, int 
 
 // each warp owns 64 columns of keys = values
 constexpr int ATT_WARPS = (HEAD_DIM + 63) / 64;
-constexpr int ATT_TILES = HEADS > 16 ? 2 : 1;           // 16 heads each
-constexpr int ATT_HEADS = ATT_TILES * 16, ATT_STAGES = 3;
+constexpr int ATT_STAGES = 3;
 
 // What row t attends to, and how it is split: `len` keys for each of `splits` blocks.
 struct Span { int window, total, len, splits; };
@@ -1334,32 +1294,23 @@ __device__ inline Span attention_span(int pos, int ratio, int max_splits) {
     s.window = min(WINDOW, pos + 1);
     const int visible = ratio ? (pos + 1) / ratio : 0;
     s.total = s.window + (ratio == 4 ? min(visible, INDEX_TOPK) : visible);
-    s.len = max_splits == 1 ? s.total : max(32, ((s.total
-        + max_splits - 1) / max_splits + 15) & ~15);
+    s.len = max_splits == 1 ? s.total : max(64, ((s.total - 1) / max_splits + 16) & ~15);
     s.splits = (s.total + s.len - 1) / s.len;
     return s;
 }
 
-__device__ inline void ldmatrix4(u32 (&r)[4], u32 at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-__device__ inline void ldmatrix4_trans(u32 (&r)[4], u32 at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-
-// attend() of dsv4.c, one part of the keys: block (split, 32 heads, row t). Warp w holds columns
-// 64 w .. 64 w + 63 of the queries in registers and streams the same columns of the keys, which
-// are the values too, through its own ring of three tiles of 16 keys. Per tile: partial scores
-// meet in shared memory, softmax by all threads, P (BF16) back through shared memory, O += P V.
-// Reads 1 KB per key; writes unnormalised O [heads, K], maximum and sum in FP32.
-extern "C" __global__ void __launch_bounds__(32 * ATT_WARPS)
-attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u64 comp_at,
-    int ratio,
-       const int *chosen, int max_splits, float *o_part, float2 *ml_part) {
+// attend() of dsv4.c, one part of the keys, for 16 TILES heads: see attend_16 below. Warp w holds
+// columns 64 w .. 64 w + 63 of the queries in registers and streams the same columns of the keys,
+// which are the values too, through its own ring of three tiles of 16 keys. Per tile: partial
+// scores meet in shared memory, softmax by all threads, P (BF16) back through shared memory,
+// O += P V. What a head gets does not depend on the heads beside it.
+template <int TILES>
+__device__ inline void attend_block(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at,
+                                    int ring, u64 comp_at, int ratio, const int *chosen,
+                                    int max_splits, float *o_part, float2 *ml_part) {
     extern __shared__ __align__(128) u8 shared[];
-    const int split = blockIdx.x, h0 = blockIdx.y * ATT_HEADS, t = blockIdx.z, pos = rows[t].pos;
+    constexpr int BLOCK_HEADS = TILES * 16;
+    const int split = blockIdx.x, h0 = blockIdx.y * BLOCK_HEADS, t = blockIdx.z, pos = rows[t].pos;
     const Span span = attention_span(pos, ratio, max_splits);
     if (split >= span.splits) return;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q4 = lane & 3;
@@ -1367,9 +1318,9 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
     // [warp][head][16 keys]
     float *s_part = (float *)(shared + ATT_WARPS * ATT_STAGES * 2048);
     // [head][8 pairs of keys, pitch 12]
-    u32 *p_tile = (u32 *)(s_part + ATT_WARPS * ATT_HEADS * 16);
-    float *m_row = (float *)(p_tile + ATT_HEADS * 12), *l_row = m_row + ATT_HEADS,
-        *alpha = l_row + ATT_HEADS;
+    u32 *p_tile = (u32 *)(s_part + ATT_WARPS * BLOCK_HEADS * 16);
+    float *m_row = (float *)(p_tile + BLOCK_HEADS * 12), *l_row = m_row + BLOCK_HEADS,
+        *alpha = l_row + BLOCK_HEADS;
     const int first = split * span.len, count = min(span.len, span.total - first),
         n_tiles = (count + 15) / 16;
     const u8 *win = (const u8 *)(slots[rows[t].slot] + win_at),
@@ -1385,16 +1336,16 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
             const int k = i * 4 + (lane >> 3), key = first + min(tile * 16 + k, count - 1),
                 c = key - span.window;
             const u8 *row = c < 0 ? win + (size_t)((pos + 1 + c) % ring) * (HEAD_DIM * 2)
-                                  : comp + (size_t)(all
-                                      ? c : chosen[(size_t)t * INDEX_TOPK + c]) * (HEAD_DIM * 2);
+                                  : comp + (size_t)(all ? c : chosen[(size_t)t * INDEX_TOPK + c]) *
+                                               (HEAD_DIM * 2);
             const bool valid = col < HEAD_DIM && tile * 16 + k < count;
             cp_async16(to + k * 128 + (((lane & 7) ^ (k & 7)) << 4), row + (valid ? col * 2 : 0),
                 valid);
         }
     };
-    u32 qa[ATT_TILES][4][4];                // A fragments of the queries
+    u32 qa[TILES][4][4];                // A fragments of the queries
 #pragma unroll
-    for (int m = 0; m < ATT_TILES; m++)
+    for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -1404,8 +1355,8 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
                 qa[m][k][i] = h < HEADS && d < HEAD_DIM
                                   ? *(const u32 *)(qh + ((size_t)t * HEADS + h) * HEAD_DIM + d) : 0;
             }
-    float o[ATT_TILES][8][4] = {};
-    for (int h = threadIdx.x; h < ATT_HEADS; h += blockDim.x) m_row[h] = MINUS_INF, l_row[h] = 0;
+    float o[TILES][8][4] = {};
+    for (int h = threadIdx.x; h < BLOCK_HEADS; h += blockDim.x) m_row[h] = MINUS_INF, l_row[h] = 0;
     for (int i = 0; i < ATT_STAGES - 1; i++) {
         if (i < n_tiles) load_tile(i);
         cp_async_commit();
@@ -1417,38 +1368,37 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
         if (tile + ATT_STAGES - 1 < n_tiles) load_tile(tile + ATT_STAGES - 1);
         cp_async_commit();
         const u32 at = shared_address(tiles + tile % ATT_STAGES * 2048);
-        float s[ATT_TILES][2][4] = {};
+        float s[TILES][2][4] = {};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             u32 b[4];
             const int key = (lane >> 4) * 8 + (lane & 7), chunk = k * 2 + (lane >> 3 & 1);
             ldmatrix4(b, at + key * 128 + ((chunk ^ (key & 7)) << 4));
 #pragma unroll
-            for (int m = 0; m < ATT_TILES; m++) {
+            for (int m = 0; m < TILES; m++) {
                 mma_bf16(s[m][0], qa[m][k][0], qa[m][k][1], qa[m][k][2], qa[m][k][3], b[0], b[1]);
                 mma_bf16(s[m][1], qa[m][k][0], qa[m][k][1], qa[m][k][2], qa[m][k][3], b[2], b[3]);
             }
         }
 #pragma unroll
-        for (int m = 0; m < ATT_TILES; m++)
+        for (int m = 0; m < TILES; m++)
 #pragma unroll
             for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const int h = m * 16 + g + r * 8;
-                    *(float2 *)(s_part + (warp * ATT_HEADS
-                        + h) * 16 + (j ^ (h >> 1 & 1)) * 8 + q4 * 2)
-                        = make_float2(s[m][j][r * 2], s[m][j][r * 2 + 1]);
+                    const int h = warp * BLOCK_HEADS + m * 16 + g + r * 8;
+                    float *to = s_part + h * 16 + (j ^ (h >> 1 & 1)) * 8 + q4 * 2;
+                    *(float2 *)to = make_float2(s[m][j][r * 2], s[m][j][r * 2 + 1]);
                 }
         __syncthreads();
         // 8 lanes per head, 2 keys each
-        for (int h = threadIdx.x >> 3; h < ATT_HEADS; h += ATT_WARPS * 4) {
-            const int j = threadIdx.x & 7, at2 = h * 16
-                + ((j >> 2) ^ (h >> 1 & 1)) * 8 + (j & 3) * 2;
+        for (int h = threadIdx.x >> 3; h < BLOCK_HEADS; h += ATT_WARPS * 4) {
+            const int j = threadIdx.x & 7,
+                      at2 = h * 16 + ((j >> 2) ^ (h >> 1 & 1)) * 8 + (j & 3) * 2;
             float s0 = 0, s1 = 0;
 #pragma unroll
             for (int w = 0; w < ATT_WARPS; w++) {
-                const float2 v = *(const float2 *)(s_part + w * ATT_HEADS * 16 + at2);
+                const float2 v = *(const float2 *)(s_part + w * BLOCK_HEADS * 16 + at2);
                 s0 += v.x, s1 += v.y;
             }
             const int left = count - tile * 16 - 2 * j;
@@ -1465,16 +1415,16 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
             __syncwarp();
         }
         __syncthreads();
-        u32 pa[ATT_TILES][4];
+        u32 pa[TILES][4];
 #pragma unroll
-        for (int m = 0; m < ATT_TILES; m++) {
+        for (int m = 0; m < TILES; m++) {
             const u32 *p = p_tile + (m * 16 + g) * 12 + q4;
             pa[m][0] = p[0], pa[m][1] = p[8 * 12], pa[m][2] = p[4], pa[m][3] = p[8 * 12 + 4];
             const float a0 = alpha[m * 16 + g], a1 = alpha[m * 16 + g + 8];
             if (__any_sync(~0u, a0 != 1.f || a1 != 1.f)) {
 #pragma unroll
-                for (int j = 0; j < 8; j++) o[m][j][0] *= a0, o[m][j][1] *= a0, o[m][j][2] *= a1,
-                    o[m][j][3] *= a1;
+                for (int j = 0; j < 8; j++)
+                    o[m][j][0] *= a0, o[m][j][1] *= a0, o[m][j][2] *= a1, o[m][j][3] *= a1;
             }
         }
 #pragma unroll
@@ -1483,41 +1433,53 @@ attend(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u
             const int key = (lane >> 3 & 1) * 8 + (lane & 7), chunk = j * 2 + (lane >> 4);
             ldmatrix4_trans(b, at + key * 128 + ((chunk ^ (key & 7)) << 4));
 #pragma unroll
-            for (int m = 0; m < ATT_TILES; m++) {
+            for (int m = 0; m < TILES; m++) {
                 mma_bf16(o[m][j * 2], pa[m][0], pa[m][1], pa[m][2], pa[m][3], b[0], b[1]);
                 mma_bf16(o[m][j * 2 + 1], pa[m][0], pa[m][1], pa[m][2], pa[m][3], b[2], b[3]);
             }
         }
     }
     const size_t part = (size_t)t * max_splits + split;
-    for (int h = threadIdx.x; h < ATT_HEADS; h += blockDim.x)
+    for (int h = threadIdx.x; h < BLOCK_HEADS; h += blockDim.x)
         if (h0 + h < HEADS) ml_part[part * HEADS + h0 + h] = make_float2(m_row[h], l_row[h]);
 #pragma unroll
-    for (int m = 0; m < ATT_TILES; m++)
+    for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int h = h0 + m * 16 + g + r * 8, d = warp * 64 + j * 8 + q4 * 2;
                 if (h < HEADS && d < HEAD_DIM)
-                    *(float2 *)(o_part + (part * HEADS
-                        + h) * HEAD_DIM + d) = make_float2(o[m][j][r * 2], o[m][j][r * 2 + 1]);
+                    *(float2 *)(o_part + (part * HEADS + h) * HEAD_DIM + d) =
+                        make_float2(o[m][j][r * 2], o[m][j][r * 2 + 1]);
             }
 }
+
+// Block (split, 16 or 32 heads, row t). Reads the queries and 1 KB per key; writes unnormalised O
+// [heads, K], maximum and sum in FP32.
+#define ATTEND(H) \
+extern "C" __global__ void __launch_bounds__(32 * ATT_WARPS) \
+attend_##H(const u16 *qh, const Row *rows, const u64 *slots, u64 win_at, int ring, u64 comp_at, \
+           int ratio, const int *chosen, int max_splits, float *o_part, float2 *ml_part) { \
+    attend_block<H / 16>(qh, rows, slots, win_at, ring, comp_at, ratio, chosen, max_splits, \
+                         o_part, ml_part); \
+}
+ATTEND(16)
+ATTEND(32)
 
 // The second half of attend(): block (head, row t) adds the splits, divides by the sum with the
 // sink, turns the last dims back and quantises. Reads splits * K floats, writes K values as INT8
 // (and FP32 if x is not NULL).
 extern "C" __global__ void __launch_bounds__((HEAD_DIM / 4 + 31) & ~31)
 attend_combine(const float *o_part, const float2 *ml_part, const Row *rows, int ratio,
-    int max_splits,
-               const float *attn_sink, const float *inv_freq, float *x, s8 *q, float *qs) {
+               int max_splits, const float *attn_sink, const float *inv_freq, float *x, s8 *q,
+               float *qs) {
     const int h = blockIdx.x, t = blockIdx.y, d = threadIdx.x * 4, pos = rows[t].pos;
     const int splits = attention_span(pos, ratio, max_splits).splits;
     const float sink = attn_sink[h];
     float m = sink;
-    for (int i = 0; i < splits; i++) m = fmaxf(m, ml_part[((size_t)t * max_splits
-        + i) * HEADS + h].x);
+    for (int i = 0; i < splits; i++)
+        m = fmaxf(m, ml_part[((size_t)t * max_splits + i) * HEADS + h].x);
     float l = 0;
     float4 o = make_float4(0, 0, 0, 0);
     for (int i = 0; i < splits; i++) {
@@ -1558,8 +1520,8 @@ struct Routing {
 // route_rows() of dsv4.c for one row by one warp: scores s = sqrt(softplus(z)), the ACTIVE
 // largest of s + bias (ties to the lowest index) or the token's `given` experts; weights s / sum
 // * ROUTE_SCALE. Lane `slot` gets its expert and weight. False if a score is not finite.
-__device__ inline bool route_row(const float *z, const float *bias, const long long *given,
-    int &id, float &weight) {
+__device__ inline bool route_row(const float *z, const float *bias, const long long *given, int &id,
+                                 float &weight) {
     constexpr int PER = (EXPERTS + 31) / 32;
     const int lane = threadIdx.x & 31;
     float s[PER], rank[PER], sum = 0;
@@ -1605,12 +1567,62 @@ __device__ inline bool route_row(const float *z, const float *bias, const long l
     return finite;
 }
 
+// group_experts() of dsv4.c by `blocks` blocks of 256 threads: sorts the pairs by expert, stable,
+// lists the experts that have rows, and cuts the places (and the shared expert's rows after them)
+// into tiles of 64. Every block counts all pairs and places those of its share of the experts.
+__device__ inline void group_pairs(int T, const Routing &r, int block, int blocks) {
+    constexpr int PER = (EXPERTS + 255) / 256;          // experts per thread
+    __shared__ int count[PER * 256], start[PER * 256], tmp[32];
+    const int n = T * ACTIVE, i = threadIdx.x, lane = i & 31;
+    for (int k = 0; k < PER; k++) count[k * 256 + i] = 0;
+    __syncthreads();
+    for (int p = i; p < n; p += 256) atomicAdd(count + r.ids[p], 1);
+    __syncthreads();
+    int places = 0, active = 0, tiles = 0;
+    for (int e = i * PER; e < i * PER + PER; e++) {
+        places += count[e];
+        active += count[e] > 0;
+        tiles += (count[e] + TILE_T - 1) / TILE_T;
+    }
+    int place = block_scan(places, tmp) - places, rank = block_scan(active, tmp) - active;
+    int tile = block_scan(tiles, tmp) - tiles;
+    for (int e = i * PER; e < i * PER + PER; e++) {
+        const int c = count[e];
+        start[e] = place;
+        if (block == 0 && e < EXPERTS) {
+            r.start[e] = place;
+            if (c) r.active[rank++] = e;
+            for (int k = 0; k < c; k += TILE_T)
+                r.tiles[tile++] = make_int4(e, place + k, min(TILE_T, c - k), 0);
+        }
+        place += c;
+    }
+    if (block == 0 && i == 255) {
+        r.start[EXPERTS] = n;
+        *r.n_active = rank;
+        for (int k = 0; k < T; k += TILE_T)
+            r.tiles[tile++] = make_int4(EXPERTS, n + k, min(TILE_T, T - k), 0);
+        *r.n_tiles = tile;
+    }
+    __syncthreads();
+    for (int e = block * 8 + i / 32; e < EXPERTS; e += blocks * 8) {
+        int at = start[e];
+        for (int base = 0; base < n && at < start[e] + count[e]; base += 32) {
+            const bool mine = base + lane < n && r.ids[base + lane] == e;
+            const u32 all = __ballot_sync(~0u, mine);
+            const int to = at + __popc(all & ((1u << lane) - 1));
+            if (mine) r.order[to] = base + lane, r.place[base + lane] = to;
+            at += __popc(all);
+        }
+    }
+}
+
 // route() for more than one row: a warp per row; up to 8 rows are also sorted by expert here.
 // Reads E scores a row.
 extern "C" __global__ void __launch_bounds__(256)
 route(const float *z, const float *bias, const long long *tid2eid, const Row *rows, int T,
-    Routing out) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = blockIdx.x * 8 + warp;
+      Routing out) {
+    const int lane = threadIdx.x & 31, t = blockIdx.x * 8 + (threadIdx.x >> 5);
     if (t < T) {
         int id;
         float weight;
@@ -1618,39 +1630,14 @@ route(const float *z, const float *bias, const long long *tid2eid, const Row *ro
         if (!route_row(z + (size_t)t * EXPERTS, bias, given, id, weight) && lane == 0) *out.bad = 1;
         if (lane < ACTIVE) out.ids[t * ACTIVE + lane] = id, out.weights[t * ACTIVE + lane] = weight;
     }
-    if (T > 8) return;                  // a long batch is sorted by group_rows
-    __shared__ int ids[8 * ACTIVE];
+    if (T > 8) return;
     __syncthreads();
-    const int n = T * ACTIVE, p = threadIdx.x;
-    if (p < n) ids[p] = out.ids[p];
-    __syncthreads();
-    for (int e = p; e <= EXPERTS; e += 256) {
-        int before = 0;
-        for (int j = 0; j < n; j++) before += ids[j] < e;
-        out.start[e] = before;
-    }
-    if (p < n) {
-        int at = 0, rank = 0;
-        bool first = true;
-        for (int j = 0; j < n; j++) {
-            at += ids[j] < ids[p] || (ids[j] == ids[p] && j < p);
-            bool repeated = false;
-            for (int k = 0; k < j; k++) repeated = repeated || ids[k] == ids[j];
-            rank += !repeated && ids[j] < ids[p];
-            first = first && !(j < p && ids[j] == ids[p]);
-        }
-        out.order[at] = p, out.place[p] = at;
-        if (first) out.active[rank] = ids[p];
-    }
-    if (p == 0) {
-        int distinct = 0;
-        for (int j = 0; j < n; j++) {
-            bool repeated = false;
-            for (int k = 0; k < j; k++) repeated = repeated || ids[k] == ids[j];
-            distinct += !repeated;
-        }
-        *out.n_active = distinct;
-    }
+    group_pairs(T, out, 0, 1);
+}
+
+// The same sorting for a long batch: 8 experts per block. Reads T A ids, writes order and tiles.
+extern "C" __global__ void __launch_bounds__(256) group_rows(int T, Routing r) {
+    group_pairs(T, r, blockIdx.x, gridDim.x);
 }
 
 // Where the hidden rows of the experts lie: first the sorted pairs, then the shared expert's T
@@ -1671,9 +1658,8 @@ __device__ inline float swiglu(float g, float u, float weight) {
 // place + i.
 template <int FORMATS, int B>
 __device__ inline void up_rows(float (*part)[8][36], const Matrix &w1, const Matrix &w3, int n0,
-    const In &in,
-                               const int (&row)[B], int count, const float *weights, Hidden out,
-                                   int place) {
+                               const In &in, const int (&row)[B], int count, const float *weights,
+                               Hidden out, int place) {
     constexpr int R = B > 2 ? 2 : 4;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll 1
@@ -1684,8 +1670,8 @@ __device__ inline void up_rows(float (*part)[8][36], const Matrix &w1, const Mat
     __syncthreads();
     if (warp >= count) return;
     const int at = (lane & 3) * B + warp;
-    const float h = swiglu(part[0][lane >> 2][at], part[1][lane >> 2][at],
-        weights ? weights[warp] : 1.f);
+    const float h =
+        swiglu(part[0][lane >> 2][at], part[1][lane >> 2][at], weights ? weights[warp] : 1.f);
     const size_t to = (size_t)(place + warp) * EXPERT_DIM + n0 + lane;
     if (out.x) out.x[to] = h;
     quantize1(h, out.q + to, out.s + to / 32);
@@ -1695,16 +1681,16 @@ __device__ inline void up_rows(float (*part)[8][36], const Matrix &w1, const Mat
 // row for itself: that takes less time than a kernel in between.
 extern "C" __global__ void __launch_bounds__(256, EXPERT_BLOCKS(1))
 expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs, const float *z,
-    const float *bias,
-            const long long *tid2eid, const Row *rows, Routing r, Hidden out) {
+            const float *bias, const long long *tid2eid, const Row *rows, Routing r,
+            Hidden out) {
     __shared__ float part[2][8][36], weight;
     __shared__ int expert;
     const int slot = blockIdx.y, lane = threadIdx.x & 31;
     if (threadIdx.x < 32) {
         int id;
         float w;
-        const bool finite = route_row(z, bias, tid2eid
-            ? tid2eid + (size_t)rows[0].token * ACTIVE : 0, id, w);
+        const bool finite =
+            route_row(z, bias, tid2eid ? tid2eid + (size_t)rows[0].token * ACTIVE : 0, id, w);
         if (lane == slot) expert = id, weight = w;
         if (blockIdx.x == 0 && lane == slot) r.ids[slot] = id, r.weights[slot] = w;
         if (blockIdx.x == 0 && !finite) *r.bad = 1;
@@ -1713,36 +1699,40 @@ expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs,
     __syncthreads();
     const In in = { x, q, qs, DIM };
     const int row[1] = { 0 };
-    up_rows<ROUTED, 1>(part, experts[expert * 3], experts[expert * 3 + 2], blockIdx.x * 32, in,
-        row, 1, &weight, out, slot);
+    up_rows<ROUTED, 1>(part, experts[expert * 3], experts[expert * 3 + 2], blockIdx.x * 32, in, row,
+                       1, &weight, out, slot);
 }
 
 // The same for 2 to 8 rows: block (32 hidden rows, n-th active expert). An expert's weights are
 // read once for all its rows.
 extern "C" __global__ void __launch_bounds__(256, 2)
 expert_up_8(const Matrix *experts, const float *x, const s8 *q, const float *qs, Routing r,
-    Hidden out) {
+            Hidden out) {
     __shared__ float part[2][8][36], weights[8];
     if (blockIdx.y >= *r.n_active) return;
-    const int e = r.active[blockIdx.y], place = r.start[e], count = r.start[e + 1] - place,
-        n0 = blockIdx.x * 32;
+    const int e = r.active[blockIdx.y], n0 = blockIdx.x * 32;
     const Matrix w1 = experts[e * 3], w3 = experts[e * 3 + 2];
     const In in = { x, q, qs, DIM };
-    int row[8];
+    // more than 8 pairs only where a table gives one token the same expert twice
+    for (int place = r.start[e]; place < r.start[e + 1]; place += 8) {
+        const int count = min(8, r.start[e + 1] - place);
+        int row[8];
 #pragma unroll
-    for (int b = 0; b < 8; b++) row[b] = r.order[place + min(b, count - 1)] / ACTIVE;
-    if (threadIdx.x < count) weights[threadIdx.x] = r.weights[r.order[place + threadIdx.x]];
-    if (count == 1) {
-        const int one[1] = { row[0] };
-        up_rows<ROUTED, 1>(part, w1, w3, n0, in, one, count, weights, out, place);
-    } else if (count == 2) {
-        const int two[2] = { row[0], row[1] };
-        up_rows<ROUTED, 2>(part, w1, w3, n0, in, two, count, weights, out, place);
-    } else if (count <= 4) {
-        const int four[4] = { row[0], row[1], row[2], row[3] };
-        up_rows<ROUTED, 4>(part, w1, w3, n0, in, four, count, weights, out, place);
-    } else {
-        up_rows<ROUTED, 8>(part, w1, w3, n0, in, row, count, weights, out, place);
+        for (int b = 0; b < 8; b++) row[b] = r.order[place + min(b, count - 1)] / ACTIVE;
+        __syncthreads();
+        if (threadIdx.x < count) weights[threadIdx.x] = r.weights[r.order[place + threadIdx.x]];
+        if (count == 1) {
+            const int one[1] = { row[0] };
+            up_rows<ROUTED, 1>(part, w1, w3, n0, in, one, count, weights, out, place);
+        } else if (count == 2) {
+            const int two[2] = { row[0], row[1] };
+            up_rows<ROUTED, 2>(part, w1, w3, n0, in, two, count, weights, out, place);
+        } else if (count <= 4) {
+            const int four[4] = { row[0], row[1], row[2], row[3] };
+            up_rows<ROUTED, 4>(part, w1, w3, n0, in, four, count, weights, out, place);
+        } else {
+            up_rows<ROUTED, 8>(part, w1, w3, n0, in, row, count, weights, out, place);
+        }
     }
 }
 
@@ -1760,17 +1750,18 @@ ffn_in_##B(const Matrix *shared, const Task *gate, int t0, int T, Hidden out, in
     const In in = { gate->x, gate->q, gate->qs, DIM }; \
     int row[B]; \
     for (int b = 0; b < B; b++) row[b] = t0 + b; \
-    up_rows<SHARED, B>(part, shared[0], shared[2], blockIdx.x * 32, in, row, min(B, T - t0), 0, out, place); \
+    up_rows<SHARED, B>(part, shared[0], shared[2], blockIdx.x * 32, in, row, min(B, T - t0), 0, \
+                       out, place); \
 }
 FFN_IN(1)
 FFN_IN(2)
 FFN_IN(4)
 FFN_IN(8)
 
-// `count` <= B hidden rows from `place` on times rows n .. n+7 of w2: part[place + b][8].
+// `count` <= B hidden rows from `place` on times rows n .. n+7 of w2: part[b][8].
 template <int FORMATS, int B>
 __device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int n, const In &in,
-    int place, int count) {
+                                 int place, int count) {
     constexpr int R = B > 2 ? 2 : 4;
     const int lane = threadIdx.x & 31;
     int row[B];
@@ -1780,43 +1771,47 @@ __device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int 
     for (int r = 0; r < 8; r += R) {
         dot_rows<FORMATS, R, B>(tmp, w2, n + r, in, row, 0, 1);
         __syncwarp();
-        if (lane < R * count) part[(place + lane / R) * 8
-            + r + lane % R] = tmp[lane % R * B + lane / R];
+        if (lane < R * count)
+            part[lane / R * 8 + r + lane % R] = tmp[lane % R * B + lane / R];
         __syncwarp();
     }
 }
 
 // The second half of experts(): block = 8 rows of y for the whole batch. A warp takes one active
 // expert (or the shared one, the last) after the other, all its rows at once; then every y[t, n]
-// is the sum over the row's slots in order plus the shared.
+// is the sum over the row's slots in order plus the shared. Reads 8 rows of each w2, writes 8 T
+// floats of y.
 template <int MAX>
 __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const Routing &r, int T,
-    float *y) {
+                                         float *y) {
+    constexpr int FORMATS = SHARED | ROUTED;
     __shared__ float part[MAX * (ACTIVE + 1) * 8], tmp[8][32];
-    const int warp = threadIdx.x >> 5, n = blockIdx.x * 8,
-        sources = (MAX == 1 ? ACTIVE : *r.n_active) + 1;
+    const int warp = threadIdx.x >> 5, n = blockIdx.x * 8;
+    const int sources = (MAX == 1 ? ACTIVE : *r.n_active) + 1;
     const In in = { h.x, h.q, h.s, EXPERT_DIM };
     for (int i = warp; i < sources; i += 8) {
-        const bool routed = i < sources - 1;
-        // one row: in the order of its slots
-        const int e = !routed ? EXPERTS : MAX == 1 ? r.ids[i] : r.active[i];
-        const int place = !routed ? T * ACTIVE : MAX == 1 ? i : r.start[e], count = routed
-            && MAX > 1 ? r.start[e + 1] - place : T;
+        int e = EXPERTS, place = T * ACTIVE, end = place + T;
+        if (i < sources - 1) {              // one row: in the order of its slots
+            e = MAX == 1 ? r.ids[i] : r.active[i];
+            place = MAX == 1 ? i : r.start[e];
+            end = MAX == 1 ? i + 1 : r.start[e + 1];
+        }
         const Matrix w2 = experts[e * 3 + 1];
-        if (MAX == 1 || count == 1) down_rows<SHARED | ROUTED, 1>(part, tmp[warp], w2, n, in,
-            place, count);
-        else if (count == 2) down_rows<SHARED | ROUTED, 2>(part, tmp[warp], w2, n, in, place,
-            count);
-        else if (count <= 4) down_rows<SHARED | ROUTED, 4>(part, tmp[warp], w2, n, in, place,
-            count);
-        else down_rows<SHARED | ROUTED, 8>(part, tmp[warp], w2, n, in, place, count);
+        for (; place < end; place += 8) {
+            const int count = min(8, end - place);
+            float *at = part + place * 8, *own = tmp[warp];
+            if (MAX == 1 || count == 1) down_rows<FORMATS, 1>(at, own, w2, n, in, place, count);
+            else if (count == 2) down_rows<FORMATS, 2>(at, own, w2, n, in, place, count);
+            else if (count <= 4) down_rows<FORMATS, 4>(at, own, w2, n, in, place, count);
+            else down_rows<FORMATS, 8>(at, own, w2, n, in, place, count);
+        }
     }
     __syncthreads();
     const int t = threadIdx.x / 8, j = threadIdx.x % 8;
     if (t >= T || n + j >= DIM) return;
     float v = 0;
-    for (int slot = 0; slot < ACTIVE; slot++) v += part[(MAX == 1
-        ? slot : r.place[t * ACTIVE + slot]) * 8 + j];
+    for (int slot = 0; slot < ACTIVE; slot++)
+        v += part[(MAX == 1 ? slot : r.place[t * ACTIVE + slot]) * 8 + j];
     y[(size_t)t * DIM + n + j] = v + part[(T * ACTIVE + t) * 8 + j];
 }
 
@@ -1831,46 +1826,11 @@ EXPERT_DOWN(8)
 // ---------------------------------------------------------------------------
 // mixture of experts, more than 8 rows
 
-// group_experts() of dsv4.c in one block, a thread per expert: sorts the pairs by expert,
-// stable, and cuts them (and the shared expert's rows after them) into tiles of 64 places.
-extern "C" __global__ void __launch_bounds__(1024)
-group_rows(int T, Routing r) {
-    __shared__ int ids[1024], tmp[32], total;
-    const int e = threadIdx.x, n = T * ACTIVE;
-    int start = 0, at = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        for (int base = 0; base < n; base += 1024) {
-            __syncthreads();
-            if (base + e < n) ids[e] = r.ids[base + e];
-            __syncthreads();
-            for (int j = 0; j < min(1024, n - base); j++) {
-                if (ids[j] != e) continue;
-                if (pass) r.order[at] = base + j, r.place[base + j] = at;
-                at++;
-            }
-        }
-        if (pass) continue;
-        start = block_scan(at, tmp) - at;
-        const int count = at, tiles = (count + TILE_T - 1) / TILE_T, first = block_scan(tiles,
-            tmp) - tiles;
-        if (e == 1023) total = first + tiles;
-        for (int i = 0; i < tiles; i++)
-            r.tiles[first + i] = make_int4(e, start + i * TILE_T, min(TILE_T, count - i * TILE_T),
-                0);
-        at = start;
-    }
-    __syncthreads();
-    const int shared = (T + TILE_T - 1) / TILE_T;
-    for (int i = e; i < shared; i += 1024)
-        r.tiles[total + i] = make_int4(EXPERTS, n + i * TILE_T, min(TILE_T, T - i * TILE_T), 0);
-    if (e == 0) *r.n_tiles = total + shared;
-}
-
 // The first half of experts(): block (64 hidden rows, tile): w1 and w3 side by side, SwiGLU,
 // route weight, quantised.
 extern "C" __global__ void __launch_bounds__(256, 2)
 expert_up(const Matrix *experts, const float *x, const s8 *q, const float *qs, int T, Routing r,
-    Hidden out) {
+          Hidden out) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ int row[TILE_T];
     __shared__ float weight[TILE_T];
@@ -1914,8 +1874,8 @@ expert_down(const Matrix *experts, Hidden h, Routing r, float *contribution) {
     tile_any<SHARED | ROUTED>(p, in, row, tile.z, shared);
     for (int j = warp; j < tile.z; j += 8)
         for (int n = lane; n < TILE_N && n0 + n < DIM; n += 32)
-            contribution[(size_t)(tile.y + j) * DIM + n0
-                + n] = ((const float *)shared)[j * TILE_PITCH + n];
+            contribution[(size_t)(tile.y + j) * DIM + n0 + n] =
+                ((const float *)shared)[j * TILE_PITCH + n];
 }
 
 // combine_rows() of dsv4.c: y[t] = the contributions of its experts in the order they were
@@ -1940,27 +1900,24 @@ expert_sum(const float *contribution, Routing r, int T, float *y) {
 // rms(embed[next]; enorm).
 extern "C" __global__ void __launch_bounds__(256)
 mtp_norm(const float *X, const void *table, int wide, const Row *rows, const float *hnorm,
-    const float *enorm, float *h, float *e) {
+         const float *enorm, float *h, float *e) {
     constexpr int PER = (DIM + 1023) / 1024;
     __shared__ float tmp[32];
     const int t = blockIdx.x, s = blockIdx.y;
+    float *to = s < STREAMS ? h + ((size_t)t * STREAMS + s) * DIM : e + (size_t)t * DIM;
     float4 v[PER];
+    if (s < STREAMS) load_row<DIM>(v, X + ((size_t)t * STREAMS + s) * DIM);
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-        const int d = (i * 256 + threadIdx.x) * 4;
+        const int d = (i * 256 + threadIdx.x) * 4, id = rows[t].next;
+        if (s < STREAMS) break;
         v[i] = make_float4(0, 0, 0, 0);
-        if (d >= DIM) continue;
-        if (s < STREAMS) {
-            v[i] = *(const float4 *)(X + ((size_t)t * STREAMS + s) * DIM + d);
-        } else {
-            const int id = rows[t].next;
+        if (d < DIM)
             v[i] = make_float4(embedding(table, wide, id, d), embedding(table, wide, id, d + 1),
-                               embedding(table, wide, id, d + 2), embedding(table, wide, id,
-                                   d + 3));
-        }
+                               embedding(table, wide, id, d + 2),
+                               embedding(table, wide, id, d + 3));
     }
     rms_row<DIM>(v, s < STREAMS ? hnorm : enorm, tmp);
-    float *to = s < STREAMS ? h + ((size_t)t * STREAMS + s) * DIM : e + (size_t)t * DIM;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
         const int d = (i * 256 + threadIdx.x) * 4;
@@ -1969,11 +1926,10 @@ mtp_norm(const float *X, const void *table, int wide, const Row *rows, const flo
 }
 
 // X[t, s] = (h_proj part)[t, s] + (e_proj part)[t].
-extern "C" __global__ void __launch_bounds__(256)
-mtp_add(float *X, const float *e) {
+extern "C" __global__ void __launch_bounds__(256) mtp_add(float *X, const float *e) {
     const int t = blockIdx.x / STREAMS;
-    for (int d = threadIdx.x; d < DIM; d += 256) X[(size_t)blockIdx.x * DIM
-        + d] += e[(size_t)t * DIM + d];
+    for (int d = threadIdx.x; d < DIM; d += 256)
+        X[(size_t)blockIdx.x * DIM + d] += e[(size_t)t * DIM + d];
 }
 
 // Rows want[i] of x to rows i of out, for the head.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU suites on the simulated device: every operation against the CPU's, end to end with faults, gates at the real shapes.
+# The GPU suites on the simulated device: every operation against the CPU's and FP64, end to end with faults, gates at the real shapes.
 # Ends with 'N passed, N failed'.   run.sh [--quick] [--table bench/gpu_computed.md]
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -33,6 +33,8 @@ build() {
 export DSV4_CACHE=$PWD/$OUT/cache
 build test_kernels && LD_LIBRARY_PATH=$libs nice ./$OUT/test_kernels 2>$OUT/test_kernels.err | tee $OUT/test_kernels.log
 count $OUT/test_kernels.log
+build test_fp64 && LD_LIBRARY_PATH=$libs nice ./$OUT/test_fp64 2>$OUT/test_fp64.err | tee $OUT/test_fp64.log
+count $OUT/test_fp64.log
 nice "$PY" tests/gpu/suite.py ${quick:+--quick} 2>&1 | tee $OUT/suite.log
 count $OUT/suite.log
 nice "$PY" tests/gpu/test_start.py 2>&1 | tee $OUT/start.log

@@ -79,8 +79,10 @@ def splits(gpu, t, name="edge/int"):
         t.check(x is not None and np.array_equal(x, one), f"work in another order (seed {seed}): the same bits")
     x = go("chunks of 33", "--devices", "cuda:0", "--chunk", 33)
     t.check(x is not None and np.array_equal(x[:99], one[:99]), "chunks of 33: the same bits")
-    by_one, by_five = go("chunks of 1", "--devices", "cuda:0", "--chunk", 1), go("chunks of 5", "--devices", "cuda:0", "--chunk", 5)
-    t.check(by_one is not None and by_five is not None and np.array_equal(by_one, by_five), "rows alone and 5 at a time: the same bits")
+    by_one, by_five = [gpu.logits(t, f"chunks of {n}", model, ids, vocab, "--devices", "cuda:0", "--chunk", n, mtp=True) for n in (1, 5)]
+    for what, a, b in zip(("rows", "drafts"), by_one, by_five):
+        t.check(a is not None and b is not None and np.array_equal(a, b), f"{what} alone and 5 at a time: the same bits")
+    by_one = by_one[0]
     cpu = go("cpu", "--devices", "cpu")
     for what, x in (("decode kernels", by_one), ("CPU and GPU stages", go("mixed", "--devices", "cuda:0,cpu", "--layers", "2,1")),
                     ("GPU after CPU", go("mixed", "--devices", "cpu,cuda:0", "--layers", "1,2"))):
@@ -168,14 +170,15 @@ def faults(gpu, t, work):
 
 
 def kernels(gpu, t):
-    """Registers and spills of the compiled kernels, for every target that ptxas knows. The kernels for 8 rows spill a little (up to
-    128 bytes) so that two blocks fit."""
+    """Registers and spills of the compiled kernels, for every target that ptxas knows. Up to four numbers of the kernels for
+    8 rows spill, outside of their loops, so that two blocks fit."""
     ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
     if not os.path.exists(ptxas):
         print("# no ptxas: the compiled kernels are not looked at")
         return
-    tight = {"gemv_1": 84, "expert_up_1": 128, "expert_down_1": 128, "ffn_in_1": 84, "attend": 255, "gemm": 128, "expert_up": 128,
-             "expert_down": 128, "hc_norm": 64, "attn_latent": 64, "query_norm": 64, "index_topk": 64, "attend_combine": 64}
+    tight = {"gemv_1": 84, "expert_up_1": 128, "expert_down_1": 128, "ffn_in_1": 84, "attend_16": 128, "attend_32": 168,
+             "index_scores": 96, "hc_mix": 80, "hc_norm": 64, "attn_latent": 64, "query_norm": 64, "index_topk": 64,
+             "attend_combine": 64, "group_rows": 64, "gemm": 128, "expert_up": 128, "expert_down": 128}
     texts = [os.path.join(gpu.cache, f) for f in os.listdir(gpu.cache) if f.endswith(".ptx")]
     t.check(bool(texts), "compiled kernels were kept")
     for path in texts[:2]:
@@ -184,7 +187,7 @@ def kernels(gpu, t):
             if not t.check(r.code == 0 and "warning" not in r.err, f"ptxas sm_{sm}", r.err[-300:]):
                 continue
             for name, spill, regs in re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", r.err, re.S):
-                t.check(int(spill) <= (128 if name.endswith("_8") else 0), f"sm_{sm} {name}: spills", spill)
+                t.check(int(spill) <= (16 if name.endswith("_8") else 0), f"sm_{sm} {name}: spills", spill)
                 t.check(int(regs) <= tight.get(name, 255), f"sm_{sm} {name}: registers", regs)
 
 
