@@ -112,17 +112,6 @@ BODY(CTX, 2000, cuModuleGetFunction, (CUfunction *function, CUmodule m, const ch
     return E_NOT_FOUND;
 }
 
-BODY(CTX, 3020, cuModuleGetGlobal_v2, (CUdeviceptr *address, size_t *bytes, CUmodule m,
-    const char *name), (address, bytes, m, name)) {
-    uint64_t p = 0, n = 0;
-    if (!name || (!address && !bytes)) return E_INVALID_VALUE;
-    if (!obj_ok(m, T_MODULE)) return E_INVALID_HANDLE;
-    CUresult r = sim_module_global(m->sim, name, &p, &n);
-    if (!r && address) *address = p;
-    if (!r && bytes) *bytes = n;
-    return r;
-}
-
 /* ---- functions */
 
 /* CUfunction_attribute: 0 threads, 1 shared, 2 constant, 3 local bytes, 4 registers, 5 PTX and 6

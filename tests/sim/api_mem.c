@@ -119,10 +119,6 @@ API(UNSAFE, 2000, cuMemFreeHost, (void *p), host_remove((uintptr_t)p, false, E_I
 API(UNSAFE, 4000, cuMemHostUnregister, (void *p),
     host_remove((uintptr_t)p, true, E_HOST_MEMORY_NOT_REGISTERED))
 
-/* One address space: the device address is the host address. */
-API(CTX, 3020, cuMemHostGetDevicePointer_v2, (CUdeviceptr *address, void *p, unsigned flags),
-    flags || !host_find((uintptr_t)p, 1) ? E_INVALID_VALUE : GIVE(address, (uintptr_t)p))
-
 /* ---- copies */
 
 enum { HOST = 1, DEVICE = 2 }; /* what an argument has to be */

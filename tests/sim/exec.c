@@ -164,13 +164,12 @@ void run_trap(Warp *w, UNUSED const Inst *i, UNUSED void *out) {
 }
 
 /* Rounding modes other than to nearest, .ftz (denormal operands and results are zeros with their
- * sign) and .sat (to 0 .. 1, NaN to 0), in f32 and f64. */
+ * sign) and .sat (to 0 .. 1, NaN to 0) of f32. */
 void run_wrapped(Warp *w, const Inst *i, void *out) {
     static const unsigned modes[] = {[RND_RZ] = _MM_ROUND_TOWARD_ZERO, [RND_RM] = _MM_ROUND_DOWN,
                                      [RND_RP] = _MM_ROUND_UP, [RND_RN] = 0, [RND_NONE] = 0};
     unsigned saved = _mm_getcsr(), flush = i->ftz ? _MM_DENORMALS_ZERO_ON : 0;
     float *f = out;
-    double *d = out;
     _mm_setcsr((saved & ~(unsigned)_MM_ROUND_MASK) | modes[i->round] | flush);
     i->inner(w, i, out);
     _mm_setcsr(saved);
@@ -178,8 +177,6 @@ void run_wrapped(Warp *w, const Inst *i, void *out) {
         if (i->ftz && !(float_bits(f[l]) & 0x7f800000)) f[l] = copysignf(0, f[l]);
         if (i->sat) f[l] = f[l] > 0 ? f[l] < 1 ? f[l] : 1 : 0;
     }
-    for (int l = 0; l < 32 && i->type == T_F64 && i->sat; l++)
-        d[l] = d[l] > 0 ? d[l] < 1 ? d[l] : 1 : 0;
 }
 
 /* ---- the loop of a warp */
@@ -382,7 +379,7 @@ static void *worker_main(void *arg) {
     while (!__atomic_load_n(&launch->cancel, __ATOMIC_RELAXED)) {
         u32 n = __atomic_fetch_add(&launch->next_block, 1, __ATOMIC_RELAXED);
         if (n >= launch->n_blocks) break;
-        run_block(k, launch->order ? launch->order[n] : n);
+        run_block(k, sim_options.seed & 1 ? launch->n_blocks - 1 - n : n);
     }
     counters_finish(k);
     for (int n = 0; n < k->n_warps; n++) free(k->warps[n].async);
@@ -401,17 +398,6 @@ static int n_workers(const Launch *launch) {
     return n < 1 || work < 512 ? 1 : n > MAX_WORKERS ? MAX_WORKERS : n;
 }
 
-/* 0 .. n-1 in a seeded order. */
-static u32 *shuffled(u32 n) {
-    u32 *order = zalloc((size_t)n * sizeof *order);
-    for (u32 k = 0; k < n; k++) {
-        u32 j = (u32)(mix64(sim_options.seed * 31 + k) % (k + 1));
-        order[k] = order[j];
-        order[j] = k;
-    }
-    return order;
-}
-
 int sim_launch(const SimLaunch *in, SimCounters *counters) {
     static u32 number;
     Launch launch = {.in = in, .kernel = in->kernel, .code = in->kernel->code,
@@ -425,7 +411,6 @@ int sim_launch(const SimLaunch *in, SimCounters *counters) {
         memcpy(launch.params, in->params, in->kernel->param_bytes);
     launch.number = ++number;
     mem_prepare_launch(launch.number);
-    if (sim_options.seed) launch.order = shuffled(launch.n_blocks);
     int n = launch.code->global_atomics ? 1 : n_workers(&launch), started = 1;
     for (int k = 0; k < n; k++)
         workers[k] = (Worker){.launch = &launch, .code = launch.code, .pool = &pools[k]};
@@ -435,6 +420,5 @@ int sim_launch(const SimLaunch *in, SimCounters *counters) {
     for (int k = 1; k < started; k++) pthread_join(threads[k], NULL);
     for (int k = 0; k < started; k++) sim_counters_add(counters, &workers[k].count);
     counters->launches++;
-    free(launch.order);
     return launch.result;
 }

@@ -151,8 +151,7 @@ struct SimModule {
     const char **files; /* by .file number */
     SimKernel **kernels;
     struct Global {
-        const char *name;
-        u64 address, bytes;
+        u64 address;
     } *globals;
     u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, n_memory, cap_memory;
     u32 const_bytes;
@@ -268,7 +267,6 @@ typedef struct Launch {
     u32 shared_bytes, number; /* number: names the launch in records */
     u32 n_blocks, n_threads;
     u8 params[4352];
-    u32 *order;        /* blocks in the order they are run, or NULL */
     u32 next_block;
     int result;        /* first error, by lowest block */
     u32 result_block;

@@ -421,7 +421,7 @@ static void add_global(Parser *p, const Variable *v, SymKind kind, bool external
     a->read_only = kind == K_CONST;
     m->const_bytes += kind == K_CONST ? (u32)v->bytes : 0;
     m->globals = xgrow(m->globals, m->n_globals, &m->cap_globals, sizeof *m->globals);
-    m->globals[m->n_globals++] = (struct Global){v->name, a->base, v->bytes};
+    m->globals[m->n_globals++] = (struct Global){a->base};
     add_variable(p, v, kind, a->base);
     u64 at = 0;
     if (accept(p, '=')) parse_initialiser(p, v, a->host, &at);
@@ -1176,14 +1176,4 @@ SimKernel *sim_module_find(const SimModule *m, const char *name) {
     for (u32 k = 0; k < m->n_kernels; k++)
         if (!strcmp(m->kernels[k]->name, name)) return m->kernels[k];
     return NULL;
-}
-
-int sim_module_global(const SimModule *m, const char *name, u64 *address, u64 *bytes) {
-    for (u32 g = 0; g < m->n_globals; g++)
-        if (!strcmp(m->globals[g].name, name)) {
-            *address = m->globals[g].address;
-            *bytes = m->globals[g].bytes;
-            return OK;
-        }
-    return E_NOT_FOUND;
 }

@@ -74,7 +74,7 @@ enum { SIM_MAX_DEVICES = 16, SIM_SHARED_MAX = 101376, SIM_WARP = 32 };
 
 typedef struct {
     int threads;         /* worker threads of a launch; 0: one per CPU, at most 4 */
-    uint64_t seed;       /* orders warps and blocks (0: ascending) */
+    uint64_t seed;       /* orders warps, and blocks (odd: descending) */
     bool check_init;     /* uninitialised reads: registers, shared, local and global memory */
     bool check_races;    /* shared and global races */
     uint64_t watchdog;   /* taken branches per warp before a time-out */
@@ -191,9 +191,6 @@ int sim_module_ptx_version(const SimModule *module); /* 10 * major + minor */
 /* Kernels in the order of the text; NULL: no more. */
 SimKernel *sim_module_kernel(const SimModule *module, uint32_t index);
 SimKernel *sim_module_find(const SimModule *module, const char *name); /* NULL: none */
-/* A .global or .const variable; NOT_FOUND if there is none. */
-int sim_module_global(const SimModule *module, const char *name, uint64_t *address,
-                      uint64_t *bytes);
 
 /* ---- counters */
 
