@@ -112,12 +112,9 @@ u64 sim_class_sum(const u64 *of_class) {
     return n;
 }
 
-const char *sim_class_name(SimClass class) {
-    static const char *const names[SIM_N_CLASSES] = {
-        "int", "fp32", "fp64", "half", "special", "cvt", "dp4a", "mma", "global", "shared", "local",
-        "const", "async", "atomic", "warp", "barrier", "control"};
-    return class < SIM_N_CLASSES ? names[class] : "?";
-}
+const char *const sim_class_names[SIM_N_CLASSES] = {
+    "int", "fp32", "fp64", "half", "special", "cvt", "dp4a", "mma", "global", "shared", "local",
+    "const", "async", "atomic", "warp", "barrier", "control"};
 
 /* ---- findings as text */
 
@@ -133,16 +130,13 @@ void sim_report(const SimFinding *f) {
     sink(sink_user, f);
 }
 
-const char *sim_kind_name(SimKind kind) {
-    static const char *const names[SIM_N_KINDS] = {
-        "out of bounds", "use after free", "foreign memory", "misaligned", "read-only memory",
-        "uninitialised read", "race", "barrier", "warp mask", "cp.async", "division by zero",
-        "time-out", "trap", "unsupported", "host"};
-    return kind < SIM_N_KINDS ? names[kind] : "?";
-}
+const char *const sim_kind_names[SIM_N_KINDS] = {
+    "out of bounds", "use after free", "foreign memory", "misaligned", "read-only memory",
+    "uninitialised read", "race", "barrier", "warp mask", "cp.async", "division by zero",
+    "time-out", "trap", "unsupported", "host"};
 
 char *sim_finding_text(const SimFinding *f, char *out, size_t size) {
-    int n = snprintf(out, size, "%s: ", sim_kind_name(f->kind));
+    int n = snprintf(out, size, "%s: ", sim_kind_names[f->kind]);
     if (f->kernel[0])
         n += snprintf(out + n, size - (size_t)n,
                       "kernel %s, device %d, PTX line %d%s%s%s%.0d, block (%u,%u,%u), thread "

@@ -150,9 +150,7 @@ struct SimModule {
     int device, version, target;
     const char **files; /* by .file number */
     SimKernel **kernels;
-    struct Global {
-        u64 address;
-    } *globals;
+    u64 *globals; /* addresses of .global and .const variables */
     u32 n_files, cap_files, n_kernels, cap_kernels, n_globals, cap_globals, n_memory, cap_memory;
     u32 const_bytes;
     void **memory; /* that lives as long as the module */

@@ -421,7 +421,7 @@ static void add_global(Parser *p, const Variable *v, SymKind kind, bool external
     a->read_only = kind == K_CONST;
     m->const_bytes += kind == K_CONST ? (u32)v->bytes : 0;
     m->globals = xgrow(m->globals, m->n_globals, &m->cap_globals, sizeof *m->globals);
-    m->globals[m->n_globals++] = (struct Global){a->base};
+    m->globals[m->n_globals++] = a->base;
     add_variable(p, v, kind, a->base);
     u64 at = 0;
     if (accept(p, '=')) parse_initialiser(p, v, a->host, &at);
@@ -1150,7 +1150,7 @@ void sim_module_unload(SimModule *m) {
         free(c);
     }
     for (u32 g = 0; g < m->n_globals; g++) {
-        Alloc *a = mem_lookup(m->globals[g].address);
+        Alloc *a = mem_lookup(m->globals[g]);
         if (a && !a->freed) {
             a->module_global = false;
             sim_mem_free(a->base);

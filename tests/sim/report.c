@@ -256,7 +256,7 @@ static void put_kernel(FILE *f, const KernelStats *k, bool ptxas, bool first) {
     fprintf(f, ",\n      \"registers_from\": \"%s\",\n      \"warp\": {",
             ptxas ? "ptxas" : "estimate");
     for (int i = 0; i < SIM_N_CLASSES; i++)
-        classes[i] = (Number){ sim_class_name((SimClass)i), c->warp[i] };
+        classes[i] = (Number){ sim_class_names[i], c->warp[i] };
     put_numbers(f, classes, SIM_N_CLASSES, ", ");
     fprintf(f, "},\n");
     put_access(f, "load", c->load);
@@ -287,7 +287,7 @@ static void put_totals(FILE *f) {
             "\"computed_hops_us\": %.1f,\n  \"findings\": {", launches,
             (double)launches * gap_us, hops, (double)hops * hop_us);
     for (int i = 0; i < SIM_N_KINDS; i++)
-        if (findings[i]) found[n++] = (Number){ sim_kind_name((SimKind)i), findings[i] };
+        if (findings[i]) found[n++] = (Number){ sim_kind_names[i], findings[i] };
     put_numbers(f, found, n, ", ");
     fprintf(f, "},\n");
 }

@@ -1,7 +1,5 @@
-/* sim.h: the seam inside the simulated CUDA device.
+/* sim.h: the seam inside the simulated CUDA device (README.md, "Files", has what lies on each side).
  *
- * Below it: PTX text -> module -> interpreter, device memory with checks, counters (ptx_*.c,
- * exec_*.c, mem.c, check.c, counters.c). Above it: the CUDA Driver API (api_*.c, stream.c, ...).
  * Results are CUresult numbers. Device addresses are numbers above the host's address space (a host
  * that follows one crashes, as it should), each device has its own range, never reused;
  * sim_mem_ptr() gives the host bytes behind one. Thread rule: module, memory and launch calls are
@@ -121,7 +119,7 @@ typedef struct {
  * as long as the call. report.c sets one at the start. */
 void sim_set_sink(void (*sink)(void *user, const SimFinding *finding), void *user);
 void sim_report(const SimFinding *finding);
-const char *sim_kind_name(SimKind kind);
+extern const char *const sim_kind_names[];
 /* One line: kernel, PTX line, source line, block, thread, address and text. Returns `out`. */
 char *sim_finding_text(const SimFinding *finding, char *out, size_t size);
 
@@ -239,7 +237,7 @@ typedef struct {
 } SimCounters;
 
 void sim_counters_add(SimCounters *sum, const SimCounters *part);
-const char *sim_class_name(SimClass class);
+extern const char *const sim_class_names[];
 uint64_t sim_class_sum(const uint64_t *of_class); /* of counters' warp or lane */
 
 /* ---- launch */
