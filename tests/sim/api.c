@@ -386,19 +386,16 @@ BODY(UNSAFE, 2000, cuCtxSynchronize, (void), ()) {
     return self.ctx->sticky;
 }
 
-/* One direction: kernels of the current device may use the peer's memory, or no longer. */
-static CUresult peer_access(Ctx *peer, bool on) {
+/* One direction: kernels of the current device may use the peer's memory. */
+static CUresult peer_access(Ctx *peer) {
     Ctx *c = self.ctx;
     if (!ctx_ok(peer) || peer == c) return E_INVALID_CONTEXT;
-    if (!config.peer) return on ? E_PEER_ACCESS_UNSUPPORTED : E_PEER_ACCESS_NOT_ENABLED;
-    if (c->peer[peer->device] == on)
-        return on ? E_PEER_ACCESS_ALREADY_ENABLED : E_PEER_ACCESS_NOT_ENABLED;
-    if (!on) run_ctx(c);
-    c->peer[peer->device] = on;
-    sim_mem_peer(c->device, peer->device, on);
+    if (!config.peer) return E_PEER_ACCESS_UNSUPPORTED;
+    if (c->peer[peer->device]) return E_PEER_ACCESS_ALREADY_ENABLED;
+    c->peer[peer->device] = true;
+    sim_mem_peer(c->device, peer->device, true);
     return OK;
 }
 
 API(CTX, 4000, cuCtxEnablePeerAccess, (CUcontext peer, unsigned flags),
-    flags ? E_INVALID_VALUE : peer_access(peer, true))
-API(CTX, 4000, cuCtxDisablePeerAccess, (CUcontext peer), peer_access(peer, false))
+    flags ? E_INVALID_VALUE : peer_access(peer))

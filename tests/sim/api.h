@@ -20,7 +20,7 @@
 #else
 typedef int CUresult, CUdevice, CUdevice_attribute, CUdevice_P2PAttribute, CUjit_option,
     CUfunction_attribute, CUstreamCaptureMode,
-    CUstreamCaptureStatus, CUdriverProcAddressQueryResult;
+    CUdriverProcAddressQueryResult;
 typedef uint64_t CUdeviceptr, cuuint64_t;
 typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;

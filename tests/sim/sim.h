@@ -1,4 +1,4 @@
-/* sim.h: the seam inside the simulated CUDA device (README.md, "Files", has what lies on each side).
+/* sim.h: the seam inside the simulated CUDA device (README.md, "Files", has its two sides).
  *
  * Results are CUresult numbers. Device addresses are numbers above the host's address space (a host
  * that follows one crashes, as it should), each device has its own range, never reused;
@@ -34,7 +34,6 @@
     X(701, LAUNCH_OUT_OF_RESOURCES, "too many resources requested for launch")                     \
     X(702, LAUNCH_TIMEOUT, "the launch timed out and was terminated")                              \
     X(704, PEER_ACCESS_ALREADY_ENABLED, "peer access is already enabled")                          \
-    X(705, PEER_ACCESS_NOT_ENABLED, "peer access has not been enabled")                            \
     X(709, CONTEXT_IS_DESTROYED, "context is destroyed")                                           \
     X(712, HOST_MEMORY_ALREADY_REGISTERED,                                                         \
       "part or all of the requested memory range is already mapped")                               \

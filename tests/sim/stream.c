@@ -384,16 +384,6 @@ BODY(CTX, 10000, cuStreamEndCapture, (CUstream h, CUgraph *graph), (h, graph)) {
     return r;
 }
 
-/* 0 no capture, 1 active, 2 spoilt. The legacy stream may not be asked meanwhile. */
-BODY(CTX, 10000, cuStreamIsCapturing, (CUstream h, CUstreamCaptureStatus *status), (h, status)) {
-    Stream *s;
-    CUresult r = get_stream(h, &s);
-    if (r) return r;
-    for (Stream *t = s == s->ctx->legacy ? s->ctx->streams : NULL; t; t = t->next)
-        if (t->capture && !(t->flags & 1)) return E_STREAM_CAPTURE_IMPLICIT;
-    return GIVE(status, !s->capture ? 0 : s->capture->broken ? 2 : 1);
-}
-
 /* ---- work on streams */
 
 /* Work on the legacy stream would have to wait for streams that are being captured. */
