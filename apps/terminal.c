@@ -152,7 +152,8 @@ typedef struct {
 // Everything but the weights, so that a wrong prompt is known before they load.
 static Talk talk_open(void) {
     const char *dir = opt.open.dir;
-    Talk k = { .t = tokenizer_open(dir, !opt.ids), .m = model_read(&opt.open) };
+    Talk k = { .m = model_read(&opt.open) };
+    k.t = tokenizer_open(dir, !opt.ids);
     if (k.t) k.control = tokenizer_control(k.t);
     k.brief = model_brief(k.m);
     if (k.control.n > k.brief.vocab)

