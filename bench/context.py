@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 
+DSV4 = os.environ.get("DSV4", "./dsv4")
 KINDS = {"window only": 0, "HCA, ratio 128": 128, "CSA, ratio 4": 4}
 DEPTHS = [1 << 10, 1 << 14, 1 << 17, 1 << 20]
 
@@ -27,7 +28,7 @@ def model(work, ratio):
 
 def run(path):
     """Milliseconds per decoded token at each depth."""
-    out = subprocess.run(["./dsv4", "bench", "-m", path, "--devices", "cpu", "-c", str(DEPTHS[-1] + 64), "-n", "64"],
+    out = subprocess.run([DSV4, "bench", "-m", path, "--devices", "cpu", "-c", str(DEPTHS[-1] + 64), "-n", "64"],
                          check=True, capture_output=True, text=True).stdout
     rows = {int(d): 1000 / float(t) for d, t in re.findall(r"^ *(\d+) +[\d.]+ +([\d.]+) ", out, re.M)}
     return [rows[d] for d in DEPTHS]

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 
+DSV4 = os.environ.get("DSV4", "./dsv4")
 THREADS = len(os.sched_getaffinity(0))
 STEPS = 32              # tokens of a decode sample, after DEPTH tokens
 DEPTH = 128
@@ -53,7 +54,7 @@ def same(work, name):
     ids = ",".join(map(str, e["prompt"] + e["continuation"]))
     out = os.path.join(work, "logits.f32")
     for who, command in (("llama.cpp", [f"{work}/peer_logits", f"{work}/{name}.gguf", ids, out]),
-                         ("dsv4", ["./dsv4", "-m", golden, "--devices", "cpu", "--ids", ids, "-n", "0", "--logits", out])):
+                         ("dsv4", [DSV4, "-m", golden, "--devices", "cpu", "--ids", ids, "-n", "0", "--logits", out])):
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         x = np.fromfile(out, "<f4").reshape(want.shape).astype(np.float64)
         cos = np.median(check.cosines(x, want))
@@ -125,7 +126,7 @@ def warm(*paths):
 def dsv4(work, name):
     warm(f"{work}/{name}")
     with Sample(work, name) as s:
-        out = subprocess.run(["./dsv4", "bench", "-m", f"{work}/{name}", "--devices", "cpu", "-t", str(THREADS),
+        out = subprocess.run([DSV4, "bench", "-m", f"{work}/{name}", "--devices", "cpu", "-t", str(THREADS),
                               "-c", str(LONG + STEPS), "-n", str(STEPS)], check=True, capture_output=True, text=True).stdout
         rows = {int(r[0]): r for r in re.findall(r"^ *(\d+) +([\d.]+) +([\d.]+) ", out, re.M)}
         s.add(bandwidth=float(re.search(r"read bandwidth ([\d.]+) GB/s", out)[1]),
