@@ -139,7 +139,7 @@ suite golden/tsan 900 $PY tests/run_golden.py --quick --only golden,identity,dec
 suite programs/san 600 $PY tests/run_programs.py --dsv4 build/san/dsv4 --slow 6
 suite faults/san 900 $PY tests/faults.py --dsv4 build/san/dsv4 --slow 6
 
-suite fuzz/build 300 make -j"$JOBS" fuzz
+suite fuzz/build 600 make -j"$JOBS" fuzz
 for f in tests/fuzz_*.c; do
     n=$(basename "$f" .c)
     mkdir -p build/fuzz/corpus/"$n"
