@@ -1822,7 +1822,22 @@ static int cpu_best(void) {
 
 static int cpu_level = -1;      // set by cpu_init; a test may lower it
 
-static void cpu_init(void) { if (cpu_level < 0) cpu_level = cpu_best(); }
+// BF16 of all magnitudes of e4m3: low bytes, high bytes. For AVX-512 VBMI.
+static uint8_t e4m3_bytes[2][128] __attribute__((aligned(64)));
+static bool cpu_vbmi;
+
+static void cpu_init(void) {
+    if (cpu_level < 0) cpu_level = cpu_best();
+    if (e4m3_bytes[1][127]) return;
+    for (int i = 0; i < 128; i++) {
+        bf16 h = bf16_of_f32(f32_of_e4m3((uint8_t)i));
+        e4m3_bytes[0][i] = (uint8_t)h;
+        e4m3_bytes[1][i] = (uint8_t)(h >> 8);
+    }
+#if defined(__x86_64__)
+    cpu_vbmi = __builtin_cpu_supports("avx512vbmi");
+#endif
+}
 
 #if defined(__x86_64__)
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -1886,10 +1901,11 @@ static void quantise(const float *x, int k, int8_t *q, float *s) {
 }
 
 // ---------------------------------------------------------------------------
-// products y = W x. The unit of work is a tile: 16 rows of W, one per vector lane, times up to 64
-// tokens. A tile's weights are transposed in registers, once for all its tokens, so every output is
-// summed over its columns in ONE order (groups of 32, ascending), whatever the batch, the threads
-// and the instruction set.
+// products y = W x. The unit of work is a tile: a few rows of W times some tokens. Every output is
+// summed over its columns in ONE order, whatever the batch, the threads and the instruction set:
+//   INT8, INT4, FP4   an integer sum per group of 32 columns, scaled; groups g = 0, 1, 2, 3 mod 4 are
+//                     added up apart: (0 + 1) + (2 + 3)
+//   FP8, BF16, F32    16 sums of every 16th column or so (float_place), then halved again and again
 
 typedef struct {
     const Mat *w;
@@ -1900,21 +1916,23 @@ typedef struct {
     size_t ldy;
 } Product;
 
-enum { LANES = 16, T_BLOCK = 64 };
+enum { LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };
 
-// Packed activations [groups, T]: one contiguous run of tokens per group of 32 columns, zero groups
-// up to a multiple of 4, so that a tile works in whole steps of 64 bytes.
-typedef struct { int32_t q[8], c; float s; } GroupI;   // c: what the weights' bias adds, negated
-typedef struct { float x[32]; } GroupF;
+// Packed activations of 128 columns: 4 groups of 32, zero behind k. Of group g, q[0][g] holds the
+// columns that stand in the low half of its weights (INT8: the first 16, nibbles: the even ones).
+typedef struct {
+    int8_t q[2][4][16];
+    int32_t c[4];           // what the weights' bias adds, negated
+    float s[4];
+} Packed;
 
 typedef struct {
     const Mat *w;
     int row, rows;          // rows of W, 1 .. LANES; never across a multiple of LANES
-    bool more;              // the next rows follow: prefetch them
-    const void *a;          // packed, first token of the tile
-    size_t pitch;           // tokens from one group to the next
+    const void *a;          // packed, first token: Packed [blocks, pitch] or float [T, pitch]
+    size_t pitch;
     int T;
-    float *acc;             // [T, LANES]
+    float *acc;             // [T, LANES] the results
 } Tile;
 
 typedef struct {
@@ -1925,7 +1943,7 @@ typedef struct {
 } Job;
 
 static bool takes_int8(Format f) { return f == W_INT8 || f == W_INT4 || f == W_FP4; }
-static int n_groups(const Mat *m) { return (m->k + 127) / 128 * 4; }
+static int n_blocks(const Mat *m) { return (m->k + 127) / 128; }
 
 // The SIMD kernels multiply unsigned weights w + bias with signed activations.
 static int weight_bias(Format f) {
@@ -1934,37 +1952,46 @@ static int weight_bias(Format f) {
     return f == W_INT4 ? 8 : 12;
 }
 
-static void pack_int(const Product *p, int t, GroupI *out) {
+static void pack_int(const Product *p, int t, Packed *out) {
     size_t r = p->rows ? (size_t)p->rows[t] : (size_t)t;
     const int8_t *q = p->a->q + r * p->a->ldq;
     const float *s = p->a->s + r * p->a->lds;
     bool nibbles = p->w->fmt != W_INT8, half = p->w->fmt == W_FP4;
-    int bias = weight_bias(p->w->fmt);
-    for (int g = 0; g < n_groups(p->w); g++, q += 32) {
-        GroupI *o = out + (size_t)g * (size_t)p->T + t;
-        int8_t even_odd[32];
+    int bias = weight_bias(p->w->fmt), groups = (p->w->k + 31) / 32;
+    for (int g = 0; g < 4 * n_blocks(p->w); g++, q += 32) {
+        Packed *o = out + (size_t)(g / 4) * (size_t)p->T + t;
+        int8_t *lo = o->q[0][g % 4], *hi = o->q[1][g % 4];
         int sum = 0;
-        if (g * 32 >= p->w->k) {
-            *o = (GroupI){ 0 };
+        if (g >= groups) {
+            memset(lo, 0, 16), memset(hi, 0, 16);
+            o->c[g % 4] = 0;
+            o->s[g % 4] = 0;
             continue;
         }
         for (int i = 0; i < 32; i++) sum += q[i];
-        for (int i = 0; i < 16 && nibbles; i++) {
-            even_odd[i] = q[2 * i];
-            even_odd[16 + i] = q[2 * i + 1];
+        for (int i = 0; i < 16; i++) {
+            lo[i] = nibbles ? q[2 * i] : q[i];
+            hi[i] = nibbles ? q[2 * i + 1] : q[16 + i];
         }
-        memcpy(o->q, nibbles ? even_odd : q, 32);
-        o->c = -bias * sum;
-        o->s = half ? s[g] * 0.5f : s[g];
+        o->c[g % 4] = -bias * sum;
+        o->s[g % 4] = half ? s[g] * 0.5f : s[g];
     }
 }
 
-static void pack_float(const Product *p, int t, GroupF *out) {
+// Where column c of a block of 64 stands in packed activations: in vector place / 16, lane place % 16,
+// as the instructions leave the weights that they unpack.
+static int float_place(Format f, int c) {
+    if (f == W_BF16) return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
+    if (f == W_FP8) return (c % 16 / 8 * 2 + c % 2) * 16 + c / 16 * 4 + c % 8 / 2;
+    return c;
+}
+
+static void pack_float(const Product *p, int t, float *out) {
     const float *x = p->a->x + (p->rows ? (size_t)p->rows[t] : (size_t)t) * p->a->ld;
-    for (int g = 0; g < n_groups(p->w); g++) {
-        GroupF *o = out + (size_t)g * (size_t)p->T + t;
-        for (int i = 0; i < 32; i++) o->x[i] = g * 32 + i < p->w->k ? x[g * 32 + i] : 0;
-    }
+    int k = p->w->k;
+    out += (size_t)t * 128 * (size_t)n_blocks(p->w);
+    for (int b = 0; b < 128 * n_blocks(p->w); b += 64)
+        for (int c = 0; c < 64; c++) out[b + float_place(p->w->fmt, c)] = b + c < k ? x[b + c] : 0;
 }
 
 static void pack_range(void *arg, int begin, int end) {
@@ -1982,79 +2009,423 @@ static void tile_int(const Tile *t) {
     const Mat *m = t->w;
     for (int r = 0; r < t->rows; r++) {
         const uint8_t *w = (const uint8_t *)m->w + (size_t)(t->row + r) * row_bytes(m);
+        float acc[T_BLOCK][4] = { 0 };
         for (int g = 0; g * 32 < m->k; g++) {
-            int v[32] = { 0 };
-            int n = m->k - g * 32 < 32 ? m->k - g * 32 : 32;
+            int lo[16] = { 0 }, hi[16] = { 0 }, n = m->k - g * 32;
             for (int i = 0; i < 16 && m->fmt != W_INT8; i++) {
-                int lo = w[g * 16 + i] & 15, hi = w[g * 16 + i] >> 4;
-                v[i] = m->fmt == W_INT4 ? lo - 8 : e2m1_x2[lo];
-                v[16 + i] = m->fmt == W_INT4 ? hi - 8 : e2m1_x2[hi];
+                int a = w[g * 16 + i] & 15, b = w[g * 16 + i] >> 4;
+                lo[i] = m->fmt == W_INT4 ? a - 8 : e2m1_x2[a];
+                hi[i] = m->fmt == W_INT4 ? b - 8 : e2m1_x2[b];
             }
-            for (int i = 0; i < n && m->fmt == W_INT8; i++) v[i] = (int8_t)w[g * 32 + i];
-            const GroupI *a = (const GroupI *)t->a + (size_t)g * t->pitch;
+            for (int i = 0; i < 32 && i < n && m->fmt == W_INT8; i++)
+                (i < 16 ? lo : hi)[i % 16] = (int8_t)w[g * 32 + i];
+            const Packed *a = (const Packed *)t->a + (size_t)(g / 4) * t->pitch;
             float s = scale_at(m, t->row + r, g * 32);
             for (int j = 0; j < t->T; j++) {
                 int sum = 0;
-                const int8_t *q = (const int8_t *)a[j].q;
-                for (int i = 0; i < 32; i++) sum += v[i] * q[i];
-                float *acc = t->acc + j * LANES + r;
-                *acc = fmaf((float)sum, s * a[j].s, *acc);
+                for (int i = 0; i < 16; i++)
+                    sum += lo[i] * a[j].q[0][g % 4][i] + hi[i] * a[j].q[1][g % 4][i];
+                acc[j][g % 4] = fmaf((float)sum, s * a[j].s[g % 4], acc[j][g % 4]);
             }
         }
+        for (int j = 0; j < t->T; j++)
+            t->acc[j * LANES + r] = (acc[j][0] + acc[j][1]) + (acc[j][2] + acc[j][3]);
     }
 }
 
-static void tile_float(const Tile *t, float *row) {
+static void tile_float(const Tile *t) {
     const Mat *m = t->w;
+    float *row = xalloc((size_t)m->k, sizeof *row);
     for (int r = 0; r < t->rows; r++) {
-        dequant_row(m, t->row + r, row);    // row [groups * 32], zero behind k
-        for (int g = 0; g < n_groups(m); g++) {
-            const GroupF *a = (const GroupF *)t->a + (size_t)g * t->pitch;
-            for (int j = 0; j < t->T; j++) {
-                float sum[8] = { 0 };
-                for (int i = 0; i < 32; i++) sum[i % 8] += row[g * 32 + i] * a[j].x[i];
-                t->acc[j * LANES + r] += ((sum[0] + sum[1]) + (sum[2] + sum[3]))
-                                       + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+        dequant_row(m, t->row + r, row);
+        for (int j = 0; j < t->T; j++) {
+            const float *x = (const float *)t->a + (size_t)j * t->pitch;
+            float sum[16] = { 0 };
+            for (int i = 0; i < m->k; i++) {
+                int at = float_place(m->fmt, i % 64);
+                sum[at % 16] += row[i] * x[i / 64 * 64 + at];
             }
+            for (int w = 8; w; w /= 2)
+                for (int l = 0; l < w; l++) sum[l] += sum[l + w];
+            t->acc[j * LANES + r] = sum[0];
         }
     }
-}
-
-static void tile_portable(const Tile *t) {
-    if (takes_int8(t->w->fmt)) {
-        tile_int(t);
-        return;
-    }
-    float *row = xalloc((size_t)n_groups(t->w), 32 * sizeof *row);
-    tile_float(t, row);
     free(row);
 }
 
+static void tile_portable(const Tile *t) {
+    if (takes_int8(t->w->fmt)) tile_int(t);
+    else tile_float(t);
+}
+
 // ---------------------------------------------------------------------------
-// AVX2 and AVX-512 tiles. Rows of W are read 32 (AVX-512: 64) bytes at a time and transposed, so
-// that lane r of vector j holds dword j of row r. nt = 1: one token, sums in
-// registers; 0: t->T, sums in memory.
+// AVX2 and AVX-512 tiles. For few tokens, and for the float formats, four rows are read side by side,
+// each from its beginning to its end: as fast as memory gives them. For many tokens the integer formats
+// are read 32 (AVX-512: 64) bytes of 16 rows at a time and transposed, so that lane r of vector j
+// holds dword j of row r: more work for a byte, less for a token.
 
 #if defined(__x86_64__)
 
-// The rows of one tile of a matrix of bytes (weights or scales).
-typedef struct {
-    const uint8_t *row[LANES];
-    size_t bytes;           // of one row
-    const uint8_t *ahead[LANES];    // to prefetch of the next tile with the first bytes of this
-    size_t run;             // so many rows of it as one run of addresses: a page or more
-} Rows;
+static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
 
+// For e4m3 -> BF16: the high byte from sign and upper exponent bits; where the exponent is 0, what to
+// add to that and the low byte: m * 2^-9 normalised
+static const int8_t e4m3_tables[3][16] __attribute__((aligned(16))) = {
+    { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
+    { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
+
+// Four rows on their way: w and s move forward with the blocks. What would be read behind the end of a
+// row is read from copies.
+typedef struct {
+    const uint8_t *w[QUAD], *s[QUAD];
+    size_t ahead;                       // bytes from a row to the one that the next tile reads
+    uint8_t end_w[QUAD][512], end_s[QUAD][8];
+} Quad;
+
+// Rows beyond the tile's repeat its first.
+INLINE void quad_open(Quad *q, const Tile *t, int r0) {
+    const Mat *m = t->w;
+    size_t bytes = row_bytes(m), scales = m->fmt == W_INT4 ? (size_t)m->k / 16 : (size_t)m->k / 32;
+    for (int i = 0; i < QUAD; i++) {
+        size_t row = (size_t)t->row + (size_t)(r0 + i < t->rows ? r0 + i : 0);
+        q->w[i] = (const uint8_t *)m->w + row * bytes;
+        q->s[i] = (const uint8_t *)m->s + row * scales;
+    }
+    q->ahead = QUAD * bytes;
+}
+
+// Of a row's last bytes, fewer than a block takes.
+INLINE void quad_end(Quad *q, size_t bytes, size_t scales) {
+    memset(q->end_w, 0, sizeof q->end_w);
+    memset(q->end_s, 0, sizeof q->end_s);
+    for (int i = 0; i < QUAD; i++) {
+        q->w[i] = memcpy(q->end_w[i], q->w[i], bytes);
+        if (scales) q->s[i] = memcpy(q->end_s[i], q->s[i], scales);
+    }
+}
+
+TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
+    __m256 a = _mm256_add_ps(lo, hi);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+// The next block of each row; what the next tile reads there is asked for.
+TARGET_AVX2 INLINE void quad_next(Quad *q, size_t step, size_t scales) {
+    for (int i = 0; i < QUAD; i++) {
+        for (size_t at = 0; at < step; at += 64)
+            _mm_prefetch((const char *)q->w[i] + q->ahead + at, _MM_HINT_T1);
+        q->w[i] += step;
+        q->s[i] += scales;
+    }
+}
+
+// BF16 bits of the scales of 4 groups of 4 rows: [group, row]
+TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4) {
+    __m128i v[QUAD];
+    for (int i = 0; i < QUAD; i++) v[i] = fp4 ? _mm_loadu_si32(q->s[i]) : _mm_loadl_epi64((const void *)q->s[i]);
+    if (fp4) {          // E8M0: the exponent; 0 is 2^-127
+        const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        __m128i rows = _mm_unpacklo_epi64(_mm_unpacklo_epi32(v[0], v[1]), _mm_unpacklo_epi32(v[2], v[3]));
+        __m256i exponent = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(rows, turn));
+        return _mm256_max_epu16(_mm256_slli_epi16(exponent, 7), _mm256_set1_epi16(0x40));
+    }
+    __m128i a = _mm_unpacklo_epi16(v[0], v[1]), b = _mm_unpacklo_epi16(v[2], v[3]);
+    return _mm256_set_m128i(_mm_unpackhi_epi32(a, b), _mm_unpacklo_epi32(a, b));
+}
+
+// 128 columns of a row, half h of the groups: lo, hi as in Packed, weights with their bias
+TARGET_AVX2 INLINE void quad_weights_256(const uint8_t *w, int h, Format fmt, __m256i *lo, __m256i *hi) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)e2m1_biased));
+    if (fmt == W_INT8) {
+        __m256i a = _mm256_loadu_si256((const void *)(w + 64 * h)), b = _mm256_loadu_si256((const void *)(w + 64 * h + 32));
+        *lo = _mm256_permute2x128_si256(a, b, 0x20);
+        *hi = _mm256_permute2x128_si256(a, b, 0x31);
+        return;
+    }
+    __m256i v = _mm256_loadu_si256((const void *)(w + 32 * h));
+    *lo = _mm256_and_si256(v, low);
+    *hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+    if (fmt == W_INT4) return;
+    *lo = _mm256_shuffle_epi8(table, *lo);
+    *hi = _mm256_shuffle_epi8(table, *hi);
+}
+
+// Sums of 4 products each. INT8 is signed: |w| * (q with w's sign): 2 x 128 x 127 fits in 16 bits.
+TARGET_AVX2 INLINE __m256i dot_256(__m256i lo, __m256i ql, __m256i hi, __m256i qh, bool is_signed) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (!is_signed)         // 4 x 24 x 127 fits
+        return _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(lo, ql), _mm256_maddubs_epi16(hi, qh)), ones);
+    lo = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(ql, lo));
+    hi = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(qh, hi));
+    return _mm256_add_epi32(_mm256_madd_epi16(lo, ones), _mm256_madd_epi16(hi, ones));
+}
+
+// Four rows' sums of four lanes each: [.., row]
+TARGET_AVX2 INLINE __m256i quad_sums_256(const __m256i v[QUAD]) {
+    __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+    __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+
+// Rows r0 .. r0 + 3 of a tile times tokens k .. k + N - 1
+TARGET_AVX2 INLINE void few_int_256(const Tile *t, int r0, int k, Format fmt, int N) {
+    const Mat *m = t->w;
+    const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
+    __m256i each[2] = { _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) };
+    __m256 acc[FEW][2];
+    Quad q;
+    quad_open(&q, t, r0);
+    for (int j = 0; j < N; j++) acc[j][0] = acc[j][1] = _mm256_setzero_ps();
+    size_t left = row_bytes(m);
+    for (int b = 0; b < n_blocks(m); b++, left -= step) {
+        if (left < step) quad_end(&q, left, left / 16 * (scales / 4));
+        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch + k;
+        __m256i s16 = scales ? quad_scales(&q, fmt == W_FP4) : _mm256_setzero_si256();
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            __m128i half = h ? _mm256_extracti128_si256(s16, 1) : _mm256_castsi256_si128(s16);
+            __m256 s = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+            if (!scales) s = _mm256_set1_ps(block_scale(m, t->row, 128 * b));
+            __m256i lo[QUAD], hi[QUAD], sum[QUAD];
+            for (int i = 0; i < QUAD; i++) quad_weights_256(q.w[i], h, fmt, &lo[i], &hi[i]);
+            for (int j = 0; j < N; j++) {
+                __m256i ql = _mm256_loadu_si256((const void *)a[j].q[0][2 * h]);
+                __m256i qh = _mm256_loadu_si256((const void *)a[j].q[1][2 * h]);
+                __m256i c = _mm256_castsi128_si256(_mm_loadu_si128((const void *)a[j].c));
+                __m256 as = _mm256_castps128_ps256(_mm_loadu_ps(a[j].s));
+                for (int i = 0; i < QUAD; i++) sum[i] = dot_256(lo[i], ql, hi[i], qh, fmt == W_INT8);
+                c = _mm256_add_epi32(quad_sums_256(sum), _mm256_permutevar8x32_epi32(c, each[h]));
+                as = _mm256_mul_ps(s, _mm256_permutevar8x32_ps(as, each[h]));
+                acc[j][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), as, acc[j][h]);
+            }
+        }
+        quad_next(&q, step, scales);
+    }
+    for (int j = 0; j < N; j++) {
+        __m128 a = _mm_add_ps(_mm256_castps256_ps128(acc[j][0]), _mm256_extractf128_ps(acc[j][0], 1));
+        __m128 b = _mm_add_ps(_mm256_castps256_ps128(acc[j][1]), _mm256_extractf128_ps(acc[j][1], 1));
+        _mm_store_ps(t->acc + (k + j) * LANES + r0, _mm_add_ps(a, b));
+    }
+}
+
+// 64 bytes of a row of weights as FP32: vectors of 16 columns in two halves
+TARGET_AVX2 INLINE void unpack_256(const uint8_t *w, Format fmt, __m256 f[][2], __m256i *top) {
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000), low = _mm256_set1_epi8(15);
+    __m256i table[3];
+    for (int i = 0; i < 3 && fmt == W_FP8; i++)
+        table[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const void *)e4m3_tables[i]));
+    for (int h = 0; h < 2; h++) {
+        __m256i v = _mm256_loadu_si256((const void *)(w + 32 * h));
+        if (fmt == W_F32) f[0][h] = _mm256_castsi256_ps(v);
+        if (fmt == W_BF16) {
+            f[0][h] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+            f[1][h] = _mm256_castsi256_ps(_mm256_and_si256(v, upper));
+        }
+        if (fmt != W_FP8) continue;
+        *top = _mm256_max_epu8(*top, _mm256_and_si256(v, _mm256_set1_epi8(127)));
+        __m256i n = _mm256_and_si256(v, low);       // its low nibble is the low byte / 16
+        __m256i hi = _mm256_shuffle_epi8(table[0], _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
+        __m256i sub = _mm256_and_si256(v, _mm256_set1_epi8(0x78));
+        sub = _mm256_cmpeq_epi8(sub, _mm256_setzero_si256());
+        hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(table[1], n)));
+        n = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(table[2], n), sub);
+        __m256i x = _mm256_unpacklo_epi8(n, hi), y = _mm256_unpackhi_epi8(n, hi);
+        f[0][h] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+        f[1][h] = _mm256_castsi256_ps(_mm256_and_si256(x, upper));
+        f[2][h] = _mm256_castsi256_ps(_mm256_slli_epi32(y, 16));
+        f[3][h] = _mm256_castsi256_ps(_mm256_and_si256(y, upper));
+    }
+}
+
+// sum [rows] += 128 columns of weights w [rows] times x; FP8's times their scale s
+TARGET_AVX2 INLINE void rows_256(__m256 (*sum)[2], __m256 (*w)[8][2], const float *x, int rows, __m256 s,
+                                 Format fmt) {
+    __m256 acc[QUAD][2];
+    for (int i = 0; i < 2 * rows; i++)
+        acc[i / 2][i % 2] = fmt == W_FP8 ? _mm256_setzero_ps() : sum[i / 2][i % 2];
+    for (int v = 0; v < 16; v++)
+        for (int i = 0; i < rows; i++)
+            acc[i][v % 2] = _mm256_fmadd_ps(w[i][v / 2][v % 2], _mm256_loadu_ps(x + 8 * v), acc[i][v % 2]);
+    for (int i = 0; i < 2 * rows; i++)
+        sum[i / 2][i % 2] = fmt == W_FP8 ? _mm256_fmadd_ps(acc[i / 2][i % 2], s, sum[i / 2][i % 2])
+                                         : acc[i / 2][i % 2];
+}
+
+// Rows r0 .. r0 + 3 of a tile. One token's sums and weights stay in registers.
+TARGET_AVX2 INLINE void floats_256(const Tile *t, int r0, Format fmt, bool one) {
+    const Mat *m = t->w;
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4, T = one ? 1 : t->T;     // n: vectors in 64 bytes
+    const size_t step = 512 / (size_t)n;
+    __m256 w[QUAD][8][2], sum[T_FLOATS][QUAD][2], s = _mm256_set1_ps(1);
+    __m256i top[QUAD];
+    Quad q;
+    quad_open(&q, t, r0);
+    for (int i = 0; i < QUAD; i++) top[i] = _mm256_setzero_si256();
+    for (int i = 0; i < 2 * QUAD * T; i++) sum[i / 8][i / 2 % 4][i % 2] = _mm256_setzero_ps();
+    size_t left = row_bytes(m);
+    for (int b = 0; b < n_blocks(m); b++, left -= step) {
+        const float *x = (const float *)t->a + 128 * b;
+        if (left < step) quad_end(&q, left, 0);
+        if (fmt == W_FP8) s = _mm256_set1_ps(block_scale(m, t->row, 128 * b));
+        for (int i = 0; i < QUAD; i++) {
+            for (int v = 0; v < 8; v += n) unpack_256(q.w[i] + v / n * 64, fmt, w[i] + v, &top[i]);
+            if (one) rows_256(&sum[0][i], &w[i], x, 1, s, fmt);
+        }
+        for (int k = 0; k < T && !one; k++) rows_256(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+        quad_next(&q, step, 0);
+    }
+    for (int i = 0; i < QUAD; i++) {
+        __m256i nan = _mm256_cmpeq_epi8(top[i], _mm256_set1_epi8(127));
+        bool bad = !_mm256_testz_si256(nan, nan);
+        for (int k = 0; k < T; k++) t->acc[k * LANES + r0 + i] = bad ? NAN : sum_16(sum[k][i][0], sum[k][i][1]);
+    }
+}
+
+TARGET_AVX512 INLINE void quad_weights_512(const uint8_t *w, Format fmt, bool vnni, __m512i *lo, __m512i *hi) {
+    const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(-128);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)e2m1_biased));
+    __m512i v = _mm512_loadu_si512(w);
+    if (fmt == W_INT8) {
+        __m512i next = _mm512_loadu_si512(w + 64);
+        *lo = _mm512_shuffle_i64x2(v, next, 0x88);
+        *hi = _mm512_shuffle_i64x2(v, next, 0xdd);
+        if (vnni) *lo = _mm512_xor_si512(*lo, flip), *hi = _mm512_xor_si512(*hi, flip);
+        return;
+    }
+    *lo = _mm512_and_si512(v, low);
+    *hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+    if (fmt == W_INT4) return;
+    *lo = _mm512_shuffle_epi8(table, *lo);
+    *hi = _mm512_shuffle_epi8(table, *hi);
+}
+
+// |w| * (q with the sign of w)
+TARGET_AVX512 INLINE __m512i dot_signed_512(__m512i w, __m512i q) {
+    q = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(w), _mm512_setzero_si512(), q);
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(w), q), _mm512_set1_epi16(1));
+}
+
+TARGET_AVX512 INLINE __m512i dot_512(__m512i lo, __m512i ql, __m512i hi, __m512i qh, bool vnni, bool is_signed) {
+    if (vnni) {
+        __m512i sum = _mm512_setzero_si512();
+        __asm__("vpdpbusd %2, %1, %0\n\tvpdpbusd %4, %3, %0" : "+&v"(sum) : "v"(lo), "v"(ql), "v"(hi), "v"(qh));
+        return sum;
+    }
+    if (is_signed) return _mm512_add_epi32(dot_signed_512(lo, ql), dot_signed_512(hi, qh));
+    lo = _mm512_add_epi16(_mm512_maddubs_epi16(lo, ql), _mm512_maddubs_epi16(hi, qh));
+    return _mm512_madd_epi16(lo, _mm512_set1_epi16(1));
+}
+
+TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
+    __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+TARGET_AVX512 INLINE void few_int_512(const Tile *t, int r0, int k, Format fmt, bool vnni, int N) {
+    const Mat *m = t->w;
+    const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
+    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    __m512 acc[FEW];
+    Quad q;
+    quad_open(&q, t, r0);
+    for (int j = 0; j < N; j++) acc[j] = _mm512_setzero_ps();
+    size_t left = row_bytes(m);
+    for (int b = 0; b < n_blocks(m); b++, left -= step) {
+        if (left < step) quad_end(&q, left, left / 16 * (scales / 4));
+        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch + k;
+        __m512i lo[QUAD], hi[QUAD], sum[QUAD];
+        __m512 s;
+        if (scales) s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(quad_scales(&q, fmt == W_FP4)), 16));
+        else s = _mm512_set1_ps(block_scale(m, t->row, 128 * b));
+        for (int i = 0; i < QUAD; i++) quad_weights_512(q.w[i], fmt, vnni, &lo[i], &hi[i]);
+        for (int j = 0; j < N; j++) {
+            __m512i ql = _mm512_loadu_si512(a[j].q[0]), qh = _mm512_loadu_si512(a[j].q[1]);
+            __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[j].c));
+            __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[j].s));
+            for (int i = 0; i < QUAD; i++) sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
+            c = _mm512_add_epi32(quad_sums_512(sum), _mm512_permutexvar_epi32(each, c));
+            as = _mm512_mul_ps(s, _mm512_permutexvar_ps(each, as));
+            acc[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, acc[j]);
+        }
+        quad_next(&q, step, scales);
+    }
+    for (int j = 0; j < N; j++) {
+        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(acc[j], 0), _mm512_extractf32x4_ps(acc[j], 1));
+        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(acc[j], 2), _mm512_extractf32x4_ps(acc[j], 3));
+        _mm_store_ps(t->acc + (k + j) * LANES + r0, _mm_add_ps(a, b));
+    }
+}
+
+// FP8 by AVX-512 VBMI: two tables of 128 bytes
+TARGET_AVX512 INLINE void unpack_512(const uint8_t *w, Format fmt, __m512 *f) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    __m512i v = _mm512_loadu_si512(w), byte[2] = { v, v };
+    if (fmt == W_F32) f[0] = _mm512_castsi512_ps(v);
+    if (fmt == W_BF16) {
+        f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+        f[1] = _mm512_castsi512_ps(_mm512_and_si512(v, upper));
+    }
+    if (fmt != W_FP8) return;
+    for (int i = 0; i < 2; i++)
+        __asm__("vpermi2b %2, %1, %0" : "+v"(byte[i])
+                : "v"(_mm512_load_si512(e4m3_bytes[i])), "v"(_mm512_load_si512(e4m3_bytes[i] + 64)));
+    byte[1] = _mm512_or_si512(byte[1], _mm512_and_si512(v, _mm512_set1_epi8(-128)));
+    __m512i x = _mm512_unpacklo_epi8(byte[0], byte[1]), y = _mm512_unpackhi_epi8(byte[0], byte[1]);
+    f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    f[1] = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+    f[2] = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
+    f[3] = _mm512_castsi512_ps(_mm512_and_si512(y, upper));
+}
+
+TARGET_AVX512 INLINE void rows_512(__m512 *sum, __m512 (*w)[8], const float *x, int rows, __m512 s,
+                                   Format fmt) {
+    __m512 acc[QUAD];
+    for (int i = 0; i < rows; i++) acc[i] = fmt == W_FP8 ? _mm512_setzero_ps() : sum[i];
+    for (int v = 0; v < 8; v++)
+        for (int i = 0; i < rows; i++)
+            acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
+    for (int i = 0; i < rows; i++) sum[i] = fmt == W_FP8 ? _mm512_fmadd_ps(acc[i], s, sum[i]) : acc[i];
+}
+
+TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one) {
+    const Mat *m = t->w;
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4, T = one ? 1 : t->T;     // n: vectors in 64 bytes
+    const size_t step = 512 / (size_t)n;
+    __m512 w[QUAD][8], sum[T_FLOATS][QUAD], s = _mm512_set1_ps(1);
+    Quad q;
+    quad_open(&q, t, r0);
+    for (int i = 0; i < QUAD * T; i++) sum[i / QUAD][i % QUAD] = _mm512_setzero_ps();
+    size_t left = row_bytes(m);
+    for (int b = 0; b < n_blocks(m); b++, left -= step) {
+        const float *x = (const float *)t->a + 128 * b;
+        if (left < step) quad_end(&q, left, 0);
+        if (fmt == W_FP8) s = _mm512_set1_ps(block_scale(m, t->row, 128 * b));
+        for (int i = 0; i < QUAD; i++) {
+            for (int v = 0; v < 8; v += n) unpack_512(q.w[i] + v / n * 64, fmt, w[i] + v);
+            if (one) rows_512(&sum[0][i], &w[i], x, 1, s, fmt);
+        }
+        for (int k = 0; k < T && !one; k++) rows_512(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+        quad_next(&q, step, 0);
+    }
+    for (int i = 0; i < QUAD * T; i++) {
+        __m512 v = sum[i / QUAD][i % QUAD];
+        __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+        t->acc[i / QUAD * LANES + r0 + i % QUAD] = sum_16(_mm512_castps512_ps256(v), hi);
+    }
+}
+
+// The rows of one tile of a matrix of bytes (weights or scales).
+typedef struct { const uint8_t *row[LANES]; size_t bytes; } Rows;   // bytes: of one row
 typedef struct { const uint8_t *row[LANES]; uint8_t bytes[LANES][64]; } Edge;
 
 INLINE Rows tile_rows(const Tile *t, const void *base, size_t bytes) {
-    Rows r = { .bytes = bytes, .run = 1 };
-    while (r.run < LANES && r.run * bytes < 4096) r.run *= 2;
-    for (size_t i = 0; i < LANES; i++) {    // lanes without a row repeat the first
+    Rows r = { .bytes = bytes };
+    for (size_t i = 0; i < LANES; i++)      // lanes without a row repeat the first
         r.row[i] = (const uint8_t *)base + ((size_t)t->row + (i < (size_t)t->rows ? i : 0)) * bytes;
-        r.ahead[i] = r.row[0];
-        if (t->more) r.ahead[i] += ((size_t)t->rows + i - i % r.run) * bytes + i % r.run * 64;
-    }
     return r;
 }
 
@@ -2072,29 +2443,15 @@ INLINE const uint8_t *const *rows_at(const Rows *w, size_t *off, size_t n, Edge 
     return e->row;
 }
 
-static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
-
-// For e4m3 -> BF16: bytes of 4 rows ordered by column; the high byte from sign and upper exponent
-// bits; where the exponent is 0, what to add to that and the low byte: m * 2^-9 normalised
-static const int8_t e4m3_tables[4][16] __attribute__((aligned(16))) = {
-    { 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15 },
-    { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
-    { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
-
-// v[j] lane r = dword j of p[r] + off, 32 bytes of 8 rows. Prefetches as many bytes: ahead[] + skip
-TARGET_AVX2 INLINE void transpose_256(const uint8_t *const *p, size_t off,
-                                      const uint8_t *const *ahead, size_t skip,
-                                      __m256i v[8]) {
+// v[j] lane r = dword j of bytes [off, off + 32) of row r0 + r
+TARGET_AVX2 INLINE void read_256(const Rows *w, int r0, size_t off, Edge *edge, __m256i v[8]) {
     __m256i z[4][2];        // [row % 4][half]: lane = row / 4
-    for (int e = 0; e < 4; e++) {
-        const uint8_t *r0 = p[e] + off, *r1 = p[4 + e] + off;
-        _mm_prefetch((const char *)ahead[e] + skip, _MM_HINT_T1);
+    const uint8_t *const *p = rows_at(w, &off, 32, edge) + r0;
+    for (int e = 0; e < 4; e++)
         for (int q = 0; q < 2; q++) {
-            __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(r0 + 16 * q)));
-            __m128i b = _mm_loadu_si128((const __m128i *)(r1 + 16 * q));
-            z[e][q] = _mm256_inserti128_si256(a, b, 1);
+            __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(p[e] + off + 16 * q)));
+            z[e][q] = _mm256_inserti128_si256(a, _mm_loadu_si128((const void *)(p[4 + e] + off + 16 * q)), 1);
         }
-    }
     for (int q = 0; q < 2; q++) {
         __m256i a = _mm256_unpacklo_epi32(z[0][q], z[1][q]);
         __m256i b = _mm256_unpackhi_epi32(z[0][q], z[1][q]);
@@ -2107,31 +2464,29 @@ TARGET_AVX2 INLINE void transpose_256(const uint8_t *const *p, size_t off,
     }
 }
 
-// Bytes [off, off + 32) of rows [r0, r0 + 8), transposed
-TARGET_AVX2 INLINE void read_256(const Rows *w, int r0, size_t off, Edge *edge, __m256i v[8]) {
-    size_t skip = off / 64 * 64 * w->run;
-    const uint8_t *const *ahead = w->ahead + r0 + off % 64 / 8;     // half of the 8 lines at a time
-    const uint8_t *const *p = rows_at(w, &off, 32, edge);
-    transpose_256(p + r0, off, ahead, skip, v);
+// Dword j of group g's activations: u[j] of group_256 meets it.
+INLINE int32_t group_dword(const Packed *a, int g, int j) {
+    int32_t q;
+    memcpy(&q, a->q[j / 4][g % 4] + j % 4 * 4, 4);
+    return q;
 }
 
-// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 8
-// rows
-TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const GroupI *a, __m256 acc,
+// acc + scale * (activations' scale) * (sum of u * q + c): group g; u[j] = dword j of 8 rows
+TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const Packed *a, int g, __m256 acc,
                                     bool is_signed) {
-    __m256i sum = _mm256_set1_epi32(a->c), ones = _mm256_set1_epi16(1);
-    for (int j = 0; j < 8 && is_signed; j++) {      // |w| * (q with w's sign): 2 x 128 x 127 fits
-        __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(a->q[j]), u[j]);
+    __m256i sum = _mm256_set1_epi32(a->c[g % 4]), ones = _mm256_set1_epi16(1);
+    for (int j = 0; j < 8 && is_signed; j++) {
+        __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(group_dword(a, g, j)), u[j]);
         x = _mm256_maddubs_epi16(_mm256_abs_epi8(u[j]), x);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, ones));
     }
     for (int h = 0; h < 8 && !is_signed; h += 4) {      // 4 x 2 x 24 x 127 fits in 16 bits
-        __m256i s = _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(a->q[h]));
+        __m256i s = _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(group_dword(a, g, h)));
         for (int j = h + 1; j < h + 4; j++)
-            s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(a->q[j])));
+            s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(group_dword(a, g, j))));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
     }
-    scale = _mm256_mul_ps(scale, _mm256_set1_ps(a->s));
+    scale = _mm256_mul_ps(scale, _mm256_set1_ps(a->s[g % 4]));
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc);
 }
 
@@ -2147,158 +2502,64 @@ TARGET_AVX2 INLINE __m256 nibble_scale_256(const __m256i *s, int g, bool fp4) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
 }
 
-// Rows [r0, r0 + 8) of a tile
-TARGET_AVX2 INLINE void tile_int_256(const Tile *t, int r0, Format fmt, int nt) {
+// Sums of a tile of many tokens: groups mod 4 apart
+typedef struct { float g[T_BLOCK][4][LANES] __attribute__((aligned(64))); } Sums;
+
+INLINE void sums_end(const Tile *t, const Sums *s) {
+    for (int k = 0; k < t->T; k++)
+        for (int l = 0; l < LANES; l++)
+            t->acc[k * LANES + l] = (s->g[k][0][l] + s->g[k][1][l]) + (s->g[k][2][l] + s->g[k][3][l]);
+}
+
+TARGET_AVX2 INLINE void many_int_256(const Tile *t, Format fmt) {
     const Mat *m = t->w;
     const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
-    const int per = nibbles ? 2 : 1, T = nt ? nt : t->T;        // groups in 32 bytes
+    const int per = nibbles ? 2 : 1;        // groups in 32 bytes
     Rows w = tile_rows(t, m->w, row_bytes(m));
     Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
     Edge edge;
+    Sums sums;
+    memset(sums.g, 0, sizeof *sums.g * (size_t)t->T);
     __m256i v[8], u[8], scales[8], low = _mm256_set1_epi8(15);
-    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)e2m1_biased));
-    __m256 s = _mm256_setzero_ps(), regs[4];
-    for (int i = 0; i < nt; i++) regs[i] = s;
-    for (int g0 = 0; g0 < n_groups(m); g0 += per) {
-        if (nibbles && g0 % (fp4 ? 32 : 16) == 0)
-            read_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
-        read_256(&w, r0, (size_t)(g0 / per) * 32, &edge, v);
-        if (!nibbles && g0 % 4 == 0) s = _mm256_set1_ps(block_scale(m, t->row, g0 * 32));
+    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)e2m1_biased));
+    __m256 s = _mm256_setzero_ps();
+    for (int r0 = 0; r0 < t->rows; r0 += 8)
+        for (int g0 = 0; g0 < 4 * n_blocks(m); g0 += per) {
+            if (nibbles && g0 % (fp4 ? 32 : 16) == 0)
+                read_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
+            read_256(&w, r0, (size_t)(g0 / per) * 32, &edge, v);
+            if (!nibbles && g0 % 4 == 0) s = _mm256_set1_ps(block_scale(m, t->row, g0 * 32));
 #pragma GCC unroll 2
-        for (int i = 0; i < per; i++) {
-            for (int j = 0; j < 4 && nibbles; j++) {
-                u[j] = _mm256_and_si256(v[4 * i + j], low);
-                u[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v[4 * i + j], 4), low);
-            }
-            for (int j = 0; j < 8 && fp4; j++) u[j] = _mm256_shuffle_epi8(table, u[j]);
-            for (int j = 0; j < 8 && !nibbles; j++) u[j] = v[j];
-            if (nibbles) s = nibble_scale_256(scales, g0 + i, fp4);
-            const GroupI *a = (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch;
-            for (int k = 0; k < T; k++) {
-                float *acc = t->acc + k * LANES + r0;
-                if (nt) regs[k] = group_256(u, s, a + k, regs[k], !nibbles);
-                else _mm256_store_ps(acc, group_256(u, s, a + k, _mm256_load_ps(acc), !nibbles));
-            }
-        }
-    }
-    for (int i = 0; i < nt; i++) _mm256_store_ps(t->acc + i * LANES + r0, regs[i]);
-}
-
-// acc + scale * (8 columns of 8 rows) . x: even and odd columns apart, then added
-TARGET_AVX2 INLINE __m256 columns_256(const __m256 f[8], __m256 scale, const float *x, __m256 acc) {
-    __m256 s0 = _mm256_mul_ps(f[0], _mm256_set1_ps(x[0]));
-    __m256 s1 = _mm256_mul_ps(f[1], _mm256_set1_ps(x[1]));
-    for (int j = 2; j < 8; j += 2) {
-        s0 = _mm256_fmadd_ps(f[j], _mm256_set1_ps(x[j]), s0);
-        s1 = _mm256_fmadd_ps(f[j + 1], _mm256_set1_ps(x[j + 1]), s1);
-    }
-    return _mm256_fmadd_ps(_mm256_add_ps(s0, s1), scale, acc);
-}
-
-// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16:
-// its low nibble is the low byte / 16, its high nibble gives the high byte.
-TARGET_AVX2 INLINE void columns_of_e4m3_256(__m256i b, __m256 f[4]) {
-    const __m256i low = _mm256_set1_epi8(15), upper = _mm256_set1_epi32((int)0xffff0000);
-    __m256i table[4];
-    for (int i = 0; i < 4; i++)
-        table[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)e4m3_tables[i]));
-    b = _mm256_shuffle_epi8(b, table[0]);
-    __m256i n = _mm256_and_si256(b, low);
-    __m256i hi = _mm256_shuffle_epi8(table[1], _mm256_and_si256(_mm256_srli_epi16(b, 4), low));
-    __m256i sub = _mm256_and_si256(b, _mm256_set1_epi8(0x78));
-    sub = _mm256_cmpeq_epi8(sub, _mm256_setzero_si256());
-    hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(table[2], n)));
-    __m256i lo = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(table[3], n), sub);
-    __m256i x = _mm256_unpacklo_epi8(lo, hi), y = _mm256_unpackhi_epi8(lo, hi);
-    f[0] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-    f[1] = _mm256_castsi256_ps(_mm256_and_si256(x, upper));
-    f[2] = _mm256_castsi256_ps(_mm256_slli_epi32(y, 16));
-    f[3] = _mm256_castsi256_ps(_mm256_and_si256(y, upper));
-}
-
-// 8 columns of 8 rows from transposed dwords: step i of the 32 bytes
-TARGET_AVX2 INLINE void unpack_float_256(const __m256i v[8], Format fmt, int i, __m256 f[8]) {
-    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
-    for (int j = 0; j < 8 && fmt == W_F32; j++) f[j] = _mm256_castsi256_ps(v[j]);
-    for (int j = 0; j < 4 && fmt == W_BF16; j++) {
-        f[2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(v[4 * i + j], 16));
-        f[2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(v[4 * i + j], upper));
-    }
-    for (int j = 0; j < 2 && fmt == W_FP8; j++) columns_of_e4m3_256(v[2 * i + j], f + 4 * j);
-}
-
-// Rows [r0, r0 + 8) of a tile
-TARGET_AVX2 INLINE void tile_float_256(const Tile *t, int r0, Format fmt, int nt) {
-    const Mat *m = t->w;
-    const int steps = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4, T = nt ? nt : t->T;
-    Rows w = tile_rows(t, m->w, row_bytes(m));
-    Edge edge;
-    __m256i v[8], top = _mm256_setzero_si256(), magnitude = _mm256_set1_epi8(127);
-    __m256 f[8], s = _mm256_set1_ps(1), regs[4];
-    for (int i = 0; i < nt; i++) regs[i] = _mm256_setzero_ps();
-    for (int k = 0; k < m->k; ) {
-        read_256(&w, r0, (size_t)(k / (8 * steps)) * 32, &edge, v);
-        for (int i = 0; i < 8 && fmt == W_FP8; i++)
-            top = _mm256_max_epu8(top, _mm256_and_si256(v[i], magnitude));
-        if (fmt == W_FP8 && k % 128 == 0) s = _mm256_set1_ps(block_scale(m, t->row, k));
-#pragma GCC unroll 4
-        for (int i = 0; i < steps; i++, k += 8) {
-            unpack_float_256(v, fmt, i, f);
-            const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
-            for (int j = 0; j < T; j++) {
-                float *acc = t->acc + j * LANES + r0;
-                if (nt) regs[j] = columns_256(f, s, a[j].x + k % 32, regs[j]);
-                else _mm256_store_ps(acc, columns_256(f, s, a[j].x + k % 32, _mm256_load_ps(acc)));
+            for (int i = 0; i < per; i++) {
+                for (int j = 0; j < 4 && nibbles; j++) {
+                    u[j] = _mm256_and_si256(v[4 * i + j], low);
+                    u[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v[4 * i + j], 4), low);
+                }
+                for (int j = 0; j < 8 && fp4; j++) u[j] = _mm256_shuffle_epi8(table, u[j]);
+                for (int j = 0; j < 8 && !nibbles; j++) u[j] = v[j];
+                if (nibbles) s = nibble_scale_256(scales, g0 + i, fp4);
+                const Packed *a = (const Packed *)t->a + (size_t)(g0 / 4) * t->pitch;
+                for (int k = 0; k < t->T; k++) {
+                    float *acc = sums.g[k][(g0 + i) % 4] + r0;
+                    _mm256_store_ps(acc, group_256(u, s, a + k, g0 + i, _mm256_load_ps(acc), !nibbles));
+                }
             }
         }
-    }
-    for (int i = 0; i < nt; i++) _mm256_store_ps(t->acc + i * LANES + r0, regs[i]);
-    __m256i nan = _mm256_cmpeq_epi8(top, magnitude);    // rows with a NaN weight
-    if (fmt != W_FP8 || _mm256_testz_si256(nan, nan)) return;
-    nan = _mm256_cmpeq_epi32(nan, _mm256_setzero_si256());
-    for (int i = 0; i < T; i++) {
-        float *acc = t->acc + i * LANES + r0;
-        __m256 kept = _mm256_and_ps(_mm256_load_ps(acc), _mm256_castsi256_ps(nan));
-        __m256 bad = _mm256_andnot_ps(_mm256_castsi256_ps(nan), _mm256_set1_ps(NAN));
-        _mm256_store_ps(acc, _mm256_or_ps(kept, bad));
-    }
+    sums_end(t, &sums);
 }
 
-TARGET_AVX2 static void tile_avx2(const Tile *t) {
-    for (int r0 = 0; r0 < t->rows; r0 += 8) {
-        switch (t->w->fmt * 8 + (t->T == 1)) {
-#define CASES(F, TILE) \
-        case F * 8: TILE(t, r0, F, 0); break; \
-        case F * 8 + 1: TILE(t, r0, F, 1); break;
-        CASES(W_INT4, tile_int_256)
-        CASES(W_INT8, tile_int_256)
-        CASES(W_FP4, tile_int_256)
-        CASES(W_F32, tile_float_256)
-        CASES(W_BF16, tile_float_256)
-        CASES(W_FP8, tile_float_256)
-#undef CASES
-        }
-    }
-}
-
-// v[j] lane r = dword j of p[r] + off, 64 bytes of 16 rows. Prefetches as many bytes: ahead[] +
-// skip
-TARGET_AVX512 INLINE void transpose_512(const uint8_t *const *p, size_t off,
-                                        const uint8_t *const *ahead, size_t skip,
-                                        __m512i v[16]) {
+// v[j] lane r = dword j of bytes [off, off + 64) of row r
+TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512i v[16]) {
     __m512i z[4][4];        // [row % 4][quarter]: lane = row / 4
-    for (int e = 0; e < 4; e++) {
-        const uint8_t *r0 = p[e] + off, *r1 = p[4 + e] + off;
-        const uint8_t *r2 = p[8 + e] + off, *r3 = p[12 + e] + off;
-        for (int i = 0; i < 4; i++)
-            _mm_prefetch((const char *)ahead[4 * e + i] + skip, _MM_HINT_T1);
+    const uint8_t *const *p = rows_at(w, &off, 64, edge);
+    for (int e = 0; e < 4; e++)
         for (int q = 0; q < 4; q++) {
-            __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(r0 + 16 * q)));
-            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r1 + 16 * q)), 1);
-            a = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r2 + 16 * q)), 2);
-            z[e][q] = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)(r3 + 16 * q)), 3);
+            size_t at = off + 16 * (size_t)q;
+            __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(p[e] + at)));
+            a = _mm512_inserti32x4(a, _mm_loadu_si128((const void *)(p[4 + e] + at)), 1);
+            a = _mm512_inserti32x4(a, _mm_loadu_si128((const void *)(p[8 + e] + at)), 2);
+            z[e][q] = _mm512_inserti32x4(a, _mm_loadu_si128((const void *)(p[12 + e] + at)), 3);
         }
-    }
     for (int q = 0; q < 4; q++) {
         __m512i a = _mm512_unpacklo_epi32(z[0][q], z[1][q]);
         __m512i b = _mm512_unpackhi_epi32(z[0][q], z[1][q]);
@@ -2311,38 +2572,26 @@ TARGET_AVX512 INLINE void transpose_512(const uint8_t *const *p, size_t off,
     }
 }
 
-// Bytes [off, off + 64) of the rows, transposed
-TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512i v[16]) {
-    size_t skip = off * w->run;
-    const uint8_t *const *p = rows_at(w, &off, 64, edge);
-    transpose_512(p, off, w->ahead, skip, v);
-}
-
-// acc + scale * a->s * (sum of u * q + c): one group of 32 columns; u[j] = columns 4j .. 4j+3 of 16
-// rows
-TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const GroupI *a, __m512 acc,
-                                             bool vnni, bool is_signed) {
-    __m512i sum = _mm512_set1_epi32(a->c), ones = _mm512_set1_epi16(1);
-    for (int j = 0; j < 8 && vnni; j++)
-        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(a->q[j]));
-    for (int j = 0; j < 8 && !vnni && is_signed; j++) {     // |w| * (q with the sign of w)
-        __m512i x = _mm512_set1_epi32(a->q[j]);
-        x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(u[j]), _mm512_setzero_si512(), x);
-        x = _mm512_maddubs_epi16(_mm512_abs_epi8(u[j]), x);
-        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(x, ones));
+TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Packed *a, int g, __m512 acc,
+                                      bool vnni, bool is_signed) {
+    __m512i sum = _mm512_set1_epi32(a->c[g % 4]), ones = _mm512_set1_epi16(1);
+    for (int j = 0; j < 8 && vnni; j++) {
+        const int32_t *q = (const int32_t *)(const void *)(a->q[j / 4][g % 4] + j % 4 * 4);
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(*q));
     }
+    for (int j = 0; j < 8 && !vnni && is_signed; j++)
+        sum = _mm512_add_epi32(sum, dot_signed_512(u[j], _mm512_set1_epi32(group_dword(a, g, j))));
     for (int h = 0; h < 8 && !vnni && !is_signed; h += 4) { // 4 x 2 x 24 x 127 fits in 16 bits
-        __m512i s = _mm512_maddubs_epi16(u[h], _mm512_set1_epi32(a->q[h]));
+        __m512i s = _mm512_maddubs_epi16(u[h], _mm512_set1_epi32(group_dword(a, g, h)));
         for (int j = h + 1; j < h + 4; j++)
-            s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(a->q[j])));
+            s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(group_dword(a, g, j))));
         sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
     }
-    scale = _mm512_mul_ps(scale, _mm512_set1_ps(a->s));
+    scale = _mm512_mul_ps(scale, _mm512_set1_ps(a->s[g % 4]));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
 }
 
-// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of
-// E8M0
+// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of E8M0
 TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) {
     __m512i v = s[fp4 ? g % 64 / 4 : g % 32 / 2];
     if (fp4) {
@@ -2354,18 +2603,19 @@ TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) 
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 }
 
-TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni, int nt) {
+TARGET_AVX512 INLINE void many_int_512(const Tile *t, Format fmt, bool vnni) {
     const Mat *m = t->w;
     const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
-    const int per = nibbles ? 4 : 2, T = nt ? nt : t->T;        // groups in 64 bytes
+    const int per = nibbles ? 4 : 2;        // groups in 64 bytes
     Rows w = tile_rows(t, m->w, row_bytes(m));
     Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
     Edge edge;
+    Sums sums;
+    memset(sums.g, 0, sizeof *sums.g * (size_t)t->T);
     __m512i v[16], u[8], scales[16], low = _mm512_set1_epi8(15);
-    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)e2m1_biased));
-    __m512 s = _mm512_setzero_ps(), regs[4];
-    for (int i = 0; i < nt; i++) regs[i] = s;
-    for (int g0 = 0; g0 < n_groups(m); g0 += per) {
+    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)e2m1_biased));
+    __m512 s = _mm512_setzero_ps();
+    for (int g0 = 0; g0 < 4 * n_blocks(m); g0 += per) {
         if (nibbles && g0 % (fp4 ? 64 : 32) == 0)
             read_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
         read_512(&w, (size_t)(g0 / per) * 64, &edge, v);
@@ -2380,113 +2630,74 @@ TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni, int
             for (int j = 0; j < 8 && !nibbles; j++)
                 u[j] = _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(vnni ? -128 : 0));
             if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
-            const GroupI *a = (const GroupI *)t->a + (size_t)(g0 + i) * t->pitch;
-            for (int k = 0; k < T; k++) {
-                float *acc = t->acc + k * LANES;
-                if (nt) regs[k] = group_512(u, s, a + k, regs[k], vnni, !nibbles);
-                else _mm512_store_ps(acc, group_512(u, s, a + k, _mm512_load_ps(acc), vnni,
-                                                    !nibbles));
+            const Packed *a = (const Packed *)t->a + (size_t)(g0 / 4) * t->pitch;
+            for (int k = 0; k < t->T; k++) {
+                float *acc = sums.g[k][(g0 + i) % 4];
+                _mm512_store_ps(acc, group_512(u, s, a + k, g0 + i, _mm512_load_ps(acc), vnni, !nibbles));
             }
         }
     }
-    for (int i = 0; i < nt; i++) _mm512_store_ps(t->acc + i * LANES, regs[i]);
+    sums_end(t, &sums);
 }
 
-// acc + scale * (8 columns of 16 rows) . x: even and odd columns apart, then added
-TARGET_AVX512 INLINE __m512 columns_512(const __m512 f[8], __m512 scale, const float *x,
-                                        __m512 acc) {
-    __m512 s0 = _mm512_mul_ps(f[0], _mm512_set1_ps(x[0]));
-    __m512 s1 = _mm512_mul_ps(f[1], _mm512_set1_ps(x[1]));
-    for (int j = 2; j < 8; j += 2) {
-        s0 = _mm512_fmadd_ps(f[j], _mm512_set1_ps(x[j]), s0);
-        s1 = _mm512_fmadd_ps(f[j + 1], _mm512_set1_ps(x[j + 1]), s1);
+// Calls TILE(t, first row, first token, ..., tokens) for all rows, R at a time, and all tokens, N at a
+// time as long as there are so many.
+#define PARTS(t, R, N, TILE, ...) do { \
+    for (int r_ = 0; r_ < (t)->rows; r_ += R) { \
+        int k_ = 0; \
+        for (; k_ + N <= (t)->T; k_ += N) TILE(t, r_, k_, __VA_ARGS__, N); \
+        for (; k_ < (t)->T; k_++) TILE(t, r_, k_, __VA_ARGS__, 1); \
+    } \
+} while (0)
+
+TARGET_AVX2 INLINE void tile_int_256(const Tile *t, Format fmt) {
+    if (t->T > FEW) many_int_256(t, fmt);
+    else PARTS(t, QUAD, 2, few_int_256, fmt);
+}
+
+TARGET_AVX2 INLINE void tile_float_256(const Tile *t, Format fmt) {
+    for (int r0 = 0; r0 < t->rows; r0 += QUAD)
+        if (t->T == 1) floats_256(t, r0, fmt, true);
+        else floats_256(t, r0, fmt, false);
+}
+
+TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni) {
+    if (t->T > FEW) many_int_512(t, fmt, vnni);
+    else if (t->T == FEW) PARTS(t, QUAD, FEW, few_int_512, fmt, vnni);
+    else PARTS(t, QUAD, 2, few_int_512, fmt, vnni);
+}
+
+TARGET_AVX512 INLINE void tile_float_512(const Tile *t, Format fmt) {
+    for (int r0 = 0; r0 < t->rows; r0 += QUAD)
+        if (t->T == 1) floats_512(t, r0, fmt, true);
+        else floats_512(t, r0, fmt, false);
+}
+
+TARGET_AVX2 static void tile_avx2(const Tile *t) {
+    switch (t->w->fmt) {
+    case W_INT4: tile_int_256(t, W_INT4); break;
+    case W_INT8: tile_int_256(t, W_INT8); break;
+    case W_FP4: tile_int_256(t, W_FP4); break;
+    case W_BF16: tile_float_256(t, W_BF16); break;
+    case W_FP8: tile_float_256(t, W_FP8); break;
+    default: tile_float_256(t, W_F32);
     }
-    return _mm512_fmadd_ps(_mm512_add_ps(s0, s1), scale, acc);
-}
-
-// 4 columns of e4m3 (byte i of a lane: column i) -> FP32, exact but for NaN. A byte becomes a BF16:
-// its low nibble is the low byte / 16, its high nibble gives the high byte.
-TARGET_AVX512 INLINE void columns_of_e4m3_512(__m512i b, __m512 f[4]) {
-    const __m512i low = _mm512_set1_epi8(15);
-    __m512i table[4];
-    for (int i = 0; i < 4; i++)
-        table[i] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)e4m3_tables[i]));
-    b = _mm512_shuffle_epi8(b, table[0]);
-    __m512i n = _mm512_and_si512(b, low), lo = _mm512_slli_epi16(n, 4);
-    __m512i hi = _mm512_shuffle_epi8(table[1], _mm512_and_si512(_mm512_srli_epi16(b, 4), low));
-    __mmask64 sub = _mm512_testn_epi8_mask(b, _mm512_set1_epi8(0x78));
-    hi = _mm512_mask_add_epi8(hi, sub, hi, _mm512_shuffle_epi8(table[2], n));
-    lo = _mm512_mask_shuffle_epi8(lo, sub, table[3], n);
-    __m512i x = _mm512_unpacklo_epi8(lo, hi), y = _mm512_unpackhi_epi8(lo, hi);
-    f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    f[1] = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
-    f[2] = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
-    f[3] = _mm512_castsi512_ps(_mm512_and_si512(y, _mm512_set1_epi32((int)0xffff0000)));
-}
-
-// 8 columns of 16 rows from transposed dwords: step i of the 64 bytes
-TARGET_AVX512 INLINE void unpack_float_512(const __m512i v[16], Format fmt, int i, __m512 f[8]) {
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-    for (int j = 0; j < 8 && fmt == W_F32; j++) f[j] = _mm512_castsi512_ps(v[8 * i + j]);
-    for (int j = 0; j < 4 && fmt == W_BF16; j++) {
-        f[2 * j] = _mm512_castsi512_ps(_mm512_slli_epi32(v[4 * i + j], 16));
-        f[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(v[4 * i + j], upper));
-    }
-    for (int j = 0; j < 2 && fmt == W_FP8; j++) columns_of_e4m3_512(v[2 * i + j], f + 4 * j);
-}
-
-TARGET_AVX512 INLINE void tile_float_512(const Tile *t, Format fmt, int nt) {
-    const Mat *m = t->w;
-    const int steps = fmt == W_F32 ? 2 : fmt == W_BF16 ? 4 : 8, T = nt ? nt : t->T;
-    Rows w = tile_rows(t, m->w, row_bytes(m));
-    Edge edge;
-    __m512i v[16], top = _mm512_setzero_si512(), magnitude = _mm512_set1_epi8(127);
-    __m512 f[8], s = _mm512_set1_ps(1), regs[4];
-    for (int i = 0; i < nt; i++) regs[i] = _mm512_setzero_ps();
-    for (int k = 0; k < m->k; ) {
-        read_512(&w, (size_t)(k / (8 * steps)) * 64, &edge, v);
-        for (int i = 0; i < 16 && fmt == W_FP8; i++)
-            top = _mm512_max_epu8(top, _mm512_and_si512(v[i], magnitude));
-        if (fmt == W_FP8 && k % 128 == 0) s = _mm512_set1_ps(block_scale(m, t->row, k));
-#pragma GCC unroll 8
-        for (int i = 0; i < steps; i++, k += 8) {
-            unpack_float_512(v, fmt, i, f);
-            const GroupF *a = (const GroupF *)t->a + (size_t)(k / 32) * t->pitch;
-            for (int j = 0; j < T; j++) {
-                float *acc = t->acc + j * LANES;
-                if (nt) regs[j] = columns_512(f, s, a[j].x + k % 32, regs[j]);
-                else _mm512_store_ps(acc, columns_512(f, s, a[j].x + k % 32, _mm512_load_ps(acc)));
-            }
-        }
-    }
-    for (int i = 0; i < nt; i++) _mm512_store_ps(t->acc + i * LANES, regs[i]);
-    __m512i nan = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(top, magnitude));
-    __mmask16 rows = fmt == W_FP8 ? _mm512_test_epi32_mask(nan, nan) : 0;   // with a NaN weight
-    for (int i = 0; i < T && rows; i++)
-        _mm512_mask_store_ps(t->acc + i * LANES, rows, _mm512_set1_ps(NAN));
-}
-
-TARGET_AVX512 INLINE void tile_int_512_any(const Tile *t, Format fmt, int nt) {
-    if (cpu_level == CPU_VNNI) tile_int_512(t, fmt, true, nt);
-    else tile_int_512(t, fmt, false, nt);
 }
 
 TARGET_AVX512 static void tile_avx512(const Tile *t) {
-    switch (t->w->fmt * 8 + (t->T == 1)) {
-#define CASES(F, TILE) \
-    case F * 8: TILE(t, F, 0); break; \
-    case F * 8 + 1: TILE(t, F, 1); break;
-    CASES(W_INT4, tile_int_512_any)
-    CASES(W_INT8, tile_int_512_any)
-    CASES(W_FP4, tile_int_512_any)
-    CASES(W_F32, tile_float_512)
-    CASES(W_BF16, tile_float_512)
-    CASES(W_FP8, tile_float_512)
-#undef CASES
+    bool vnni = cpu_level == CPU_VNNI;
+    switch (t->w->fmt) {
+#define INTS(F) case F: if (vnni) tile_int_512(t, F, true); else tile_int_512(t, F, false); break
+    INTS(W_INT4);
+    INTS(W_INT8);
+    INTS(W_FP4);
+#undef INTS
+    case W_BF16: tile_float_512(t, W_BF16); break;
+    case W_FP8: if (cpu_vbmi) tile_float_512(t, W_FP8); else tile_float_256(t, W_FP8); break;
+    default: tile_float_512(t, W_F32);
     }
 }
 #endif
-
 // ---------------------------------------------------------------------------
 // matmul: packs the activations, cuts all products into tiles, runs them in one region
 
@@ -2504,16 +2715,20 @@ static void run_tile(const Tile *t) {
     tile_portable(t);
 }
 
-// Tile number i of a job: adds nothing to y, writes it.
-static void job_tile(const Job *j, int i, bool more) {
+// Tile number i of a job.
+static void job_tile(const Job *j, int i) {
     const Product *p = &j->p;
-    float acc[T_BLOCK * LANES] __attribute__((aligned(64))) = { 0 };
+    float acc[T_BLOCK * LANES] __attribute__((aligned(64)));
     int t0 = i / j->tiles * j->T, row = i % j->tiles * j->rows;
     Tile t = { .w = p->w, .row = row, .rows = p->w->n - row < j->rows ? p->w->n - row : j->rows,
-               .more = more && (i + 1) % j->tiles, .pitch = (size_t)p->T,
                .T = p->T - t0 < j->T ? p->T - t0 : j->T, .acc = acc };
-    if (takes_int8(p->w->fmt)) t.a = (const GroupI *)j->a + t0;
-    else t.a = (const GroupF *)j->a + t0;
+    if (takes_int8(p->w->fmt)) {
+        t.a = (const Packed *)j->a + t0;
+        t.pitch = (size_t)p->T;
+    } else {
+        t.pitch = 128 * (size_t)n_blocks(p->w);
+        t.a = (const float *)j->a + (size_t)t0 * t.pitch;
+    }
     run_tile(&t);
     for (int k = 0; k < t.T; k++)
         memcpy(p->y + (size_t)(t0 + k) * p->ldy + row, acc + k * LANES, (size_t)t.rows * 4);
@@ -2531,7 +2746,7 @@ static void tile_range(void *arg, int begin, int end) {
     }
     for (int i = begin; i < end; i++) {
         while (lo + 1 < l->n && l->jobs[lo + 1].first <= i) lo++;
-        job_tile(&l->jobs[lo], i - l->jobs[lo].first, i + 1 < end);
+        job_tile(&l->jobs[lo], i - l->jobs[lo].first);
     }
 }
 
@@ -2559,22 +2774,21 @@ static void exact_range(void *arg, int begin, int end) {
 
 // Two products that can share packed activations.
 static bool same_input(const Product *a, const Product *b) {
-    Format f = a->w->fmt, g = b->w->fmt;
-    return a->a == b->a && a->rows == b->rows && a->T == b->T && a->w->k == b->w->k
-        && (f == g || (!takes_int8(f) && !takes_int8(g)));
+    return a->a == b->a && a->rows == b->rows && a->T == b->T && a->w->k == b->w->k && a->w->fmt == b->w->fmt;
 }
 
 static size_t packed_bytes(const Product *p) {
-    size_t one = takes_int8(p->w->fmt) ? sizeof(GroupI) : sizeof(GroupF);
-    return ((size_t)p->T * (size_t)n_groups(p->w) * one + 63) / 64 * 64;
+    size_t one = takes_int8(p->w->fmt) ? sizeof(Packed) : 128 * sizeof(float);
+    return ((size_t)p->T * (size_t)n_blocks(p->w) * one + 63) / 64 * 64;
 }
 
 static void job_cut(const Pool *p, Job *j, int first) {
-    int n = j->p.w->n, T = j->p.T;
+    int n = j->p.w->n, T = j->p.T, most = takes_int8(j->p.w->fmt) ? T_BLOCK : T_FLOATS;
     j->first = first;
-    j->blocks = (T + T_BLOCK - 1) / T_BLOCK;
+    j->blocks = (T + most - 1) / most;
     j->T = (T + j->blocks - 1) / j->blocks;
-    j->rows = n * (size_t)j->blocks < (size_t)p->n_threads * 4 * LANES ? 4 : LANES;
+    bool wide = takes_int8(j->p.w->fmt) && j->T > FEW;      // QUAD rows of these would leave lanes empty
+    j->rows = wide && n * (size_t)j->blocks >= (size_t)p->n_threads * 4 * LANES ? LANES : QUAD;
     j->tiles = (n + j->rows - 1) / j->rows;
 }
 
@@ -2628,13 +2842,6 @@ static float dot_16(const float *a, const float *b, int n) {
 }
 
 #if defined(__x86_64__)
-TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
-    __m256 a = _mm256_add_ps(lo, hi);
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-
 TARGET_AVX2 static void row_scores_256(const float *q, const float *rows, int n, int k, float scale,
                                        float *out) {
     for (int j = 0; j < n; j += 4) {
