@@ -15,22 +15,49 @@ static double feed_time(Session *s, int at, int n, int vocab) {
     return now() - start;
 }
 
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Decodes `steps` tokens from position `at` on, one by one in PARTS; between them the machine's read bandwidth
+// is measured (pool NULL: not). Returns the median rate of the parts in tokens per second. *share: the median
+// of what each part reads (`touched` bytes a token) over the better of the reads right before and after it:
+// the bandwidth of a shared machine may change within seconds.
+static double decode_rate(Session *s, int at, int steps, const ModelBrief *b, Pool *pool, double *share) {
+    enum { PARTS = 5 };
+    double rate[PARTS], shares[PARTS], before = pool ? read_bandwidth(pool) : 0;
+    for (int i = 0; i < PARTS; i++) {
+        int n = steps * (i + 1) / PARTS - steps * i / PARTS;
+        double t = 1e-9;
+        for (int k = 0; k < n; k++) t += feed_time(s, at++, 1, b->vocab);
+        double after = pool ? read_bandwidth(pool) : 0;
+        rate[i] = n / t;
+        shares[i] = rate[i] * b->touched / fmax(before, after);
+        before = after;
+    }
+    qsort(rate, PARTS, sizeof *rate, by_size);
+    qsort(shares, PARTS, sizeof *shares, by_size);
+    *share = shares[PARTS / 2];
+    return rate[PARTS / 2];
+}
+
 // Prefill and decode at growing depths. Each depth up to 512 is read from an empty session, up to 2048 on
 // from the one before. Beyond, on the CPU, only the last (about) 512 positions are read and what lies
 // before them is made up: a million positions would take hours to read, and the rates depend on the
-// number of rows alone. The machine's read bandwidth is measured between the runs; the best counts.
+// number of rows alone.
 int run_bench(void) {
-    int steps = opt.tokens > 0 ? opt.tokens : 32;
+    int steps = opt.tokens > 0 ? opt.tokens : 40;
+    double bandwidth = 0, share;
     Model *m = model_read(&opt.open);
     model_start(m, &opt.open);
     ModelBrief b = model_brief(m);
     Session *s = session_new(m);
-    Pool *pool = pool_new(opt.open.threads);
-    double bandwidth = read_bandwidth(pool);
+    Pool *pool = b.cpu ? pool_new(opt.open.threads) : NULL;
+    for (int i = 0; i < 5 && b.cpu; i++) bandwidth = fmax(bandwidth, read_bandwidth(pool));
     if (b.cpu) bench_products(m, pool, bandwidth);
     printf("%.3f GB of weights read per token\n", b.touched / 1e9);
-    printf("   depth   prefill tok/s   decode tok/s   decode GB/s%s\n",
-           b.cpu ? "   of the bandwidth" : "");
+    printf("   depth   prefill tok/s   decode tok/s   decode GB/s%s\n", b.cpu ? "   of the bandwidth" : "");
     feed_time(s, 0, 1, b.vocab);
     for (int at = 1, depth = 128; depth + steps <= b.ctx; depth *= 2) {
         if (depth <= 512) {
@@ -42,14 +69,13 @@ int run_bench(void) {
             at = depth - 512 + at % 128;
             session_stretch(s, at);
         }
-        double t_read = feed_time(s, at, depth - at, b.vocab), t = 0;
-        double rate = (depth - at) / t_read;
-        if (b.cpu) bandwidth = fmax(bandwidth, read_bandwidth(pool));
-        for (at = depth; at < depth + steps; at++) t += feed_time(s, at, 1, b.vocab);
-        printf("%8d %15.1f %14.2f %13.2f", depth, rate, steps / t, b.touched * steps / t / 1e9);
-        if (b.cpu) printf(" %17.0f %%", 100 * b.touched * steps / t / bandwidth);
+        double t_read = feed_time(s, at, depth - at, b.vocab);
+        double rate = decode_rate(s, depth, steps, &b, pool, &share);
+        printf("%8d %15.1f %14.2f %13.2f", depth, (depth - at) / t_read, rate, b.touched * rate / 1e9);
+        if (b.cpu) printf(" %17.0f %%", 100 * share);
         printf("\n");
         fflush(stdout);
+        at = depth + steps;
     }
     pool_free(pool);
     session_free(s);

@@ -251,7 +251,7 @@ void pool_free(Pool *p);
 void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg);
 // A bar that overwrites itself, on a terminal only; done >= total clears it.
 void progress(const char *what, int64_t done, int64_t total);
-double read_bandwidth(Pool *p);             // bytes per second of this machine; 0: no memory for it
+double read_bandwidth(Pool *p);             // bytes per second, one read of 2 GiB; 0: no memory for it
 
 // --- the model (dsv4.c)
 
