@@ -1916,7 +1916,7 @@ typedef struct {
     size_t ldy;
 } Product;
 
-enum { LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };
+enum { LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };     // FEW: tokens, see below
 
 // Packed activations of 128 columns: 4 groups of 32, zero behind k. Of group g, q[0][g] holds the
 // columns that stand in the low half of its weights (INT8: the first 16, nibbles: the even ones).
@@ -2059,10 +2059,9 @@ static void tile_portable(const Tile *t) {
 }
 
 // ---------------------------------------------------------------------------
-// AVX2 and AVX-512 tiles. For few tokens, and for the float formats, four rows are read side by side,
-// each from its beginning to its end: as fast as memory gives them. For many tokens the integer formats
-// are read 32 (AVX-512: 64) bytes of 16 rows at a time and transposed, so that lane r of vector j
-// holds dword j of row r: more work for a byte, less for a token.
+// AVX2 and AVX-512 tiles. Four rows are read side by side, each from its beginning to its end: as fast
+// as memory gives them. For many tokens VNNI does better on 16 rows, 64 bytes of each transposed so that
+// lane r of vector j holds dword j of row r: more work for a byte, less for a token.
 
 #if defined(__x86_64__)
 
@@ -2170,19 +2169,21 @@ TARGET_AVX2 INLINE __m256i quad_sums_256(const __m256i v[QUAD]) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
-// Rows r0 .. r0 + 3 of a tile times tokens k .. k + N - 1
-TARGET_AVX2 INLINE void few_int_256(const Tile *t, int r0, int k, Format fmt, int N) {
+// Rows r0 .. r0 + 3 of a tile. One token's sums stay in registers.
+TARGET_AVX2 INLINE void ints_256(const Tile *t, int r0, Format fmt, bool one) {
     const Mat *m = t->w;
     const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    __m256i each[2] = { _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) };
-    __m256 acc[FEW][2];
+    const int T = one ? 1 : t->T;
+    __m256i each[2] = { _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
+                        _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) };
+    __m256 sums[T_BLOCK][2];
     Quad q;
     quad_open(&q, t, r0);
-    for (int j = 0; j < N; j++) acc[j][0] = acc[j][1] = _mm256_setzero_ps();
+    for (int k = 0; k < T; k++) sums[k][0] = sums[k][1] = _mm256_setzero_ps();
     size_t left = row_bytes(m);
     for (int b = 0; b < n_blocks(m); b++, left -= step) {
         if (left < step) quad_end(&q, left, left / 16 * (scales / 4));
-        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch + k;
+        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
         __m256i s16 = scales ? quad_scales(&q, fmt == W_FP4) : _mm256_setzero_si256();
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
@@ -2191,23 +2192,26 @@ TARGET_AVX2 INLINE void few_int_256(const Tile *t, int r0, int k, Format fmt, in
             if (!scales) s = _mm256_set1_ps(block_scale(m, t->row, 128 * b));
             __m256i lo[QUAD], hi[QUAD], sum[QUAD];
             for (int i = 0; i < QUAD; i++) quad_weights_256(q.w[i], h, fmt, &lo[i], &hi[i]);
-            for (int j = 0; j < N; j++) {
-                __m256i ql = _mm256_loadu_si256((const void *)a[j].q[0][2 * h]);
-                __m256i qh = _mm256_loadu_si256((const void *)a[j].q[1][2 * h]);
-                __m256i c = _mm256_castsi128_si256(_mm_loadu_si128((const void *)a[j].c));
-                __m256 as = _mm256_castps128_ps256(_mm_loadu_ps(a[j].s));
-                for (int i = 0; i < QUAD; i++) sum[i] = dot_256(lo[i], ql, hi[i], qh, fmt == W_INT8);
-                c = _mm256_add_epi32(quad_sums_256(sum), _mm256_permutevar8x32_epi32(c, each[h]));
+            for (int k = 0; k < T; k++) {
+                __m256i ql = _mm256_loadu_si256((const void *)a[k].q[0][2 * h]);
+                __m256i qh = _mm256_loadu_si256((const void *)a[k].q[1][2 * h]);
+                __m256i c = _mm256_castsi128_si256(_mm_loadu_si128((const void *)a[k].c));
+                __m256 as = _mm256_castps128_ps256(_mm_loadu_ps(a[k].s));
+                for (int i = 0; i < QUAD; i++)
+                    sum[i] = dot_256(lo[i], ql, hi[i], qh, fmt == W_INT8);
+                c = _mm256_permutevar8x32_epi32(c, each[h]);
+                c = _mm256_add_epi32(quad_sums_256(sum), c);
                 as = _mm256_mul_ps(s, _mm256_permutevar8x32_ps(as, each[h]));
-                acc[j][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), as, acc[j][h]);
+                sums[k][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), as, sums[k][h]);
             }
         }
         quad_next(&q, step, scales);
     }
-    for (int j = 0; j < N; j++) {
-        __m128 a = _mm_add_ps(_mm256_castps256_ps128(acc[j][0]), _mm256_extractf128_ps(acc[j][0], 1));
-        __m128 b = _mm_add_ps(_mm256_castps256_ps128(acc[j][1]), _mm256_extractf128_ps(acc[j][1], 1));
-        _mm_store_ps(t->acc + (k + j) * LANES + r0, _mm_add_ps(a, b));
+    for (int k = 0; k < T; k++) {
+        __m256 g01 = sums[k][0], g23 = sums[k][1];
+        __m128 a = _mm_add_ps(_mm256_castps256_ps128(g01), _mm256_extractf128_ps(g01, 1));
+        __m128 b = _mm_add_ps(_mm256_castps256_ps128(g23), _mm256_extractf128_ps(g23, 1));
+        _mm_storeu_ps(t->acc + k * LANES + r0, _mm_add_ps(a, b));
     }
 }
 
@@ -2325,38 +2329,40 @@ TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-TARGET_AVX512 INLINE void few_int_512(const Tile *t, int r0, int k, Format fmt, bool vnni, int N) {
+TARGET_AVX512 INLINE void ints_512(const Tile *t, int r0, Format fmt, bool vnni, bool one) {
     const Mat *m = t->w;
     const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
+    const int T = one ? 1 : t->T;
     const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m512 acc[FEW];
+    __m512 sums[T_BLOCK], s;
     Quad q;
     quad_open(&q, t, r0);
-    for (int j = 0; j < N; j++) acc[j] = _mm512_setzero_ps();
+    for (int k = 0; k < T; k++) sums[k] = _mm512_setzero_ps();
     size_t left = row_bytes(m);
     for (int b = 0; b < n_blocks(m); b++, left -= step) {
         if (left < step) quad_end(&q, left, left / 16 * (scales / 4));
-        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch + k;
+        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
         __m512i lo[QUAD], hi[QUAD], sum[QUAD];
-        __m512 s;
-        if (scales) s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(quad_scales(&q, fmt == W_FP4)), 16));
-        else s = _mm512_set1_ps(block_scale(m, t->row, 128 * b));
+        __m256i s16 = scales ? quad_scales(&q, fmt == W_FP4) : _mm256_setzero_si256();
+        s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
+        if (!scales) s = _mm512_set1_ps(block_scale(m, t->row, 128 * b));
         for (int i = 0; i < QUAD; i++) quad_weights_512(q.w[i], fmt, vnni, &lo[i], &hi[i]);
-        for (int j = 0; j < N; j++) {
-            __m512i ql = _mm512_loadu_si512(a[j].q[0]), qh = _mm512_loadu_si512(a[j].q[1]);
-            __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[j].c));
-            __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[j].s));
-            for (int i = 0; i < QUAD; i++) sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
+        for (int k = 0; k < T; k++) {
+            __m512i ql = _mm512_loadu_si512(a[k].q[0]), qh = _mm512_loadu_si512(a[k].q[1]);
+            __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[k].c));
+            __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[k].s));
+            for (int i = 0; i < QUAD; i++)
+                sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
             c = _mm512_add_epi32(quad_sums_512(sum), _mm512_permutexvar_epi32(each, c));
             as = _mm512_mul_ps(s, _mm512_permutexvar_ps(each, as));
-            acc[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, acc[j]);
+            sums[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, sums[k]);
         }
         quad_next(&q, step, scales);
     }
-    for (int j = 0; j < N; j++) {
-        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(acc[j], 0), _mm512_extractf32x4_ps(acc[j], 1));
-        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(acc[j], 2), _mm512_extractf32x4_ps(acc[j], 3));
-        _mm_store_ps(t->acc + (k + j) * LANES + r0, _mm_add_ps(a, b));
+    for (int k = 0; k < T; k++) {
+        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 0), _mm512_extractf32x4_ps(sums[k], 1));
+        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 2), _mm512_extractf32x4_ps(sums[k], 3));
+        _mm_storeu_ps(t->acc + k * LANES + r0, _mm_add_ps(a, b));
     }
 }
 
@@ -2443,111 +2449,6 @@ INLINE const uint8_t *const *rows_at(const Rows *w, size_t *off, size_t n, Edge 
     return e->row;
 }
 
-// v[j] lane r = dword j of bytes [off, off + 32) of row r0 + r
-TARGET_AVX2 INLINE void read_256(const Rows *w, int r0, size_t off, Edge *edge, __m256i v[8]) {
-    __m256i z[4][2];        // [row % 4][half]: lane = row / 4
-    const uint8_t *const *p = rows_at(w, &off, 32, edge) + r0;
-    for (int e = 0; e < 4; e++)
-        for (int q = 0; q < 2; q++) {
-            __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(p[e] + off + 16 * q)));
-            z[e][q] = _mm256_inserti128_si256(a, _mm_loadu_si128((const void *)(p[4 + e] + off + 16 * q)), 1);
-        }
-    for (int q = 0; q < 2; q++) {
-        __m256i a = _mm256_unpacklo_epi32(z[0][q], z[1][q]);
-        __m256i b = _mm256_unpackhi_epi32(z[0][q], z[1][q]);
-        __m256i c = _mm256_unpacklo_epi32(z[2][q], z[3][q]);
-        __m256i d = _mm256_unpackhi_epi32(z[2][q], z[3][q]);
-        v[4 * q] = _mm256_unpacklo_epi64(a, c);
-        v[4 * q + 1] = _mm256_unpackhi_epi64(a, c);
-        v[4 * q + 2] = _mm256_unpacklo_epi64(b, d);
-        v[4 * q + 3] = _mm256_unpackhi_epi64(b, d);
-    }
-}
-
-// Dword j of group g's activations: u[j] of group_256 meets it.
-INLINE int32_t group_dword(const Packed *a, int g, int j) {
-    int32_t q;
-    memcpy(&q, a->q[j / 4][g % 4] + j % 4 * 4, 4);
-    return q;
-}
-
-// acc + scale * (activations' scale) * (sum of u * q + c): group g; u[j] = dword j of 8 rows
-TARGET_AVX2 INLINE __m256 group_256(const __m256i u[8], __m256 scale, const Packed *a, int g, __m256 acc,
-                                    bool is_signed) {
-    __m256i sum = _mm256_set1_epi32(a->c[g % 4]), ones = _mm256_set1_epi16(1);
-    for (int j = 0; j < 8 && is_signed; j++) {
-        __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(group_dword(a, g, j)), u[j]);
-        x = _mm256_maddubs_epi16(_mm256_abs_epi8(u[j]), x);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, ones));
-    }
-    for (int h = 0; h < 8 && !is_signed; h += 4) {      // 4 x 2 x 24 x 127 fits in 16 bits
-        __m256i s = _mm256_maddubs_epi16(u[h], _mm256_set1_epi32(group_dword(a, g, h)));
-        for (int j = h + 1; j < h + 4; j++)
-            s = _mm256_add_epi16(s, _mm256_maddubs_epi16(u[j], _mm256_set1_epi32(group_dword(a, g, j))));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
-    }
-    scale = _mm256_mul_ps(scale, _mm256_set1_ps(a->s[g % 4]));
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc);
-}
-
-// Scale of group g (8 rows) from the transposed scales of a run of groups: 16 of BF16 or 32 of E8M0
-TARGET_AVX2 INLINE __m256 nibble_scale_256(const __m256i *s, int g, bool fp4) {
-    __m256i v = s[fp4 ? g % 32 / 4 : g % 16 / 2];
-    if (fp4) {
-        v = _mm256_srlv_epi32(v, _mm256_set1_epi32(g % 4 * 8));
-        v = _mm256_slli_epi32(_mm256_and_si256(v, _mm256_set1_epi32(255)), 23);
-        return _mm256_castsi256_ps(_mm256_max_epu32(v, _mm256_set1_epi32(0x400000)));
-    }
-    if (g % 2) return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-
-// Sums of a tile of many tokens: groups mod 4 apart
-typedef struct { float g[T_BLOCK][4][LANES] __attribute__((aligned(64))); } Sums;
-
-INLINE void sums_end(const Tile *t, const Sums *s) {
-    for (int k = 0; k < t->T; k++)
-        for (int l = 0; l < LANES; l++)
-            t->acc[k * LANES + l] = (s->g[k][0][l] + s->g[k][1][l]) + (s->g[k][2][l] + s->g[k][3][l]);
-}
-
-TARGET_AVX2 INLINE void many_int_256(const Tile *t, Format fmt) {
-    const Mat *m = t->w;
-    const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
-    const int per = nibbles ? 2 : 1;        // groups in 32 bytes
-    Rows w = tile_rows(t, m->w, row_bytes(m));
-    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
-    Edge edge;
-    Sums sums;
-    memset(sums.g, 0, sizeof *sums.g * (size_t)t->T);
-    __m256i v[8], u[8], scales[8], low = _mm256_set1_epi8(15);
-    __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)e2m1_biased));
-    __m256 s = _mm256_setzero_ps();
-    for (int r0 = 0; r0 < t->rows; r0 += 8)
-        for (int g0 = 0; g0 < 4 * n_blocks(m); g0 += per) {
-            if (nibbles && g0 % (fp4 ? 32 : 16) == 0)
-                read_256(&ws, r0, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
-            read_256(&w, r0, (size_t)(g0 / per) * 32, &edge, v);
-            if (!nibbles && g0 % 4 == 0) s = _mm256_set1_ps(block_scale(m, t->row, g0 * 32));
-#pragma GCC unroll 2
-            for (int i = 0; i < per; i++) {
-                for (int j = 0; j < 4 && nibbles; j++) {
-                    u[j] = _mm256_and_si256(v[4 * i + j], low);
-                    u[4 + j] = _mm256_and_si256(_mm256_srli_epi16(v[4 * i + j], 4), low);
-                }
-                for (int j = 0; j < 8 && fp4; j++) u[j] = _mm256_shuffle_epi8(table, u[j]);
-                for (int j = 0; j < 8 && !nibbles; j++) u[j] = v[j];
-                if (nibbles) s = nibble_scale_256(scales, g0 + i, fp4);
-                const Packed *a = (const Packed *)t->a + (size_t)(g0 / 4) * t->pitch;
-                for (int k = 0; k < t->T; k++) {
-                    float *acc = sums.g[k][(g0 + i) % 4] + r0;
-                    _mm256_store_ps(acc, group_256(u, s, a + k, g0 + i, _mm256_load_ps(acc), !nibbles));
-                }
-            }
-        }
-    sums_end(t, &sums);
-}
-
 // v[j] lane r = dword j of bytes [off, off + 64) of row r
 TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512i v[16]) {
     __m512i z[4][4];        // [row % 4][quarter]: lane = row / 4
@@ -2572,20 +2473,12 @@ TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512
     }
 }
 
-TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Packed *a, int g, __m512 acc,
-                                      bool vnni, bool is_signed) {
-    __m512i sum = _mm512_set1_epi32(a->c[g % 4]), ones = _mm512_set1_epi16(1);
-    for (int j = 0; j < 8 && vnni; j++) {
+// acc + scale * (activations' scale) * (sum of u * q + c): group g; u[j] = its dword j of 16 rows
+TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Packed *a, int g, __m512 acc) {
+    __m512i sum = _mm512_set1_epi32(a->c[g % 4]);
+    for (int j = 0; j < 8; j++) {
         const int32_t *q = (const int32_t *)(const void *)(a->q[j / 4][g % 4] + j % 4 * 4);
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(*q));
-    }
-    for (int j = 0; j < 8 && !vnni && is_signed; j++)
-        sum = _mm512_add_epi32(sum, dot_signed_512(u[j], _mm512_set1_epi32(group_dword(a, g, j))));
-    for (int h = 0; h < 8 && !vnni && !is_signed; h += 4) { // 4 x 2 x 24 x 127 fits in 16 bits
-        __m512i s = _mm512_maddubs_epi16(u[h], _mm512_set1_epi32(group_dword(a, g, h)));
-        for (int j = h + 1; j < h + 4; j++)
-            s = _mm512_add_epi16(s, _mm512_maddubs_epi16(u[j], _mm512_set1_epi32(group_dword(a, g, j))));
-        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
     }
     scale = _mm512_mul_ps(scale, _mm512_set1_ps(a->s[g % 4]));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
@@ -2603,15 +2496,16 @@ TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) 
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 }
 
-TARGET_AVX512 INLINE void many_int_512(const Tile *t, Format fmt, bool vnni) {
+// With VNNI, a tile of 16 rows for many tokens
+TARGET_AVX512 INLINE void many_ints_512(const Tile *t, Format fmt) {
     const Mat *m = t->w;
     const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
     const int per = nibbles ? 4 : 2;        // groups in 64 bytes
     Rows w = tile_rows(t, m->w, row_bytes(m));
     Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
     Edge edge;
-    Sums sums;
-    memset(sums.g, 0, sizeof *sums.g * (size_t)t->T);
+    float sums[T_BLOCK][4][LANES] __attribute__((aligned(64)));      // groups mod 4 apart
+    memset(sums, 0, sizeof *sums * (size_t)t->T);
     __m512i v[16], u[8], scales[16], low = _mm512_set1_epi8(15);
     __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)e2m1_biased));
     __m512 s = _mm512_setzero_ps();
@@ -2628,76 +2522,56 @@ TARGET_AVX512 INLINE void many_int_512(const Tile *t, Format fmt, bool vnni) {
             }
             for (int j = 0; j < 8 && fp4; j++) u[j] = _mm512_shuffle_epi8(table, u[j]);
             for (int j = 0; j < 8 && !nibbles; j++)
-                u[j] = _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(vnni ? -128 : 0));
+                u[j] = _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(-128));
             if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
             const Packed *a = (const Packed *)t->a + (size_t)(g0 / 4) * t->pitch;
             for (int k = 0; k < t->T; k++) {
-                float *acc = sums.g[k][(g0 + i) % 4];
-                _mm512_store_ps(acc, group_512(u, s, a + k, g0 + i, _mm512_load_ps(acc), vnni, !nibbles));
+                float *acc = sums[k][(g0 + i) % 4];
+                _mm512_store_ps(acc, group_512(u, s, a + k, g0 + i, _mm512_load_ps(acc)));
             }
         }
     }
-    sums_end(t, &sums);
+    for (int k = 0; k < t->T; k++)
+        for (int l = 0; l < LANES; l++)
+            t->acc[k * LANES + l] = (sums[k][0][l] + sums[k][1][l]) + (sums[k][2][l] + sums[k][3][l]);
 }
 
-// Calls TILE(t, first row, first token, ..., tokens) for all rows, R at a time, and all tokens, N at a
-// time as long as there are so many.
-#define PARTS(t, R, N, TILE, ...) do { \
-    for (int r_ = 0; r_ < (t)->rows; r_ += R) { \
-        int k_ = 0; \
-        for (; k_ + N <= (t)->T; k_ += N) TILE(t, r_, k_, __VA_ARGS__, N); \
-        for (; k_ < (t)->T; k_++) TILE(t, r_, k_, __VA_ARGS__, 1); \
-    } \
+// All rows of a tile, four at a time
+#define QUADS(t, TILE, ...) do { \
+    for (int r_ = 0; r_ < (t)->rows; r_ += QUAD) \
+        if ((t)->T == 1) TILE(t, r_, __VA_ARGS__, true); \
+        else TILE(t, r_, __VA_ARGS__, false); \
 } while (0)
-
-TARGET_AVX2 INLINE void tile_int_256(const Tile *t, Format fmt) {
-    if (t->T > FEW) many_int_256(t, fmt);
-    else PARTS(t, QUAD, 2, few_int_256, fmt);
-}
-
-TARGET_AVX2 INLINE void tile_float_256(const Tile *t, Format fmt) {
-    for (int r0 = 0; r0 < t->rows; r0 += QUAD)
-        if (t->T == 1) floats_256(t, r0, fmt, true);
-        else floats_256(t, r0, fmt, false);
-}
-
-TARGET_AVX512 INLINE void tile_int_512(const Tile *t, Format fmt, bool vnni) {
-    if (t->T > FEW) many_int_512(t, fmt, vnni);
-    else if (t->T == FEW) PARTS(t, QUAD, FEW, few_int_512, fmt, vnni);
-    else PARTS(t, QUAD, 2, few_int_512, fmt, vnni);
-}
-
-TARGET_AVX512 INLINE void tile_float_512(const Tile *t, Format fmt) {
-    for (int r0 = 0; r0 < t->rows; r0 += QUAD)
-        if (t->T == 1) floats_512(t, r0, fmt, true);
-        else floats_512(t, r0, fmt, false);
-}
 
 TARGET_AVX2 static void tile_avx2(const Tile *t) {
     switch (t->w->fmt) {
-    case W_INT4: tile_int_256(t, W_INT4); break;
-    case W_INT8: tile_int_256(t, W_INT8); break;
-    case W_FP4: tile_int_256(t, W_FP4); break;
-    case W_BF16: tile_float_256(t, W_BF16); break;
-    case W_FP8: tile_float_256(t, W_FP8); break;
-    default: tile_float_256(t, W_F32);
+    case W_INT4: QUADS(t, ints_256, W_INT4); break;
+    case W_INT8: QUADS(t, ints_256, W_INT8); break;
+    case W_FP4: QUADS(t, ints_256, W_FP4); break;
+    case W_BF16: QUADS(t, floats_256, W_BF16); break;
+    case W_FP8: QUADS(t, floats_256, W_FP8); break;
+    default: QUADS(t, floats_256, W_F32);
     }
 }
 
+TARGET_AVX512 INLINE void tile_ints_512(const Tile *t, Format fmt) {
+    if (cpu_level != CPU_VNNI) QUADS(t, ints_512, fmt, false);
+    else if (t->T <= FEW) QUADS(t, ints_512, fmt, true);
+    else many_ints_512(t, fmt);
+}
+
 TARGET_AVX512 static void tile_avx512(const Tile *t) {
-    bool vnni = cpu_level == CPU_VNNI;
     switch (t->w->fmt) {
-#define INTS(F) case F: if (vnni) tile_int_512(t, F, true); else tile_int_512(t, F, false); break
-    INTS(W_INT4);
-    INTS(W_INT8);
-    INTS(W_FP4);
-#undef INTS
-    case W_BF16: tile_float_512(t, W_BF16); break;
-    case W_FP8: if (cpu_vbmi) tile_float_512(t, W_FP8); else tile_float_256(t, W_FP8); break;
-    default: tile_float_512(t, W_F32);
+    case W_INT4: tile_ints_512(t, W_INT4); break;
+    case W_INT8: tile_ints_512(t, W_INT8); break;
+    case W_FP4: tile_ints_512(t, W_FP4); break;
+    case W_BF16: QUADS(t, floats_512, W_BF16); break;
+    case W_FP8: if (!cpu_vbmi) tile_avx2(t); else QUADS(t, floats_512, W_FP8); break;
+    default: QUADS(t, floats_512, W_F32);
     }
 }
 #endif
+
 // ---------------------------------------------------------------------------
 // matmul: packs the activations, cuts all products into tiles, runs them in one region
 
@@ -2787,7 +2661,7 @@ static void job_cut(const Pool *p, Job *j, int first) {
     j->first = first;
     j->blocks = (T + most - 1) / most;
     j->T = (T + j->blocks - 1) / j->blocks;
-    bool wide = takes_int8(j->p.w->fmt) && j->T > FEW;      // QUAD rows of these would leave lanes empty
+    bool wide = cpu_level == CPU_VNNI && takes_int8(j->p.w->fmt) && j->T > FEW;
     j->rows = wide && n * (size_t)j->blocks >= (size_t)p->n_threads * 4 * LANES ? LANES : QUAD;
     j->tiles = (n + j->rows - 1) / j->rows;
 }
