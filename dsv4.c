@@ -1903,8 +1903,8 @@ static void quantise(const float *x, int k, int8_t *q, float *s) {
 // ---------------------------------------------------------------------------
 // products y = W x. The unit of work is a tile: a few rows of W times some tokens. Every output is
 // summed over its columns in ONE order, whatever the batch, the threads and the instruction set:
-//   INT8, INT4, FP4   an integer sum per group of 32 columns, scaled; groups g = 0, 1, 2, 3 mod 4 are
-//                     added up apart: (0 + 1) + (2 + 3)
+//   INT8, INT4, FP4   an integer sum per group of 32 columns, scaled; groups 0, 1, 2, 3 mod 4 are
+//                     added up apart, then (0 + 1) + (2 + 3)
 //   FP8, BF16, F32    16 sums of every 16th column or so (float_place), then halved again and again
 
 typedef struct {
@@ -1978,8 +1978,8 @@ static void pack_int(const Product *p, int t, Packed *out) {
     }
 }
 
-// Where column c of a block of 64 stands in packed activations: in vector place / 16, lane place % 16,
-// as the instructions leave the weights that they unpack.
+// Where column c of a block of 64 stands in packed activations: in vector place / 16, lane
+// place % 16, as the instructions leave the weights that they unpack.
 static int float_place(Format f, int c) {
     if (f == W_BF16) return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
     if (f == W_FP8) return (c % 16 / 8 * 2 + c % 2) * 16 + c / 16 * 4 + c % 8 / 2;
@@ -2059,22 +2059,23 @@ static void tile_portable(const Tile *t) {
 }
 
 // ---------------------------------------------------------------------------
-// AVX2 and AVX-512 tiles. Four rows are read side by side, each from its beginning to its end: as fast
-// as memory gives them. For many tokens VNNI does better on 16 rows, 64 bytes of each transposed so that
-// lane r of vector j holds dword j of row r: more work for a byte, less for a token.
+// AVX2 and AVX-512 tiles. Four rows are read side by side, each from its beginning to its end: as
+// fast as memory gives them. For many tokens VNNI does better on 16 rows, 64 bytes of each
+// transposed so that lane r of vector j holds dword j of row r: more work for a byte, less for a
+// token.
 
 #if defined(__x86_64__)
 
 static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
 
-// For e4m3 -> BF16: the high byte from sign and upper exponent bits; where the exponent is 0, what to
-// add to that and the low byte: m * 2^-9 normalised
+// For e4m3 -> BF16: the high byte from sign and upper exponent bits; where the exponent is 0, what
+// to add to that and the low byte: m * 2^-9 normalised
 static const int8_t e4m3_tables[3][16] __attribute__((aligned(16))) = {
     { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
     { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
 
-// Four rows on their way: w and s move forward with the blocks. What would be read behind the end of a
-// row is read from copies.
+// Four rows on their way: w and s move forward with the blocks. What would be read behind the end
+// of a row is read from copies.
 typedef struct {
     const uint8_t *w[QUAD], *s[QUAD];
     size_t ahead;                       // bytes from a row to the one that the next tile reads
@@ -2123,10 +2124,12 @@ TARGET_AVX2 INLINE void quad_next(Quad *q, size_t step, size_t scales) {
 // BF16 bits of the scales of 4 groups of 4 rows: [group, row]
 TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4) {
     __m128i v[QUAD];
-    for (int i = 0; i < QUAD; i++) v[i] = fp4 ? _mm_loadu_si32(q->s[i]) : _mm_loadl_epi64((const void *)q->s[i]);
+    for (int i = 0; i < QUAD; i++)
+        v[i] = fp4 ? _mm_loadu_si32(q->s[i]) : _mm_loadl_epi64((const void *)q->s[i]);
     if (fp4) {          // E8M0: the exponent; 0 is 2^-127
         const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        __m128i rows = _mm_unpacklo_epi64(_mm_unpacklo_epi32(v[0], v[1]), _mm_unpacklo_epi32(v[2], v[3]));
+        __m128i rows = _mm_unpacklo_epi64(_mm_unpacklo_epi32(v[0], v[1]),
+                                          _mm_unpacklo_epi32(v[2], v[3]));
         __m256i exponent = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(rows, turn));
         return _mm256_max_epu16(_mm256_slli_epi16(exponent, 7), _mm256_set1_epi16(0x40));
     }
@@ -2135,11 +2138,13 @@ TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4) {
 }
 
 // 128 columns of a row, half h of the groups: lo, hi as in Packed, weights with their bias
-TARGET_AVX2 INLINE void quad_weights_256(const uint8_t *w, int h, Format fmt, __m256i *lo, __m256i *hi) {
+TARGET_AVX2 INLINE void quad_weights_256(const uint8_t *w, int h, Format fmt, __m256i *lo,
+                                         __m256i *hi) {
     const __m256i low = _mm256_set1_epi8(15);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)e2m1_biased));
     if (fmt == W_INT8) {
-        __m256i a = _mm256_loadu_si256((const void *)(w + 64 * h)), b = _mm256_loadu_si256((const void *)(w + 64 * h + 32));
+        __m256i a = _mm256_loadu_si256((const void *)(w + 64 * h)),
+                b = _mm256_loadu_si256((const void *)(w + 64 * h + 32));
         *lo = _mm256_permute2x128_si256(a, b, 0x20);
         *hi = _mm256_permute2x128_si256(a, b, 0x31);
         return;
@@ -2156,7 +2161,8 @@ TARGET_AVX2 INLINE void quad_weights_256(const uint8_t *w, int h, Format fmt, __
 TARGET_AVX2 INLINE __m256i dot_256(__m256i lo, __m256i ql, __m256i hi, __m256i qh, bool is_signed) {
     const __m256i ones = _mm256_set1_epi16(1);
     if (!is_signed)         // 4 x 24 x 127 fits
-        return _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(lo, ql), _mm256_maddubs_epi16(hi, qh)), ones);
+        return _mm256_madd_epi16(
+            _mm256_add_epi16(_mm256_maddubs_epi16(lo, ql), _mm256_maddubs_epi16(hi, qh)), ones);
     lo = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(ql, lo));
     hi = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(qh, hi));
     return _mm256_add_epi32(_mm256_madd_epi16(lo, ones), _mm256_madd_epi16(hi, ones));
@@ -2164,8 +2170,10 @@ TARGET_AVX2 INLINE __m256i dot_256(__m256i lo, __m256i ql, __m256i hi, __m256i q
 
 // Four rows' sums of four lanes each: [.., row]
 TARGET_AVX2 INLINE __m256i quad_sums_256(const __m256i v[QUAD]) {
-    __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
-    __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]),
+                                 _mm256_unpackhi_epi32(v[0], v[1]));
+    __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]),
+                                 _mm256_unpackhi_epi32(v[2], v[3]));
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
@@ -2245,14 +2253,15 @@ TARGET_AVX2 INLINE void unpack_256(const uint8_t *w, Format fmt, __m256 f[][2], 
 }
 
 // sum [rows] += 128 columns of weights w [rows] times x; FP8's times their scale s
-TARGET_AVX2 INLINE void rows_256(__m256 (*sum)[2], __m256 (*w)[8][2], const float *x, int rows, __m256 s,
-                                 Format fmt) {
+TARGET_AVX2 INLINE void rows_256(__m256 (*sum)[2], __m256 (*w)[8][2], const float *x, int rows,
+                                 __m256 s, Format fmt) {
     __m256 acc[QUAD][2];
     for (int i = 0; i < 2 * rows; i++)
         acc[i / 2][i % 2] = fmt == W_FP8 ? _mm256_setzero_ps() : sum[i / 2][i % 2];
     for (int v = 0; v < 16; v++)
         for (int i = 0; i < rows; i++)
-            acc[i][v % 2] = _mm256_fmadd_ps(w[i][v / 2][v % 2], _mm256_loadu_ps(x + 8 * v), acc[i][v % 2]);
+            acc[i][v % 2] = _mm256_fmadd_ps(w[i][v / 2][v % 2], _mm256_loadu_ps(x + 8 * v),
+                                            acc[i][v % 2]);
     for (int i = 0; i < 2 * rows; i++)
         sum[i / 2][i % 2] = fmt == W_FP8 ? _mm256_fmadd_ps(acc[i / 2][i % 2], s, sum[i / 2][i % 2])
                                          : acc[i / 2][i % 2];
@@ -2261,7 +2270,8 @@ TARGET_AVX2 INLINE void rows_256(__m256 (*sum)[2], __m256 (*w)[8][2], const floa
 // Rows r0 .. r0 + 3 of a tile. One token's sums and weights stay in registers.
 TARGET_AVX2 INLINE void floats_256(const Tile *t, int r0, Format fmt, bool one) {
     const Mat *m = t->w;
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4, T = one ? 1 : t->T;     // n: vectors in 64 bytes
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const int T = one ? 1 : t->T;
     const size_t step = 512 / (size_t)n;
     __m256 w[QUAD][8][2], sum[T_FLOATS][QUAD][2], s = _mm256_set1_ps(1);
     __m256i top[QUAD];
@@ -2278,17 +2288,20 @@ TARGET_AVX2 INLINE void floats_256(const Tile *t, int r0, Format fmt, bool one) 
             for (int v = 0; v < 8; v += n) unpack_256(q.w[i] + v / n * 64, fmt, w[i] + v, &top[i]);
             if (one) rows_256(&sum[0][i], &w[i], x, 1, s, fmt);
         }
-        for (int k = 0; k < T && !one; k++) rows_256(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+        for (int k = 0; k < T && !one; k++)
+            rows_256(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
         quad_next(&q, step, 0);
     }
     for (int i = 0; i < QUAD; i++) {
         __m256i nan = _mm256_cmpeq_epi8(top[i], _mm256_set1_epi8(127));
         bool bad = !_mm256_testz_si256(nan, nan);
-        for (int k = 0; k < T; k++) t->acc[k * LANES + r0 + i] = bad ? NAN : sum_16(sum[k][i][0], sum[k][i][1]);
+        for (int k = 0; k < T; k++)
+            t->acc[k * LANES + r0 + i] = bad ? NAN : sum_16(sum[k][i][0], sum[k][i][1]);
     }
 }
 
-TARGET_AVX512 INLINE void quad_weights_512(const uint8_t *w, Format fmt, bool vnni, __m512i *lo, __m512i *hi) {
+TARGET_AVX512 INLINE void quad_weights_512(const uint8_t *w, Format fmt, bool vnni, __m512i *lo,
+                                           __m512i *hi) {
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(-128);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)e2m1_biased));
     __m512i v = _mm512_loadu_si512(w);
@@ -2312,10 +2325,12 @@ TARGET_AVX512 INLINE __m512i dot_signed_512(__m512i w, __m512i q) {
     return _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(w), q), _mm512_set1_epi16(1));
 }
 
-TARGET_AVX512 INLINE __m512i dot_512(__m512i lo, __m512i ql, __m512i hi, __m512i qh, bool vnni, bool is_signed) {
+TARGET_AVX512 INLINE __m512i dot_512(__m512i lo, __m512i ql, __m512i hi, __m512i qh, bool vnni,
+                                     bool is_signed) {
     if (vnni) {
         __m512i sum = _mm512_setzero_si512();
-        __asm__("vpdpbusd %2, %1, %0\n\tvpdpbusd %4, %3, %0" : "+&v"(sum) : "v"(lo), "v"(ql), "v"(hi), "v"(qh));
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(lo), "v"(ql));
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(hi), "v"(qh));
         return sum;
     }
     if (is_signed) return _mm512_add_epi32(dot_signed_512(lo, ql), dot_signed_512(hi, qh));
@@ -2324,8 +2339,10 @@ TARGET_AVX512 INLINE __m512i dot_512(__m512i lo, __m512i ql, __m512i hi, __m512i
 }
 
 TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
-    __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
+                                 _mm512_unpackhi_epi32(v[0], v[1]));
+    __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
+                                 _mm512_unpackhi_epi32(v[2], v[3]));
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
@@ -2360,8 +2377,10 @@ TARGET_AVX512 INLINE void ints_512(const Tile *t, int r0, Format fmt, bool vnni,
         quad_next(&q, step, scales);
     }
     for (int k = 0; k < T; k++) {
-        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 0), _mm512_extractf32x4_ps(sums[k], 1));
-        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 2), _mm512_extractf32x4_ps(sums[k], 3));
+        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 0),
+                              _mm512_extractf32x4_ps(sums[k], 1));
+        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 2),
+                              _mm512_extractf32x4_ps(sums[k], 3));
         _mm_storeu_ps(t->acc + k * LANES + r0, _mm_add_ps(a, b));
     }
 }
@@ -2394,12 +2413,14 @@ TARGET_AVX512 INLINE void rows_512(__m512 *sum, __m512 (*w)[8], const float *x, 
     for (int v = 0; v < 8; v++)
         for (int i = 0; i < rows; i++)
             acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
-    for (int i = 0; i < rows; i++) sum[i] = fmt == W_FP8 ? _mm512_fmadd_ps(acc[i], s, sum[i]) : acc[i];
+    for (int i = 0; i < rows; i++)
+        sum[i] = fmt == W_FP8 ? _mm512_fmadd_ps(acc[i], s, sum[i]) : acc[i];
 }
 
 TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one) {
     const Mat *m = t->w;
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4, T = one ? 1 : t->T;     // n: vectors in 64 bytes
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const int T = one ? 1 : t->T;
     const size_t step = 512 / (size_t)n;
     __m512 w[QUAD][8], sum[T_FLOATS][QUAD], s = _mm512_set1_ps(1);
     Quad q;
@@ -2414,7 +2435,8 @@ TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one
             for (int v = 0; v < 8; v += n) unpack_512(q.w[i] + v / n * 64, fmt, w[i] + v);
             if (one) rows_512(&sum[0][i], &w[i], x, 1, s, fmt);
         }
-        for (int k = 0; k < T && !one; k++) rows_512(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+        for (int k = 0; k < T && !one; k++)
+            rows_512(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
         quad_next(&q, step, 0);
     }
     for (int i = 0; i < QUAD * T; i++) {
@@ -2474,7 +2496,8 @@ TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512
 }
 
 // acc + scale * (activations' scale) * (sum of u * q + c): group g; u[j] = its dword j of 16 rows
-TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Packed *a, int g, __m512 acc) {
+TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Packed *a, int g,
+                                      __m512 acc) {
     __m512i sum = _mm512_set1_epi32(a->c[g % 4]);
     for (int j = 0; j < 8; j++) {
         const int32_t *q = (const int32_t *)(const void *)(a->q[j / 4][g % 4] + j % 4 * 4);
@@ -2484,7 +2507,8 @@ TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Pa
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
 }
 
-// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of E8M0
+// Scale of group g (16 rows) from the transposed scales of a run of groups: 32 of BF16 or 64 of
+// E8M0
 TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) {
     __m512i v = s[fp4 ? g % 64 / 4 : g % 32 / 2];
     if (fp4) {
@@ -2533,7 +2557,8 @@ TARGET_AVX512 INLINE void many_ints_512(const Tile *t, Format fmt) {
     }
     for (int k = 0; k < t->T; k++)
         for (int l = 0; l < LANES; l++)
-            t->acc[k * LANES + l] = (sums[k][0][l] + sums[k][1][l]) + (sums[k][2][l] + sums[k][3][l]);
+            t->acc[k * LANES + l] = (sums[k][0][l] + sums[k][1][l]) +
+                                    (sums[k][2][l] + sums[k][3][l]);
 }
 
 // All rows of a tile, four at a time
@@ -2648,7 +2673,8 @@ static void exact_range(void *arg, int begin, int end) {
 
 // Two products that can share packed activations.
 static bool same_input(const Product *a, const Product *b) {
-    return a->a == b->a && a->rows == b->rows && a->T == b->T && a->w->k == b->w->k && a->w->fmt == b->w->fmt;
+    return a->a == b->a && a->rows == b->rows && a->T == b->T && a->w->k == b->w->k &&
+           a->w->fmt == b->w->fmt;
 }
 
 static size_t packed_bytes(const Product *p) {
