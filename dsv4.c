@@ -3,10 +3,11 @@
 //     cc -O3 -std=gnu11 -ffp-contract=off -pthread -o dsv4 dsv4.c apps/*.c -ldl -lm      (or: make)
 //     ./dsv4 -m MODEL_DIR -p "prompt"
 //
-// The file reads from top to bottom; nothing is used before it is shown:
-//     small tools      errors, checked sizes, strings, files
+// The file reads from top to bottom; nothing is used before it is shown but the small tools, which
+// apps/dsv4.h lists: errors, checked sizes, strings, maps (apps/tools.c), mapped files and signals
+// (apps/system.c), JSON (apps/json.c).
 //     types            Config, Mat, Layer, Cache: every field with its shape
-//     files            safetensors, config.json (JSON is read by apps/json.c)
+//     files            safetensors, config.json
 //     text             tokenizer, sampler (the chat encoding is in apps/chat.c)
 //     products         thread pool, number formats, matrix products (INT4, INT8, FP4, FP8, BF16, FP32)
 //     weights          the table of tensors
@@ -22,15 +23,12 @@
 #define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <float.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -39,7 +37,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -49,266 +46,11 @@
 #include "apps/cuda.h"
 
 // ---------------------------------------------------------------------------
-// small tools: errors, checked sizes, memory, strings, maps, files, clock
-
-#define COUNT(array) (sizeof(array) / sizeof *(array))
-
-typedef uint16_t bf16;      // the upper half of a float32
-
-// Names from files and the command line may hold line ends and terminal controls.
-static char *one_line(char *text) {
-    for (char *p = text; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
-    return text;
-}
-
-bool fail(Err *e, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(e->text, sizeof e->text, fmt, ap);
-    va_end(ap);
-    return one_line(e->text), false;
-}
-
-// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that
-// fail, one speaks.
-void die(int code, const char *fmt, ...) {
-    static atomic_flag dying = ATOMIC_FLAG_INIT;
-    char line[2048];
-    va_list ap;
-    while (atomic_flag_test_and_set(&dying)) pause();
-    va_start(ap, fmt);
-    vsnprintf(line, sizeof line, fmt, ap);
-    va_end(ap);
-    fflush(stdout);
-    fprintf(stderr, "%sdsv4: %s\n", isatty(2) ? "\r\033[K" : "", one_line(line));
-    exit(code);
-}
-
-// One fact `# ...` on stderr.
-void note(const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    fputs("# ", stderr);
-    vfprintf(stderr, fmt, ap);
-    fputc('\n', stderr);
-    va_end(ap);
-}
-
-// Sizes from files saturate: an overflow becomes SIZE_MAX, which no file and no allocation satisfies.
-size_t cmul(size_t a, size_t b) { return __builtin_mul_overflow(a, b, &a) ? SIZE_MAX : a; }
-size_t cadd(size_t a, size_t b) { return __builtin_add_overflow(a, b, &a) ? SIZE_MAX : a; }
-
-// Zeroed memory for n items of `size` bytes, 64-byte aligned; never NULL. Free with free().
-void *xalloc(size_t n, size_t size) {
-    size_t bytes = cadd(cmul(n, size), 63) & ~(size_t)63;
-    void *p = bytes > PTRDIFF_MAX ? NULL : aligned_alloc(64, bytes ? bytes : 64);
-    if (!p) die(1, "out of memory: %zu items of %zu bytes", n, size);
-    return memset(p, 0, bytes ? bytes : 64);
-}
-
-// Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
-void *grow(void *list, size_t n, size_t size) {
-    if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
-    if (!list) die(1, "out of memory: %zu items of %zu bytes", n, size);
-    memset((char *)list + n * size, 0, size);
-    return list;
-}
-
-void str_add(Str *s, const void *p, size_t n) {
-    if (cadd(s->n, cadd(n, 1)) > s->cap) {
-        s->cap = cadd(cmul(s->cap, 2), cadd(n, 64));
-        s->p = s->cap > PTRDIFF_MAX ? NULL : realloc(s->p, s->cap);
-        if (!s->p) die(1, "out of memory: string of %zu bytes", s->cap);
-    }
-    if (n) memcpy(s->p + s->n, p, n);
-    s->p[s->n += n] = 0;
-}
-void str_puts(Str *s, const char *z) { str_add(s, z, strlen(z)); }
-Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
-bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
-bool span_is(Span s, const char *z) { return s.n == strlen(z) && !memcmp(s.p, z, s.n); }
-Span span_of(const char *z) { return (Span){ z, strlen(z) }; }
-Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
-
-// Decodes the code point at p[0..n), n > 0, and returns how many bytes it takes. Broken bytes give
-// *cp = -1 and the length of their maximal subpart (Unicode 3.9: what becomes one U+FFFD); a
-// sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
-size_t utf8_next(const char *p, size_t n, int32_t *cp) {
-    const uint8_t *s = (const uint8_t *)p;
-    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
-                 s[0] < 0xf0 ? 3 : 4;
-    *cp = len == 0 ? -1 : len == 1 ? s[0] : s[0] & (0x7f >> len);
-    for (size_t i = 1; i < len; i++) {
-        // the second byte excludes overlong forms, surrogates and what lies above U+10FFFF
-        uint8_t lo = i > 1 ? 0x80 : s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
-        uint8_t hi = i > 1 ? 0xbf : s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
-        if (i == n || s[i] < lo || s[i] > hi) {
-            *cp = i == n ? -2 : -1;
-            return i;
-        }
-        *cp = *cp << 6 | (s[i] & 63);
-    }
-    return len ? len : 1;
-}
-
-void utf8_put(Str *out, uint32_t c) {
-    char b[4];
-    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) b[i] = (char)(0x80 | (c & 63));
-    b[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
-    str_add(out, b, n);
-}
-
-static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
-    uint64_t h = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
-    return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
-}
-
-Span map_key(const Map *m, size_t i) {
-    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
-}
-
-// The slot that holds key, or the empty one where it belongs. cap > 0.
-static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
-    for (size_t i = hash >> 20;; i++) {
-        uint32_t *slot = &m->slots[i & (m->cap - 1)];
-        if (!*slot) return slot;
-        const MapEntry *e = &m->entries[*slot - 1];
-        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n))
-            return slot;
-    }
-}
-
-static void map_rehash(Map *m) {
-    m->cap = m->cap ? cmul(m->cap, 2) : 32;
-    if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
-    free(m->slots);
-    m->slots = xalloc(m->cap, sizeof *m->slots);
-    for (size_t i = 0; i < m->n; i++)
-        *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
-}
-
-// The entry of key, or NULL. The pointer is good until the next map_add.
-MapEntry *map_find(const Map *m, Span key) {
-    uint32_t *slot = m->cap ? map_slot(m, key, hash_bytes(key)) : NULL;
-    return slot && *slot ? &m->entries[*slot - 1] : NULL;
-}
-
-// False, and nothing changed, if the key is there already.
-bool map_add(Map *m, Span key, int64_t value) {
-    if (m->n == m->cap / 2) map_rehash(m);
-    uint64_t hash = hash_bytes(key);
-    uint32_t *slot = map_slot(m, key, hash);
-    if (*slot) return false;
-    m->entries = grow(m->entries, m->n, sizeof *m->entries);
-    m->entries[m->n] = (MapEntry){ m->text.n, key.n, hash, value };
-    str_add(&m->text, key.p, key.n);
-    *slot = (uint32_t)++m->n;
-    return true;
-}
-
-void map_free(Map *m) {
-    free(m->text.p);
-    free(m->entries);
-    free(m->slots);
-    *m = (Map){ 0 };
-}
-
-// "DIR/FILE"; release with free().
-static char *path_join(const char *dir, const char *file) {
-    Str s = { 0 };
-    str_puts(&s, dir);
-    str_puts(&s, "/");
-    str_puts(&s, file);
-    return s.p;
-}
-
-// A small trained model travels in the program: the model when none is named. Its files have paths
-// that no other file can have.
-#define BUILT_IN "//built-in"
-__asm__(".pushsection .rodata\n"
-        "tiny_config: .incbin \"models/tiny/config.json\"\n"
-        "tiny_sampling: .incbin \"models/tiny/generation_config.json\"\n"
-        "tiny_tokenizer: .incbin \"models/tiny/tokenizer.json\"\n"
-        "tiny_weights: .incbin \"models/tiny/model-00001-of-00001.safetensors\"\n"
-        "tiny_end: .byte 0\n"
-        ".popsection\n");
-extern const char tiny_config[], tiny_sampling[], tiny_tokenizer[], tiny_weights[], tiny_end[];
-static const struct { const char *path, *from, *to; } built_in[] = {
-    { BUILT_IN "/config.json", tiny_config, tiny_sampling },
-    { BUILT_IN "/generation_config.json", tiny_sampling, tiny_tokenizer },
-    { BUILT_IN "/tokenizer.json", tiny_tokenizer, tiny_weights },
-    { BUILT_IN "/model.safetensors", tiny_weights, tiny_end },
-};
-
-// A built-in file's bytes; p is NULL if the path is another's.
-static Span built_in_file(const char *path) {
-    for (size_t i = 0; i < COUNT(built_in); i++)
-        if (!strcmp(path, built_in[i].path))
-            return (Span){ built_in[i].from, (size_t)(built_in[i].to - built_in[i].from) };
-    return (Span){ 0 };
-}
-
-static bool file_exists(const char *path) {
-    return built_in_file(path).p || !access(path, F_OK);
-}
-
-// Of a shard of weights: the handler of SIGBUS finds those by their store.
-static bool map_shard(const char *path, Span *out, Err *e) {
-    struct stat st;
-    void *p = "";
-    Span own = built_in_file(path);
-    if (own.p) {
-        p = mmap(NULL, own.n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(errno));
-        *out = (Span){ memcpy(p, own.p, own.n), own.n };
-        return true;
-    }
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     // a FIFO must not hold us up
-    if (fd < 0) return fail(e, "%s: %s", path, strerror(errno));
-    bool known = !fstat(fd, &st), regular = known && S_ISREG(st.st_mode);
-    if (regular && st.st_size) p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int err = errno;
-    close(fd);
-    if (!regular) return fail(e, "%s: %s", path, known ? "not a regular file" : strerror(err));
-    if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(err));
-    *out = (Span){ p, (size_t)st.st_size };
-    return true;
-}
-
-static struct { Span map; char path[512]; } last_mapped;    // for the handler of SIGBUS
-
-// A file mapped read-only and private; release with unmap_file. An empty file gives n = 0.
-bool map_file(const char *path, Span *out, Err *e) {
-    if (!map_shard(path, out, e)) return false;
-    last_mapped.map = *out;
-    snprintf(last_mapped.path, sizeof last_mapped.path, "%s", path);
-    return true;
-}
-
-void unmap_file(Span map) { if (map.n) munmap((void *)(uintptr_t)map.p, map.n); }
-
-// Seconds on a clock that never jumps.
-double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
-}
-
-// A progress line that overwrites itself; only where a person is watching.
-void progress(const char *what, int64_t done, int64_t total) {
-    if (!isatty(2)) return;
-    int width = 30, full = total ? (int)(width * done / total) : width;
-    fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################",
-            width - full, "", total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
-    fflush(stderr);
-}
-
-// ---------------------------------------------------------------------------
 // types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection
 // streams, H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A
 // active experts, F expert hidden dim, V vocabulary, I index heads, J index dim, M compress ratio
+
+typedef uint16_t bf16;      // the upper half of a float32
 
 typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4, N_FORMATS } Format;
 
@@ -452,18 +194,6 @@ static const Tensor *store_find(const Store *s, const char *name) {
     return store_find_span(s, span_of(name));
 }
 
-static const Store *open_store;     // the last one opened: for the handler of SIGBUS
-
-// The path of the shard that is mapped at addr, or NULL. Safe in a signal handler.
-static const char *store_find_address(const Store *s, const void *addr) {
-    for (int i = 0; i < s->n_shards; i++) {
-        uintptr_t from = (uintptr_t)s->shards[i].map.p, at = (uintptr_t)addr;
-        size_t whole_pages = (s->shards[i].map.n + 4095) & ~(size_t)4095;
-        if (at >= from && at - from < whole_pages) return s->shards[i].path;
-    }
-    return NULL;
-}
-
 void store_close(Store *s) {
     for (int i = 0; i < s->n_shards; i++) {
         unmap_file(s->shards[i].map);
@@ -473,7 +203,6 @@ void store_close(Store *s) {
     free(s->tensors);
     map_free(&s->names);
     *s = (Store){ 0 };
-    if (open_store == s) open_store = NULL;
 }
 
 // The three fields of a header entry. Each says what is wrong and where (the byte in the file).
@@ -627,8 +356,8 @@ static bool shard_read(Store *s, int number, Err *e) {
 
 // Maps DIR/FILE as the next shard.
 static bool store_add_shard(Store *s, const char *dir, const char *file, Err *e) {
-    Shard sh = { .path = path_join(dir, file) };
-    if (!map_shard(sh.path, &sh.map, e)) {
+    Shard sh = { .path = text_of("%s/%s", dir, file) };
+    if (!map_file(sh.path, &sh.map, e)) {
         free(sh.path);
         return false;
     }
@@ -693,11 +422,10 @@ static bool store_open_index(Store *s, Span text, const char *path, const char *
 // model.safetensors. On an error *s is empty.
 bool store_open(Store *s, const char *dir, Err *e) {
     Span text = { 0 };
-    char *index = path_join(dir, "model.safetensors.index.json");
-    char *single = path_join(dir, "model.safetensors");
+    char *index = text_of("%s/model.safetensors.index.json", dir);
+    char *single = text_of("%s/model.safetensors", dir);
     bool ok;
     *s = (Store){ 0 };
-    open_store = s;
     if (file_exists(index))
         ok = map_file(index, &text, e) && store_open_index(s, text, index, dir, e);
     else if (file_exists(single)) ok = store_add_shard(s, dir, "model.safetensors", e);
@@ -869,7 +597,7 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
 // Reads DIR/config.json.
 static bool config_open(Config *c, const char *dir, Err *e) {
     Span text = { 0 };
-    char *path = path_join(dir, "config.json");
+    char *path = text_of("%s/config.json", dir);
     bool ok = map_file(path, &text, e) && config_read(c, text, path, e);
     unmap_file(text);
     free(path);
@@ -6129,8 +5857,6 @@ struct Snapshot {
     void *rings[MAX_STAGES];    // per stage
 };
 
-volatile sig_atomic_t interrupted, terminated, computing;
-
 Session *session_new(Model *m) {
     int slot = 0;
     while (slot < MAX_SLOTS && m->slot_used[slot]) slot++;
@@ -6603,7 +6329,7 @@ void model_start(Model *m, const Opening *o) {
 Tokenizer *tokenizer_open(const char *dir, bool needed) {
     Err e;
     Span text;
-    char *path = path_join(dir, "tokenizer.json");
+    char *path = text_of("%s/tokenizer.json", dir);
     Tokenizer *t = NULL;
     if (file_exists(path)) {
         t = xalloc(1, sizeof *t);
@@ -6631,7 +6357,7 @@ Sampler *sampler_open(const Model *m, const char *dir, Ids *eos) {
     Err e;
     Span text;
     Sampling how = sampling_default;
-    char *path = path_join(dir, "generation_config.json");
+    char *path = text_of("%s/generation_config.json", dir);
     if (file_exists(path)) {
         if (!map_file(path, &text, &e) ||
             !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
@@ -6820,35 +6546,6 @@ void bench_products(Model *m, Pool *pool, double bandwidth) {
 }
 // ---------------------------------------------------------------------------
 // main
-
-static void on_interrupt(int sig) {
-    if (sig != SIGINT) terminated = true;
-    if (interrupted++ || !computing) _exit(130);
-}
-
-static void on_bus(int sig, siginfo_t *info, void *context) {
-    static atomic_flag said = ATOMIC_FLAG_INIT;
-    while (atomic_flag_test_and_set(&said)) pause();
-    const Store *store = open_store;
-    const char *path = store ? store_find_address(store, info->si_addr) : NULL;
-    if (!path && (size_t)((char *)info->si_addr - last_mapped.map.p) < last_mapped.map.n)
-        path = last_mapped.path;
-    const char *parts[] = { "dsv4: ", path ? path : "a mapped file",
-                            ": cannot be read (did it shrink, or does its disk fail?)\n" };
-    (void)sig;
-    (void)context;
-    for (int i = 0; i < 3; i++) if (write(2, parts[i], strlen(parts[i])) < 0) break;
-    _exit(1);
-}
-
-static void catch_signals(void) {
-    static const int stops[] = { SIGINT, SIGTERM, SIGHUP };
-    struct sigaction stop = { .sa_handler = on_interrupt };
-    struct sigaction bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
-    for (size_t i = 0; i < COUNT(stops); i++) sigaction(stops[i], &stop, NULL);
-    sigaction(SIGBUS, &bus, NULL);
-    signal(SIGPIPE, SIG_IGN);
-}
 
 // The vector instructions to use: the best there are, or fewer.
 static void choose_isa(void) {

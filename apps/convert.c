@@ -32,16 +32,6 @@
 
 #define MANIFEST ".dsv4-convert"
 
-__attribute__((format(printf, 1, 2)))
-static char *text_of(const char *fmt, ...) {
-    char *s;
-    va_list ap;
-    va_start(ap, fmt);
-    if (vasprintf(&s, fmt, ap) < 0) die(1, "out of memory: a path");
-    va_end(ap);
-    return s;
-}
-
 __attribute__((format(printf, 2, 3)))
 static void put(Str *s, const char *fmt, ...) {
     char text[256];

@@ -7,7 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// --- errors, sizes, memory, strings (dsv4.c, "small tools")
+// --- errors, sizes, memory, strings, maps, clock (apps/tools.c)
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // An error that a caller may want to survive (a server request, a fuzz target): one line of text.
 // Functions that can fail take an Err* and return false / NULL after fail().
@@ -30,13 +32,12 @@ typedef struct { const char *p; size_t n; } Span;
 typedef struct { char *p; size_t n, cap; } Str;
 void str_add(Str *s, const void *p, size_t n);
 void str_puts(Str *s, const char *z);
+__attribute__((format(printf, 1, 2))) char *text_of(const char *fmt, ...);     // to be freed
 bool str_is(const Str *s, const char *z);
 Span str_span(const Str *s);
 bool span_is(Span s, const char *z);
 Span span_of(const char *z);
 Span span_from(Span s, size_t i);
-bool map_file(const char *path, Span *out, Err *e);         // read-only; an empty file gives n = 0
-void unmap_file(Span map);
 
 // The arguments of a %.*s that shows a name from a file (Span or Str), up to a sane length.
 #define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
@@ -57,6 +58,23 @@ Span map_key(const Map *m, size_t i);
 MapEntry *map_find(const Map *m, Span key);                 // or NULL
 bool map_add(Map *m, Span key, int64_t value);              // false if the key is there already
 void map_free(Map *m);
+
+// A bar that overwrites itself, on a terminal only; done >= total clears it.
+void progress(const char *what, int64_t done, int64_t total);
+
+// --- files and signals (apps/system.c)
+
+#define BUILT_IN "//built-in"               // the directory of the model that travels in the program
+bool file_exists(const char *path);
+// A file mapped read-only and private; release with unmap_file. An empty file gives n = 0.
+bool map_file(const char *path, Span *out, Err *e);
+void unmap_file(Span map);
+const char *mapped_path(const void *addr);  // of the file that is mapped there, or NULL
+
+void catch_signals(void);                   // so that the three below say what came
+extern volatile sig_atomic_t interrupted;   // Ctrl-C: long work stops at the next chunk or token
+extern volatile sig_atomic_t terminated;    // by SIGTERM or SIGHUP: a chat ends too
+extern volatile sig_atomic_t computing;     // there is such work; else Ctrl-C ends the program
 
 // --- JSON (apps/json.c)
 
@@ -241,7 +259,7 @@ typedef struct {
 } Dsv4Convert;
 bool dsv4_convert(const Dsv4Convert *o, Err *e);
 
-// --- threads and progress (dsv4.c)
+// --- threads (dsv4.c)
 
 typedef struct Pool Pool;
 typedef void RangeFn(void *arg, int begin, int end);
@@ -249,8 +267,6 @@ Pool *pool_new(int n_threads);              // < 1: one per core
 void pool_free(Pool *p);
 // f on ranges of [0, n), each of at least `grain` items but the last, by all threads of the pool.
 void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg);
-// A bar that overwrites itself, on a terminal only; done >= total clears it.
-void progress(const char *what, int64_t done, int64_t total);
 double read_bandwidth(Pool *p);             // bytes per second of this machine; 0: no memory for it
 
 // --- the model (dsv4.c)
@@ -317,10 +333,6 @@ void snapshot_free(Snapshot *p);
 // Brings the session as far into tokens [n] as what it has read allows, by rewinding or with a
 // snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
 int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap);
-
-extern volatile sig_atomic_t interrupted;   // Ctrl-C: long work stops at the next chunk or token
-extern volatile sig_atomic_t terminated;    // by SIGTERM or SIGHUP: a chat ends too
-extern volatile sig_atomic_t computing;     // there is such work; else Ctrl-C ends the program
 
 // --- its text side (dsv4.c)
 

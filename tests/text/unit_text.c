@@ -32,7 +32,7 @@ static void each_line(const char *dir, const char *file, void (*f)(Json *line, v
         p = nl ? nl + 1 : end;
     }
     check(lines > 0, "%s is empty", file);
-    if (s.n) munmap((void *)s.p, s.n);
+    unmap_file(s);
 }
 
 // ---------------------------------------------------------------------------
