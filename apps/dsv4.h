@@ -62,6 +62,11 @@ void map_free(Map *m);
 // A bar that overwrites itself, on a terminal only; done >= total clears it.
 void progress(const char *what, int64_t done, int64_t total);
 
+// Classes of code points: the rest, L and M, N, P and S, White_Space (apps/unicode.c). What is not
+// below N_CLASSES is C_OTHER.
+enum { C_OTHER, C_LETTER, C_NUMBER, C_PUNCT, C_SPACE, N_CLASSES = 0xe0200 };
+void unicode_classes(uint8_t cls[static N_CLASSES]);
+
 // --- files and signals (apps/system.c)
 
 #define BUILT_IN "//built-in"               // the directory of the model that travels in the program
