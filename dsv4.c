@@ -52,17 +52,20 @@
 
 typedef uint16_t bf16;      // the upper half of a float32
 
-typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4, N_FORMATS } Format;
+typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4 } Format;
+const char *const format_names[N_FORMATS] = {
+    "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
+};
 
 // A matrix [n, k] in the checkpoint's own layout, y = W x. May lie at any byte address.
 //   F32, BF16   w [n, k]
 //   INT8, FP8   w [n, k] bytes,  s [ceil(n/128), ceil(k/128)] BF16 / E8M0
 //   INT4, FP4   w [n, k/2] bytes (low nibble = even column), s [n, k/32] BF16 / E8M0
-typedef struct {
+struct Mat {
     const void *w, *s;
     int n, k;
     Format fmt;
-} Mat;
+};
 
 // Rows of activations: FP32 always, and (fast path) as INT8 in groups of 32 along k, last group
 // short. Row t: x + t*ld, q + t*ldq (ldq = 32 * groups, zero padded), s + t*lds (lds = groups of
@@ -75,23 +78,6 @@ typedef struct {
     int k, groups;
     size_t ld, ldq, lds;
 } Act;
-
-// config.json. The ratio list has one entry per layer, then one per MTP layer.
-typedef struct {
-    int dim, n_layers, n_heads, head_dim, rope_dim, q_lora_rank, o_groups, o_lora_rank, window;
-    int n_experts, n_active, expert_dim, n_hash_layers;
-    int index_heads, index_dim, index_topk;
-    int hc_mult, hc_iters;
-    int vocab, max_ctx, n_mtp;
-    int bos, eos;
-    float hc_eps, norm_eps, route_scale, swiglu_limit;
-    float rope_theta, compress_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
-    int yarn_ctx;               // original_max_position_embeddings
-    int *ratio;                 // [n_layers + n_mtp] 0, 4 or 128
-    int n_ratios;               // entries that config.json has
-    bool dspark;                // 0731 releases: another MTP, whose tensors are skipped
-    char quant[32];             // quantization_config.quant_method, "" if none
-} Config;
 
 // One hyper-connection: how the S streams are mixed into a sublayer's input, and its output back.
 typedef struct {
@@ -575,7 +561,7 @@ static bool config_check(const Config *c, const char *path, Err *e) {
     return true;
 }
 
-static void config_free(Config *c) {
+void config_free(Config *c) {
     free(c->ratio);
     *c = (Config){ 0 };
 }
@@ -595,23 +581,13 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
 }
 
 // Reads DIR/config.json.
-static bool config_open(Config *c, const char *dir, Err *e) {
+bool config_open(Config *c, const char *dir, Err *e) {
     Span text = { 0 };
     char *path = text_of("%s/config.json", dir);
     bool ok = map_file(path, &text, e) && config_read(c, text, path, e);
     unmap_file(text);
     free(path);
     return ok;
-}
-
-// What apps/convert.c needs of a config.json.
-bool config_brief(ConfigBrief *b, const char *dir, Err *e) {
-    Config c;
-    if (!config_open(&c, dir, e)) return false;
-    *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, c.n_experts, "" };
-    memcpy(b->quant, c.quant, sizeof b->quant);
-    config_free(&c);
-    return true;
 }
 
 // ---------------------------------------------------------------------------
@@ -1134,13 +1110,6 @@ void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out
 // sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what
 // top-k left, min-p relative to the likeliest token. Ties go to the lower id.
 
-typedef struct {
-    double temperature;     // 0: the most likely token, always
-    double top_p, min_p;    // 1 and 0: off
-    int top_k;              // 0: off
-} Sampling;
-static const Sampling sampling_default = { 1, 1, 0, 0 };     // the publisher's recommendation
-
 struct Sampler {
     Sampling how;
     uint64_t state;         // of the random numbers: any seed will do
@@ -1150,16 +1119,18 @@ struct Sampler {
     Heap heap;
 };
 
-static void sampler_init(Sampler *s, int n, Sampling how, uint64_t seed) {
+Sampler *sampler_new(int n, Sampling how, uint64_t seed) {
+    Sampler *s = xalloc(1, sizeof *s);
     size_t v = (size_t)n;
     *s = (Sampler){ how, seed, n, xalloc(v, sizeof *s->p), xalloc(v, sizeof *s->kept), { 0 } };
+    return s;
 }
 
-static void sampler_free(Sampler *s) {
+void sampler_free(Sampler *s) {
     free(s->p);
     free(s->kept);
     free(s->heap.p);
-    *s = (Sampler){ 0 };
+    free(s);
 }
 
 // A uniform number in [0, 1): SplitMix64 (Steele, Lea and Flood, 2014).
@@ -1220,37 +1191,6 @@ int sample(Sampler *s, const float *logits, Err *e) {
         sum += p;
     }
     return last;
-}
-
-// generation_config.json. What is absent or null stays.
-typedef struct { Sampling how; bool do_sample; Ids *eos; int vocab; } Generation;
-
-static void read_eos(Json *j, void *to) {           // a number or a list
-    Generation *g = to;
-    int64_t id = 0;
-    bool list = json_peek(j) == '[', one = !list;
-    if (list) json_array(j);
-    for (; list ? json_item(j) : one; one = false)
-        if (json_int(j, 0, g->vocab - 1, &id)) ids_add(g->eos, (int)id);
-}
-
-static const Field generation_fields[] = {
-    { "do_sample", J_BOOL, OPTIONAL, .at = offsetof(Generation, do_sample) },
-    { "temperature", J_DOUBLE, .at = offsetof(Generation, how.temperature), .lo = 0, .hi = 1e6 },
-    { "top_k", J_INT, OPTIONAL, offsetof(Generation, how.top_k), .lo = 0, .hi = INT_MAX },
-    { "top_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.top_p), .lo = 1e-9, .hi = 1 },
-    { "min_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.min_p), .lo = 0, .hi = 1 },
-    { "eos_token_id", J_READ, .read = read_eos },
-};
-
-// Reads it into *how, and the ids that end a text into *eos.
-static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
-                                   Err *e) {
-    Generation g = { *how, true, eos, vocab };
-    bool ok = table_file(text, name, generation_fields, COUNT(generation_fields), &g, e);
-    *how = g.how;
-    if (!g.do_sample) how->temperature = 0;
-    return ok;
 }
 
 // ---------------------------------------------------------------------------
@@ -6180,7 +6120,7 @@ static void choose_layers(Model *m, const Opening *o) {
     share_rest(m, rest);
 }
 
-static void print_plan(const Model *m, FILE *to) {
+void print_plan(const Model *m, FILE *to) {
     for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
         Share s = stage_share(m, d);
         char layers[64] = "no layers";
@@ -6299,92 +6239,14 @@ Control tokenizer_control(const Tokenizer *t) {
     return (Control){ t->n, t->bos, t->eos, t->user, t->assistant, t->think, t->end_think };
 }
 
-// Options, else the publisher's generation_config.json, else temperature 1 and the config's
-// end-of-sentence token.
-Sampler *sampler_open(const Model *m, const char *dir, Ids *eos) {
-    Err e;
-    Span text;
-    Sampling how = sampling_default;
-    char *path = text_of("%s/generation_config.json", dir);
-    if (file_exists(path)) {
-        if (!map_file(path, &text, &e) ||
-            !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
-            die(1, "%s", e.text);
-        unmap_file(text);
-    }
-    free(path);
-    if (!eos->n && m->c.eos >= 0) ids_add(eos, m->c.eos);
-    if (opt.temp >= 0) how.temperature = opt.temp;
-    if (opt.top_k >= 0) how.top_k = opt.top_k;
-    if (opt.top_p >= 0) how.top_p = opt.top_p;
-    if (opt.min_p >= 0) how.min_p = opt.min_p;
-    if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
-    Sampler *s = xalloc(1, sizeof *s);
-    sampler_init(s, m->c.vocab, how, (uint64_t)opt.seed);
-    if (how.temperature > 0)
-        note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature,
-             how.top_p);
-    return s;
-}
-
-void sampler_close(Sampler *s) {
-    sampler_free(s);
-    free(s);
-}
 // ---------------------------------------------------------------------------
-// what a model is like: dsv4 info, and the rates of its products for dsv4 bench
-
-static const char *const format_names[N_FORMATS] = {
-    "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
-};
-
-// Bytes of compressed rows that one token adds, over all layers.
-static double bytes_per_token(const Model *m) {
-    double n = 0;
-    for (int i = 0; i < m->c.n_layers; i++) {
-        int M = m->w.layers[i].ratio;
-        if (M) n += (double)kv_bytes(m->stage, m->c.head_dim) / M;
-        if (M == 4) n += (double)kv_bytes(m->stage, m->c.index_dim) / M;
-    }
-    return n;
-}
+// what programs may know of a model: dsv4 info, bench, devices
 
 // Bytes of weights that decoding one token reads: all but the experts that are not chosen, and one
 // row of the embedding.
 static double bytes_touched(const Model *m) {
     return share_of(m, 0, m->c.n_layers + 1).touched +
            (double)mat_bytes(&m->w.embed) / m->c.vocab + (double)mat_bytes(&m->w.hc_head.fn);
-}
-
-static void print_layer(const Layer *l) {
-    printf("  %-9s ratio %-3d  %-6s  %9.2f MB  experts %s, attention %s\n", l->name, l->ratio,
-           l->tid2eid ? "hashed" : "scored", (double)l->bytes / 1e6, format_names[l->w1[0].fmt],
-           format_names[l->wq_b.fmt]);
-}
-
-static int run_info(void) {
-    Model *m = model_read(&opt.open);
-    const Config *c = &m->c;
-    double per_token = bytes_per_token(m);
-    printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, "
-           "context %d\n", c->n_layers, c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window,
-           c->vocab, c->max_ctx);
-    printf("experts    %d, %d per token, hidden %d; the first %d layers choose by token\n",
-           c->n_experts, c->n_active, c->expert_dim, c->n_hash_layers);
-    printf("indexer    %d heads x %d, keeps %d rows; hyper-connections: %d streams\n",
-           c->index_heads, c->index_dim, c->index_topk, c->hc_mult);
-    printf("checkpoint %zu tensors in %d files, %.2f GB, quant_method %s\n", m->store.n,
-           m->store.n_shards, (double)store_bytes(&m->store) / 1e9, *c->quant ? c->quant : "none");
-    for (int i = 0; i < N_FORMATS; i++)
-        if (m->format[i]) printf("  %-18s %6d matrices\n", format_names[i], m->format[i]);
-    for (int i = 0; i < c->n_layers; i++) print_layer(&m->w.layers[i]);
-    for (int i = 0; m->w.mtp && i < c->n_mtp; i++) print_layer(&m->w.mtp[i].block);
-    printf("memory     %.3f GB of weights read per token; context: %.0f bytes per token (%.2f MB "
-           "per 1024), %.1f MB of rings per session\n", bytes_touched(m) / 1e9, per_token,
-           per_token * 1024 / 1e6, ((double)share_of(m, 0, c->n_layers + 1).context -
-                                    per_token * m->ctx) / 1e6);
-    print_plan(m, stdout);
-    return 0;
 }
 
 // --- dsv4 devices (apps/devices.c)
@@ -6434,63 +6296,54 @@ char *gpu_kernels(const Model *m, int cc) {
 }
 
 ModelBrief model_brief(const Model *m) {
-    const Config *c = &m->c;
-    ModelBrief b = { .vocab = c->vocab, .ctx = m->ctx, .max_ctx = c->max_ctx, .dspark = c->dspark,
-                     .mtp = m->w.mtp, .touched = bytes_touched(m), .cpu = true };
+    ModelBrief b = { .config = &m->c, .store = &m->store, .formats = m->format, .ctx = m->ctx,
+                     .mtp = m->w.mtp, .cpu = true, .touched = bytes_touched(m),
+                     .number = kv_bytes(m->stage, 1),
+                     .context = share_of(m, 0, m->c.n_layers + 1).context };
     for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
     return b;
 }
 
-// GB/s of matrices of one kind at one row, `together` side by side. All layers' in turn, so that
-// caches do not help.
-static void bench_product(Model *m, Pool *pool, const char *name, const Mat **mats, int n,
-                          int together, double bandwidth) {
-    double bytes = 0, best = 1e30;
-    const Device *d = m->stage;
-    Act a = act_new(d, 1, mats[0]->k, 1);
-    float *y = xalloc((size_t)together * mats[0]->n, sizeof *y);
-    Product *p = xalloc((size_t)together, sizeof *p);
-    for (int i = 0; i < n; i++) bytes += (double)mat_bytes(mats[i]);
-    act_quantise(d, &a, 0);
-    for (int pass = 0; pass < 4; pass++) {
-        double start = now();
-        for (int i = 0; i + together <= n; i += together) {
-            for (int j = 0; j < together; j++)
-                p[j] = (Product){ mats[i + j], &a, NULL, 1, y + (size_t)j * mats[0]->n,
-                                  (size_t)mats[0]->n };
-            matmul(pool, p, together, d->exact);
-        }
-        if (pass) best = fmin(best, now() - start);
-    }
-    printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt],
-           mats[0]->n, mats[0]->k, bytes / best / 1e9, 100 * bytes / best / bandwidth);
-    free(a.x), free(a.q), free(a.s), free(y), free(p);
+LayerBrief layer_brief(const Model *m, int i) {
+    int L = m->c.n_layers;
+    const Layer *l = i < L ? &m->w.layers[i] : &m->w.mtp[i - L].block;
+    return (LayerBrief){ l->name, format_names[l->wq_b.fmt], format_names[l->w1[0].fmt], l->bytes,
+                         l->ratio, l->tid2eid };
 }
 
-void bench_products(Model *m, Pool *pool, double bandwidth) {
-    const Config *c = &m->c;
-    const Mat **list = xalloc((size_t)c->n_layers * c->n_experts + 1, sizeof *list);
-    printf("cpu %s, %d threads, read bandwidth %.1f GB/s\nproducts of one row%19sformat%13srows x "
-           "columns%8srate  of read bandwidth\n", cpu_names[cpu_level], pool->n_threads,
-           bandwidth / 1e9, "", "", "");
-    for (const Bind *b = layer_table; b < layer_table + COUNT(layer_table); b++) {
-        int n = 0;
-        for (int i = 0; i < c->n_layers && b->kind == MAT; i++) {
-            const Mat *w = (const Mat *)((const char *)&m->w.layers[i] + b->at);
-            if (w->w && (!n || (w->n == list[0]->n && w->fmt == list[0]->fmt))) list[n++] = w;
-        }
-        if (n) bench_product(m, pool, b->name, list, n, 1, bandwidth);
-    }
-    for (int k = 1; k <= 2; k++) {
-        int n = 0;
-        for (const Layer *l = m->w.layers; l < m->w.layers + c->n_layers; l++)
-            for (int i = 0; i < c->n_experts; i++) list[n++] = k == 1 ? &l->w1[i] : &l->w2[i];
-        bench_product(m, pool, k == 1 ? "ffn.experts.w1" : "ffn.experts.w2", list, n, c->n_active,
-                      bandwidth);
-    }
-    list[0] = &m->w.head;
-    bench_product(m, pool, "head", list, 1, 1, bandwidth);
-    free(list);
+static MatBrief mat_brief(const char *name, const Mat *w, int n) {
+    return (MatBrief){ name, w->w ? w : NULL, format_names[w->fmt], w->n, w->k, n, mat_bytes(w) };
+}
+
+MatBrief layer_matrix(const Model *m, int i, int kind, int expert) {
+    const Layer *l = &m->w.layers[i];
+    int dense = COUNT(layer_table), E = m->c.n_experts;
+    if (kind == dense) return mat_brief("ffn.experts.w1", l->w1 + expert, E);
+    if (kind == dense + 1) return mat_brief("ffn.experts.w2", l->w2 + expert, E);
+    if (kind > dense) return (MatBrief){ 0 };
+    const Bind *b = &layer_table[kind];
+    if (b->kind != MAT) return (MatBrief){ .name = b->name };
+    return mat_brief(b->name, (const Mat *)((const char *)l + b->at), 1);
+}
+
+MatBrief head_matrix(const Model *m) { return mat_brief("head", &m->w.head, 1); }
+
+const char *cpu_instructions(void) { return cpu_names[cpu_level]; }
+
+int pool_threads(const Pool *p) { return p->n_threads; }
+
+double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
+    Act a = act_new(m->stage, 1, mats[0]->k, 1);
+    float *y = xalloc((size_t)n * mats[0]->n, sizeof *y);
+    Product *p = xalloc((size_t)n, sizeof *p);
+    act_quantise(m->stage, &a, 0);
+    for (int i = 0; i < n; i++)
+        p[i] = (Product){ mats[i], &a, NULL, 1, y + (size_t)i * mats[0]->n, (size_t)mats[0]->n };
+    double start = now();
+    matmul(pool, p, n, m->exact);
+    double t = now() - start;
+    free(a.x), free(a.q), free(a.s), free(y), free(p);
+    return t;
 }
 // ---------------------------------------------------------------------------
 // main

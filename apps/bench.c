@@ -15,6 +15,51 @@ static double feed_time(Session *s, int at, int n, int vocab) {
     return now() - start;
 }
 
+// GB/s of n matrices of one shape at one row, `together` side by side; all in turn, so that caches do
+// not help. bandwidth: the machine's, bytes per second.
+static void report_product(const Model *m, Pool *pool, const MatBrief *list, int n, int together,
+                           double bandwidth) {
+    const MatBrief *b = list;
+    const Mat **mats = xalloc((size_t)n, sizeof *mats);
+    double bytes = 0, best = INFINITY;
+    for (int i = 0; i < n; i++) {
+        mats[i] = list[i].mat;
+        bytes += (double)list[i].bytes;
+    }
+    for (int pass = 0; pass < 4; pass++) {
+        double t = 0;
+        for (int i = 0; i + together <= n; i += together)
+            t += product_time(m, pool, mats + i, together);
+        if (pass) best = fmin(best, t);
+    }
+    printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", b->name, b->format, b->n, b->k,
+           bytes / best / 1e9, 100 * bytes / best / bandwidth);
+    free(mats);
+}
+
+// Every kind of matrix product; of one kind the matrices that have the first one's format and rows.
+static void report_products(const Model *m, Pool *pool, double bandwidth) {
+    const Config *c = model_brief(m).config;
+    MatBrief *list = xalloc((size_t)c->n_layers * (size_t)c->n_experts, sizeof *list), head;
+    printf("cpu %s, %d threads, read bandwidth %.1f GB/s\n", cpu_instructions(), pool_threads(pool),
+           bandwidth / 1e9);
+    printf("products of one row%19sformat%13srows x columns%8srate  of read bandwidth\n", "", "", "");
+    for (int kind = 0; layer_matrix(m, 0, kind, 0).name; kind++) {
+        int n = 0;
+        for (int i = 0; i < c->n_layers; i++) {
+            MatBrief b = layer_matrix(m, i, kind, 0);
+            for (int e = 0; b.mat && e < b.many; e++) {
+                b = layer_matrix(m, i, kind, e);
+                if (!n || (b.n == list->n && b.format == list->format)) list[n++] = b;
+            }
+        }
+        if (n) report_product(m, pool, list, n, list->many > 1 ? c->n_active : 1, bandwidth);
+    }
+    head = head_matrix(m);
+    report_product(m, pool, &head, 1, 1, bandwidth);
+    free(list);
+}
+
 // Prefill and decode at growing depths. Each depth up to 512 is read from an empty session, up to 2048 on
 // from the one before. Beyond, on the CPU, only the last (about) 512 positions are read and what lies
 // before them is made up: a million positions would take hours to read, and the rates depend on the
@@ -27,11 +72,11 @@ int run_bench(void) {
     Session *s = session_new(m);
     Pool *pool = pool_new(opt.open.threads);
     double bandwidth = read_bandwidth(pool);
-    if (b.cpu) bench_products(m, pool, bandwidth);
+    if (b.cpu) report_products(m, pool, bandwidth);
     printf("%.3f GB of weights read per token\n", b.touched / 1e9);
     printf("   depth   prefill tok/s   decode tok/s   decode GB/s%s\n",
            b.cpu ? "   of the bandwidth" : "");
-    feed_time(s, 0, 1, b.vocab);
+    feed_time(s, 0, 1, b.config->vocab);
     for (int at = 1, depth = 128; depth + steps <= b.ctx; depth *= 2) {
         if (depth <= 512) {
             session_clear(s);
@@ -42,10 +87,10 @@ int run_bench(void) {
             at = depth - 512 + at % 128;
             session_stretch(s, at);
         }
-        double t_read = feed_time(s, at, depth - at, b.vocab), t = 0;
+        double t_read = feed_time(s, at, depth - at, b.config->vocab), t = 0;
         double rate = (depth - at) / t_read;
         if (b.cpu) bandwidth = fmax(bandwidth, read_bandwidth(pool));
-        for (at = depth; at < depth + steps; at++) t += feed_time(s, at, 1, b.vocab);
+        for (at = depth; at < depth + steps; at++) t += feed_time(s, at, 1, b.config->vocab);
         printf("%8d %15.1f %14.2f %13.2f", depth, rate, steps / t, b.touched * steps / t / 1e9);
         if (b.cpu) printf(" %17.0f %%", 100 * b.touched * steps / t / bandwidth);
         printf("\n");
@@ -85,7 +130,7 @@ int run_ppl(const char *path) {
     ModelBrief b = model_brief(m);
     size_t ctx = opt.open.ctx || b.ctx < 2048 ? (size_t)b.ctx : 2048;
     int *tokens = xalloc(ctx + 1, sizeof *tokens);
-    NllSum sum = { .tokens = tokens, .vocab = b.vocab };
+    NllSum sum = { .tokens = tokens, .vocab = b.config->vocab };
     Session *s = session_new(m);
     tokens[0] = tokenizer_control(t).bos;
     for (size_t at = 0; at < ids.n; at += ctx) {

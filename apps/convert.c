@@ -227,7 +227,7 @@ typedef struct {
 
 typedef struct {
     const Dsv4Convert *o;
-    ConfigBrief config;
+    Config config;
     Store store;
     Tables *tables;
     OutFile *files;         // [n_files], one per source shard; n = 0: dropped
@@ -1129,7 +1129,7 @@ static bool read_remap(Job *job, const char *list, Err *e) {
 // Everything that can be said without looking at DST.
 static bool prepare(Job *job, Err *e) {
     const Dsv4Convert *o = job->o;
-    if (!config_brief(&job->config, o->src, e)) return false;
+    if (!config_open(&job->config, o->src, e)) return false;
     if (strcmp(job->config.quant, "fp8"))
         return fail(e, "%s/config.json: quant_method is '%s', the original release has 'fp8'",
                     o->src, job->config.quant);

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 // --- errors, sizes, memory, strings, maps, clock (apps/tools.c)
 
@@ -251,9 +252,25 @@ bool store_open(Store *s, const char *dir, Err *e);         // on an error *s is
 const Tensor *store_find_span(const Store *s, Span name);   // or NULL
 void store_close(Store *s);
 
-// What converter and verifier need of DIR/config.json, which is checked as before running a model.
-typedef struct { int n_layers, n_hash_layers, n_experts; char quant[32]; } ConfigBrief;
-bool config_brief(ConfigBrief *b, const char *dir, Err *e);
+// config.json. The ratio list has one entry per layer, then one per MTP layer.
+typedef struct {
+    int dim, n_layers, n_heads, head_dim, rope_dim, q_lora_rank, o_groups, o_lora_rank, window;
+    int n_experts, n_active, expert_dim, n_hash_layers;
+    int index_heads, index_dim, index_topk;
+    int hc_mult, hc_iters;
+    int vocab, max_ctx, n_mtp;
+    int bos, eos;
+    float hc_eps, norm_eps, route_scale, swiglu_limit;
+    float rope_theta, compress_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
+    int yarn_ctx;               // original_max_position_embeddings
+    int *ratio;                 // [n_layers + n_mtp] 0, 4 or 128
+    int n_ratios;               // entries that config.json has
+    bool dspark;                // 0731 releases: another MTP, whose tensors are skipped
+    char quant[32];             // quantization_config.quant_method, "" if none
+} Config;
+
+bool config_open(Config *c, const char *dir, Err *e);       // DIR/config.json; on an error *c is empty
+void config_free(Config *c);
 
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
 typedef struct {
@@ -270,8 +287,10 @@ typedef struct Pool Pool;
 typedef void RangeFn(void *arg, int begin, int end);
 Pool *pool_new(int n_threads);              // < 1: one per core
 void pool_free(Pool *p);
+int pool_threads(const Pool *p);
 // f on ranges of [0, n), each of at least `grain` items but the last, by all threads of the pool.
 void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg);
+const char *cpu_instructions(void);         // the vector instructions in use: "avx2"
 double read_bandwidth(Pool *p);             // bytes per second of this machine; 0: no memory for it
 
 // --- the model (dsv4.c)
@@ -291,15 +310,44 @@ void model_start(Model *m, const Opening *o);
 // Are config.json and all tensors there, in the right formats and shapes?
 bool model_check(const char *dir, Err *e);
 
+enum { N_FORMATS = 6 };
+extern const char *const format_names[N_FORMATS];
+
+// What a model is like. The pointers are good as long as it is.
 typedef struct {
-    int vocab, ctx, max_ctx;                // tokens; positions a session and the model can hold
-    bool dspark, mtp;                       // a 0731 release; the MTP layer is there
-    double touched;                         // bytes of weights that decoding one token reads
+    const Config *config;
+    const Store *store;                     // its tensors
+    const int *formats;                     // [N_FORMATS] how many matrices have each
+    int ctx;                                // positions a session can hold
+    bool mtp;                               // the MTP layers are there
     bool cpu;                               // no GPU computes
+    double touched;                         // bytes of weights that decoding one token reads
+    size_t context, number;                 // bytes of a session's caches; of a number there
 } ModelBrief;
 ModelBrief model_brief(const Model *m);
-// Prints the rate of every kind of matrix product of one row; bandwidth: of the machine.
-void bench_products(Model *m, Pool *pool, double bandwidth);
+typedef struct {
+    const char *name, *attention, *experts; // "layers.7"; formats
+    size_t bytes;
+    int ratio;
+    bool hashed;                            // experts are chosen by token
+} LayerBrief;
+LayerBrief layer_brief(const Model *m, int i);      // MTP layers are behind the others
+void print_plan(const Model *m, FILE *to);          // a line for each device: layers, memory
+
+typedef struct Mat Mat;
+typedef struct {
+    const char *name;                       // "attn.wq_b"
+    const Mat *mat;                         // NULL: this layer has none of the kind
+    const char *format;
+    int n, k, many;                         // shape [n, k]; how many of the kind a layer has
+    size_t bytes;
+} MatBrief;
+// A matrix of a layer, by a number for its kind, and of the experts by the expert. The name is NULL
+// past the last kind.
+MatBrief layer_matrix(const Model *m, int i, int kind, int expert);
+MatBrief head_matrix(const Model *m);
+// Seconds of y = W x on the CPU for one row x and n matrices of one shape, side by side.
+double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n);
 
 // One sequence of tokens and what the model remembers of it.
 typedef struct {
@@ -356,13 +404,26 @@ typedef struct { char tail[4]; size_t n; } Utf8;
 void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out);
 void utf8_finish(Utf8 *u, Str *out);
 
-// Chooses tokens as the options say. Appends to eos the tokens that end an answer.
+// Chooses tokens. In this order: temperature, top-k, top-p over what top-k left, min-p relative to the
+// likeliest token.
+typedef struct {
+    double temperature;                     // 0: the most likely token, always
+    double top_p, min_p;                    // 1 and 0: off
+    int top_k;                              // 0: off
+} Sampling;
 typedef struct Sampler Sampler;
-Sampler *sampler_open(const Model *m, const char *dir, Ids *eos);
-void sampler_close(Sampler *s);
+Sampler *sampler_new(int vocab, Sampling how, uint64_t seed);
+void sampler_free(Sampler *s);
 int sample(Sampler *s, const float *logits, Err *e);        // -1: a logit is not finite
 
-// --- programs over it: what the command line says, and exit codes (apps/terminal.c, bench.c, verify.c)
+// generation_config.json: into *how, and the ids that end a text into *eos (apps/sampling.c).
+extern const Sampling sampling_default;
+bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos, Err *e);
+// As the options say, else the model's generation_config.json. Appends to eos the tokens that end an
+// answer.
+Sampler *sampler_open(const Config *c, const char *dir, Ids *eos);
+
+// --- programs over it: what the command line says, and exit codes (apps/terminal.c, info.c, bench.c)
 
 typedef struct {
     Opening open;
@@ -379,6 +440,7 @@ extern Options opt;
 int run_prompt(void);
 int run_chat(void);
 int run_tokenize(void);
+int run_info(void);
 int run_bench(void);
 int run_ppl(const char *path);
 Str read_text(const char *path);                    // "-": standard input; errors end the process

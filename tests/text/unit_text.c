@@ -740,16 +740,15 @@ static void test_streams(void) {
 // sampler
 
 static void histogram(Sampling how, const float *logits, int n, int rounds, double *share) {
-    Sampler s;
     Err e = { "" };
-    sampler_init(&s, n, how, 42);
+    Sampler *s = sampler_new(n, how, 42);
     for (int i = 0; i < n; i++) share[i] = 0;
     for (int i = 0; i < rounds; i++) {
-        int id = sample(&s, logits, &e);
+        int id = sample(s, logits, &e);
         if (id >= 0 && id < n) share[id] += 1.0 / rounds;
         else check(false, "sample: %d %s", id, e.text);
     }
-    sampler_free(&s);
+    sampler_free(s);
 }
 
 // Compares with the probabilities worked out by hand.
@@ -790,20 +789,19 @@ static void test_sampler(void) {
     float *big = xalloc(V, sizeof *big), bad[] = { NAN, INFINITY, -INFINITY };
     for (int i = 0; i < V; i++) big[i] = (float)(rnd() % 100000) / 5000;
     Err e = { "" };
-    Sampler a, b;
-    sampler_init(&a, V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
-    sampler_init(&b, V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
+    Sampler *a = sampler_new(V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
+    Sampler *b = sampler_new(V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
     double start = now();
-    for (int i = 0; i < 20; i++) check(sample(&a, big, &e) == sample(&b, big, &e), "same seed, same tokens");
+    for (int i = 0; i < 20; i++) check(sample(a, big, &e) == sample(b, big, &e), "same seed, same tokens");
     double each = (now() - start) / 40;
     printf("# sampler: %.2f ms a token, vocabulary %d, top-p 0.95 over a flat row\n", each * 1e3, V);
-    sampler_free(&b);
+    sampler_free(b);
     for (int i = 0; i < 3; i++) {
         big[V - 1] = bad[i];
-        a.how.temperature = i % 2;
-        check(sample(&a, big, &e) == -1 && strstr(e.text, "129279"), "logit %f: %s", (double)bad[i], e.text);
+        a->how.temperature = i % 2;
+        check(sample(a, big, &e) == -1 && strstr(e.text, "129279"), "logit %f: %s", (double)bad[i], e.text);
     }
-    sampler_free(&a);
+    sampler_free(a);
     free(big);
 
     const struct { const char *text; bool ok; double temperature, top_p; int top_k; size_t n_eos; } configs[] = {
