@@ -360,8 +360,12 @@ static bool shard_name_ok(Span file) {
     return plain;
 }
 
+typedef struct { Store *store; const char *dir; } Index;
+
 // Opens each shard where the index first names it. Every entry must be a tensor of its shard.
-static void index_weight_map(Json *j, Store *s, const char *dir) {
+static void index_weight_map(Json *j, void *to) {
+    Store *s = ((Index *)to)->store;
+    const char *dir = ((Index *)to)->dir;
     Map files = { 0 };
     Str name = { 0 }, file = { 0 };
     for (json_object(j); json_member(j, &name) && json_string(j, &file);) {
@@ -386,18 +390,9 @@ static void index_weight_map(Json *j, Store *s, const char *dir) {
 }
 
 static bool store_open_index(Store *s, Span text, const char *path, const char *dir, Err *e) {
-    bool found = false;
+    static const Field field = { "weight_map", J_READ, NEEDED, .read = index_weight_map };
     size_t surplus = 0;
-    Str key = { 0 };
-    Json j = json_open(text, path, e);
-    for (json_object(&j); json_member(&j, &key);) {
-        if (!str_is(&key, "weight_map")) json_skip(&j);
-        else if (found) json_fail(&j, "weight_map twice");
-        else index_weight_map(&j, s, dir), found = true;
-    }
-    free(key.p);
-    if (!json_end(&j)) return false;
-    if (!found) return fail(e, "%s: no weight_map", path);
+    if (!table_file(text, path, &field, 1, &(Index){ s, dir }, e)) return false;
     // harmless (nothing looks for them), but a sign that index and shards are not of one release
     for (size_t i = 0; i < s->n; i++) surplus += !s->names.entries[i].value;
     if (surplus) note("%s: %zu tensors in the shards are not in the index", path, surplus);
@@ -954,32 +949,6 @@ static size_t part_end(const Tokenizer *t, Span s, size_t i) {
     return j;
 }
 
-// A heap of numbers, the smallest on top.
-typedef struct { uint64_t *p; size_t n, cap; } Heap;
-
-static void heap_push(Heap *h, uint64_t key) {
-    if (h->n == h->cap) {
-        h->cap = 2 * h->cap + 256;
-        h->p = realloc(h->p, cmul(h->cap, sizeof *h->p));
-        if (!h->p) die(1, "out of memory: a heap of %zu", h->cap);
-    }
-    size_t i = h->n++;
-    for (; i > 0 && h->p[(i - 1) / 2] > key; i = (i - 1) / 2) h->p[i] = h->p[(i - 1) / 2];
-    h->p[i] = key;
-}
-
-static uint64_t heap_pop(Heap *h) {
-    uint64_t top = h->p[0], key = h->p[--h->n];
-    size_t i = 0;
-    for (size_t k; (k = 2 * i + 1) < h->n; i = k) {
-        if (k + 1 < h->n && h->p[k + 1] < h->p[k]) k++;
-        if (h->p[k] >= key) break;
-        h->p[i] = h->p[k];
-    }
-    h->p[i] = key;
-    return top;
-}
-
 // A byte-pair encoding at work: a linked list of symbols and a heap of possible merges (rank << 32
 // | place of the left symbol), so that a piece of n bytes takes O(n log n).
 enum { NO_RANK = UINT32_MAX, MAX_PIECE = 1 << 30 };
@@ -1063,25 +1032,6 @@ static void encode_added(Bpe *b, Span s, int root) {
         i = id >= 0 ? from : i + 1;
     }
     encode_added(b, span_from(s, from), root + 1);
-}
-
-// Appends what is certain, each maximal invalid part as U+FFFD; at most 3 bytes are held back.
-static void utf8_feed(Utf8 *u, Span s, Str *out) {
-    for (size_t i = 0; i < s.n; i++) {
-        u->tail[u->n++] = s.p[i];
-        while (u->n) {
-            int32_t cp;
-            size_t len = utf8_next(u->tail, u->n, &cp);
-            if (cp == -2) break;
-            str_add(out, cp < 0 ? "\uFFFD" : u->tail, cp < 0 ? 3 : len);
-            memmove(u->tail, u->tail + len, u->n -= len);
-        }
-    }
-}
-
-void utf8_finish(Utf8 *u, Str *out) {
-    if (u->n) str_puts(out, "\uFFFD");
-    u->n = 0;
 }
 
 // Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
@@ -2593,6 +2543,15 @@ static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, 
            bind_table(b, name, rows, cols, to);
 }
 
+static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix, int ratio,
+                      bool hashed, void *to) {
+    bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4, [HASHED] = hashed,
+                   [SCORED] = !hashed };
+    for (const Bind *row = table; row < table + n; row++)
+        if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)to + row->at)) return false;
+    return true;
+}
+
 static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool hashed) {
     char prefix[64];
     size_t before = b->bytes;
@@ -2602,12 +2561,7 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     l->comp.ratio = l->icomp.ratio = ratio;
     l->comp.out = b->c->head_dim;
     l->icomp.out = b->c->index_dim;
-    for (size_t i = 0; i < COUNT(layer_table); i++) {
-        const Bind *row = layer_table + i;
-        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4,
-                       [HASHED] = hashed, [SCORED] = !hashed };
-        if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
-    }
+    if (!bind_list(b, layer_table, COUNT(layer_table), prefix, ratio, hashed, l)) return false;
     size_t dense = b->bytes;
     for (size_t i = 0; i < COUNT(expert_table); i++) {
         Mat *m = xalloc((size_t)b->c->n_experts, sizeof *m);
@@ -2619,12 +2573,6 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     }
     l->bytes = b->bytes - before;
     l->expert_bytes = b->bytes - dense;
-    return true;
-}
-
-static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix, void *to) {
-    for (size_t i = 0; i < n; i++)
-        if (!bind_one(b, table + i, prefix, 0, (char *)to + table[i].at)) return false;
     return true;
 }
 
@@ -2656,7 +2604,7 @@ static bool weights_bind(Weights *w, Binder *b) {
     char name[64];
     if (!check_layers(b)) return false;
     w->layers = xalloc((size_t)c->n_layers, sizeof *w->layers);
-    if (!bind_list(b, model_table, COUNT(model_table), "", w)) return false;
+    if (!bind_list(b, model_table, COUNT(model_table), "", 0, false, w)) return false;
     if (w->embed.fmt != W_BF16 && w->embed.fmt != W_F32)
         return fail(b->e, "embed.weight: expected BF16 or F32");
     for (int i = 0; i < c->n_layers; i++) {
@@ -2670,16 +2618,10 @@ static bool weights_bind(Weights *w, Binder *b) {
         snprintf(name, sizeof name, "mtp.%d", i);
         if (!bind_block(b, &w->mtp[i].block, name, c->ratio[c->n_layers + i], false)) return false;
         snprintf(name, sizeof name, "mtp.%d.", i);
-        if (!bind_list(b, mtp_table, COUNT(mtp_table), name, w->mtp + i)) return false;
+        if (!bind_list(b, mtp_table, COUNT(mtp_table), name, 0, false, w->mtp + i)) return false;
         w->mtp[i].block.bytes = b->bytes - before;
     }
     return true;
-}
-
-static size_t store_bytes(const Store *s) {
-    size_t n = 0;
-    for (size_t i = 0; i < s->n; i++) n += s->tensors[i].bytes;
-    return n;
 }
 
 // The rotation per position of each pair of rope dims (spec 3), [R/2]. Compressed layers use their
@@ -6153,7 +6095,8 @@ static void load_pieces(void *arg, int begin, int end) {
 // disk page by page.
 static void load_weights(const Store *s, Pool *pool, bool lock) {
     double start = now();
-    size_t done = 0, all = store_bytes(s);
+    size_t done = 0, all = 0;
+    for (int i = 0; i < s->n_shards; i++) all += s->shards[i].map.n;
     for (int i = 0; i < s->n_shards; i++) {
         Loading o = { s->shards[i].map, lock };
         madvise((void *)(uintptr_t)o.map.p, o.map.n, MADV_HUGEPAGE);

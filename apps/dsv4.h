@@ -45,6 +45,10 @@ Span span_from(Span s, size_t i);
 
 size_t utf8_next(const char *p, size_t n, int32_t *cp);
 void utf8_put(Str *out, uint32_t c);
+// A stream of bytes that may be cut anywhere inside a character. Start with { 0 }.
+typedef struct { char tail[4]; size_t n; } Utf8;
+void utf8_feed(Utf8 *u, Span s, Str *out);
+void utf8_finish(Utf8 *u, Str *out);
 
 // A set of strings, each with a number: tensor names, token texts, the keys of one object. Keys are
 // copied. Release with map_free.
@@ -59,6 +63,11 @@ Span map_key(const Map *m, size_t i);
 MapEntry *map_find(const Map *m, Span key);                 // or NULL
 bool map_add(Map *m, Span key, int64_t value);              // false if the key is there already
 void map_free(Map *m);
+
+// A heap of numbers, the smallest on top. Release with free(h.p).
+typedef struct { uint64_t *p; size_t n, cap; } Heap;
+void heap_push(Heap *h, uint64_t key);
+uint64_t heap_pop(Heap *h);
 
 // A bar that overwrites itself, on a terminal only; done >= total clears it.
 void progress(const char *what, int64_t done, int64_t total);
@@ -399,10 +408,7 @@ void tokenizer_close(Tokenizer *t);
 Control tokenizer_control(const Tokenizer *t);
 // Appends the ids of a text; special: control tokens in it are recognised.
 void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out);
-// A stream of bytes that may be cut anywhere inside a character. Start with { 0 }.
-typedef struct { char tail[4]; size_t n; } Utf8;
 void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out);
-void utf8_finish(Utf8 *u, Str *out);
 
 // Chooses tokens. In this order: temperature, top-k, top-p over what top-k left, min-p relative to the
 // likeliest token.

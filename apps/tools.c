@@ -1,4 +1,4 @@
-// Small tools: errors, checked sizes, memory, strings, UTF-8, maps, clock, progress.
+// Small tools: errors, checked sizes, memory, strings, UTF-8, maps, heaps, clock, progress.
 #define _GNU_SOURCE
 #include <limits.h>
 #include <stdarg.h>
@@ -124,6 +124,25 @@ void utf8_put(Str *out, uint32_t c) {
     str_add(out, b, n);
 }
 
+// Appends what is certain, each maximal invalid part as U+FFFD; at most 3 bytes are held back.
+void utf8_feed(Utf8 *u, Span s, Str *out) {
+    for (size_t i = 0; i < s.n; i++) {
+        u->tail[u->n++] = s.p[i];
+        while (u->n) {
+            int32_t cp;
+            size_t len = utf8_next(u->tail, u->n, &cp);
+            if (cp == -2) break;
+            str_add(out, cp < 0 ? "\uFFFD" : u->tail, cp < 0 ? 3 : len);
+            memmove(u->tail, u->tail + len, u->n -= len);
+        }
+    }
+}
+
+void utf8_finish(Utf8 *u, Str *out) {
+    if (u->n) str_puts(out, "\uFFFD");
+    u->n = 0;
+}
+
 static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
     uint64_t h = 0xcbf29ce484222325u;
     for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
@@ -178,6 +197,29 @@ void map_free(Map *m) {
     free(m->entries);
     free(m->slots);
     *m = (Map){ 0 };
+}
+
+void heap_push(Heap *h, uint64_t key) {
+    if (h->n == h->cap) {
+        h->cap = 2 * h->cap + 256;
+        h->p = realloc(h->p, cmul(h->cap, sizeof *h->p));
+        if (!h->p) die(1, "out of memory: a heap of %zu", h->cap);
+    }
+    size_t i = h->n++;
+    for (; i > 0 && h->p[(i - 1) / 2] > key; i = (i - 1) / 2) h->p[i] = h->p[(i - 1) / 2];
+    h->p[i] = key;
+}
+
+uint64_t heap_pop(Heap *h) {
+    uint64_t top = h->p[0], key = h->p[--h->n];
+    size_t i = 0;
+    for (size_t k; (k = 2 * i + 1) < h->n; i = k) {
+        if (k + 1 < h->n && h->p[k + 1] < h->p[k]) k++;
+        if (h->p[k] >= key) break;
+        h->p[i] = h->p[k];
+    }
+    h->p[i] = key;
+    return top;
 }
 
 // Seconds on a clock that never jumps.
