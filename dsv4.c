@@ -2678,6 +2678,7 @@ typedef struct {
 struct Device {
     char name[24];              // "cpu", "cuda:0"
     int ordinal;                // of the GPU, -1: the CPU
+    size_t memory;              // free bytes of the GPU before anything was loaded, 0: the CPU
     const Ops *op;
     const Config *c;
     Weights w;                  // pointers valid on the device; only this stage's layers are set
@@ -5877,6 +5878,7 @@ static void set_context(Model *m, int ctx, int chunk) {
     const Config *c = &m->c;
     int L = c->n_layers;
     Device d = { 0 };
+    if (!m->share) m->share = xalloc((size_t)L + 1, sizeof *m->share);
     m->ctx = ctx;
     m->chunk = chunk && chunk < ctx ? chunk : ctx < 512 ? ctx : 512;
     m->reach = m->chunk + 64;
@@ -5930,10 +5932,15 @@ static void choose_context(Model *m, const Opening *o) {
 
 // ordinal: of the GPU, -1: the CPU.
 static void add_stage(Model *m, int ordinal) {
+    Err e;
     if (m->n_stages == MAX_STAGES) die(2, "--devices: at most %d", MAX_STAGES);
     Device *d = &m->stage[m->n_stages++];
     d->ordinal = ordinal;
     snprintf(d->name, sizeof d->name, ordinal < 0 ? "cpu" : "cuda:%d", ordinal);
+    if (ordinal < 0) return;
+    if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
+    d->memory = cuda_memory(ordinal);
+    if (!d->memory) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
 }
 
 // "cuda:0,cuda:1,cpu", or NULL: every GPU there is, else the CPU.
@@ -5968,22 +5975,20 @@ static void parse_layers(Model *m, const char *list) {
     m->stage[i - 1].has_head = true;
 }
 
-// Gives the GPUs, in their order, as many layers as memory [n_stages] allows (0: it is a CPU) while
-// no stage's tokens take longer than `limit` says. Returns how many layers found no place, the head
-// counted as one more.
-static int fill_gpus(Model *m, const size_t *memory, double limit) {
+// Gives the GPUs, in their order, as many layers as their memory allows while no stage's tokens take
+// longer than `limit` says. Returns how many layers found no place, the head counted as one more.
+static int fill_gpus(Model *m, double limit) {
     int at = 0, L = m->c.n_layers;
     size_t embed = mat_bytes(&m->w.embed), driver = (size_t)256 << 20;   // and what alignment loses
-    for (int i = 0; i < m->n_stages; i++) {
-        Device *d = &m->stage[i];
+    for (Device *d = m->stage; d < m->stage + m->n_stages; d++) {
         d->first = d->last = at;
         d->has_head = false;
-        for (; memory[i] && at <= L; at++) {
+        for (; d->memory && at <= L; at++) {
             bool head = at == L;
             Share s = share_of(m, d->first, at + 1);
             size_t bytes = s.weights + s.context + m->buffers[head] + driver;
             if (!d->first || (head && m->w.mtp)) bytes += embed;
-            if (s.touched > limit || bytes > memory[i]) break;
+            if (s.touched > limit || bytes > d->memory) break;
             d->last += !head;
             d->has_head = head;
         }
@@ -5991,27 +5996,10 @@ static int fill_gpus(Model *m, const size_t *memory, double limit) {
     return L + 1 - at;
 }
 
-// Free bytes of each stage's GPU, 0 for a CPU. Returns their sum.
-static size_t gpu_memory(const Model *m, size_t *memory) {
-    size_t sum = 0;
-    Err e;
-    for (int i = 0; i < m->n_stages; i++) {
-        const Device *d = &m->stage[i];
-        memory[i] = 0;
-        if (d->ordinal < 0) continue;
-        if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
-        memory[i] = cuda_memory(d->ordinal);
-        if (!memory[i]) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
-        sum += memory[i];
-    }
-    return sum;
-}
-
-// The CPUs share the `rest` that the GPUs leave (the last of it is the head). Stages with nothing
-// to do go.
-static void share_rest(Model *m, int rest) {
-    int n = m->n_stages, cpus = 0, k = 0, at = 0;
-    for (int i = 0; i < n; i++) cpus += m->stage[i].ordinal < 0;
+// The CPUs share the `rest` that the GPUs leave (the last of it is the head, which the last stage
+// gets). Stages with nothing to do go.
+static void share_rest(Model *m, int rest, int cpus) {
+    int n = m->n_stages, k = 0, at = 0;
     m->n_stages = 0;
     for (int i = 0; i < n; i++) {
         Device d = m->stage[i];
@@ -6031,35 +6019,41 @@ static void share_rest(Model *m, int rest) {
 // for. Else the GPUs are filled and CPUs take the rest.
 static void choose_layers(Model *m, const Opening *o) {
     int L = m->c.n_layers, cpus = 0, ctx = m->ctx;
-    size_t memory[MAX_STAGES], all = gpu_memory(m, memory);
+    size_t memory = 0;
     double lo = 0, hi = 1e15;
-    for (int i = 0; i < m->n_stages; i++) cpus += m->stage[i].ordinal < 0;
-    int rest = fill_gpus(m, memory, hi);
+    for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
+        cpus += d->ordinal < 0;
+        memory += d->memory;
+    }
+    int rest = fill_gpus(m, hi);
     while (rest && !cpus && !o->ctx && m->ctx > 4096) {
         set_context(m, m->ctx / 2, o->chunk);
-        rest = fill_gpus(m, memory, hi);
+        rest = fill_gpus(m, hi);
     }
-    if (rest && ctx != m->ctx) {            // that was no help
+    if (rest) {                             // a shorter one was no help
         set_context(m, ctx, o->chunk);
-        rest = fill_gpus(m, memory, hi);
+        rest = fill_gpus(m, hi);
     }
     if (rest && !cpus && o->devices)
         die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or "
-            "try a smaller -c", (double)all / 1e9, L + 1 - rest, L, m->ctx);
-    if (rest && !cpus) add_stage(m, -1);
-    int last = m->n_stages - 1;
-    if (rest && m->stage[last].ordinal >= 0) {      // it gets the head, whatever else
+            "try a smaller -c", (double)memory / 1e9, L + 1 - rest, L, m->ctx);
+    if (rest && !cpus) {
+        add_stage(m, -1);
+        cpus = 1;
+    }
+    Device *last = &m->stage[m->n_stages - 1];
+    if (rest && last->memory) {             // it gets the head, whatever else
         size_t head = m->share[L].weights + m->share[L].context + m->buffers[1] - m->buffers[0];
         if (m->w.mtp) head += mat_bytes(&m->w.embed);
-        memory[last] -= head < memory[last] ? head : memory[last];
-        rest = fill_gpus(m, memory, hi);
+        last->memory -= head < last->memory ? head : last->memory;
+        rest = fill_gpus(m, hi);
     }
     for (int step = 0; !rest && step < 50; step++) {
         double mid = (lo + hi) / 2;
-        *(fill_gpus(m, memory, mid) ? &lo : &hi) = mid;
+        *(fill_gpus(m, mid) ? &lo : &hi) = mid;
     }
-    if (!rest) fill_gpus(m, memory, hi);
-    share_rest(m, rest);
+    if (!rest) fill_gpus(m, hi);
+    share_rest(m, rest, cpus);
 }
 
 void print_plan(const Model *m, FILE *to) {
@@ -6112,7 +6106,6 @@ Model *model_read(const Opening *o) {
     Err e;
     if (!model_bind(m, o->dir, &e)) die(1, "%s", e.text);
     m->exact = o->exact;
-    m->share = xalloc((size_t)m->c.n_layers + 1, sizeof *m->share);
     m->stage = xalloc(MAX_STAGES, sizeof *m->stage);
     choose_context(m, o);
     parse_devices(m, o->devices);
@@ -6199,7 +6192,6 @@ Model *gpu_model(const char *dir) {
     Model *m = xalloc(1, sizeof *m);
     Err e;
     if (!model_bind(m, dir, &e)) die(1, "%s", e.text);
-    m->share = xalloc((size_t)m->c.n_layers + 1, sizeof *m->share);
     set_context(m, m->c.max_ctx < CTX ? m->c.max_ctx : CTX, ROWS);
     return m;
 }
