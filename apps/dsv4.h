@@ -220,7 +220,7 @@ void reader_feed(Reader *r, Span piece);
 bool reader_finish(Reader *r);
 void reader_free(Reader *r);
 
-// --- checkpoint files (dsv4.c, "safetensors")
+// --- checkpoint files (apps/safetensors.c; config.json: dsv4.c)
 
 typedef enum {      // in the order of safetensors' own list, by which its writer sorts
     DT_BOOL, DT_F4, DT_F6_E2M3, DT_F6_E3M2, DT_U8, DT_I8, DT_F8_E5M2, DT_F8_E4M3, DT_F8_E8M0,

@@ -3,6 +3,10 @@
 #define DSV4_NO_MAIN
 #include "../dsv4.c"
 
+// of apps/safetensors.c
+bool shard_read(Store *s, int number, Err *e);
+bool store_open_index(Store *s, Span text, const char *path, const char *dir, Err *e);
+
 static char dir[] = "/tmp/dsv4-fuzz-XXXXXX";
 
 static void remove_dir(void) {
