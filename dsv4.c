@@ -4,7 +4,7 @@
 //     ./dsv4 -m MODEL_DIR -p "prompt"
 //
 // The file reads from top to bottom; nothing is used before it is shown but what apps/dsv4.h lists:
-// Config, small tools, mapped files and signals, the readers of JSON and safetensors (all in apps/).
+// Config, small tools, mapped files, signals, the readers of JSON and safetensors (all in apps/).
 //     types            Mat, Layer, Weights, Cache: every field with its shape
 //     files            config.json
 //     text             tokenizer, sampler (the chat encoding is in apps/chat.c)
@@ -345,14 +345,15 @@ static Span tok_bytes(const Tokenizer *t, int id) {
     return (Span){ t->bytes.p + t->start[id], t->start[id + 1] - t->start[id] };
 }
 
-static void tok_free(Tokenizer *t) {
+void tokenizer_close(Tokenizer *t) {
+    if (!t) return;
     free(t->bytes.p);
     free(t->start);
     free(t->flags);
     map_free(&t->merges);
     free(t->nodes);
     free(t->cls);
-    *t = (Tokenizer){ 0 };
+    free(t);
 }
 
 // ---- loading
@@ -594,11 +595,11 @@ static bool load_tries(Tokenizer *t, const Map *added, const char *name, Err *e)
     return true;
 }
 
-// Reads tokenizer.json; `name` is its path, for errors. Release with tok_free.
-static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
+// Reads tokenizer.json; `name` is its path, for errors. NULL if it is not as it must be.
+static Tokenizer *tok_load(Span file, const char *name, Err *e) {
+    Tokenizer *t = xalloc(1, sizeof *t);
     TokFile l = { 0 };
     Json j = json_open(file, name, e);
-    *t = (Tokenizer){ 0 };
     bool ok = table_read(&j, tokenizer_fields, COUNT(tokenizer_fields), &l) && json_end(&j);
     t->n = (int)l.vocab.n;
     for (size_t i = 0; i < l.added.n; i++) t->n += !map_find(&l.vocab, map_key(&l.added, i));
@@ -615,8 +616,9 @@ static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
     }
     map_free(&l.vocab);
     map_free(&l.added);
-    if (!ok) tok_free(t);
-    return ok;
+    if (ok) return t;
+    tokenizer_close(t);
+    return NULL;
 }
 
 // ---- text -> ids
@@ -5887,19 +5889,13 @@ Tokenizer *tokenizer_open(const char *dir, bool needed) {
     char *path = text_of("%s/tokenizer.json", dir);
     Tokenizer *t = NULL;
     if (file_exists(path)) {
-        t = xalloc(1, sizeof *t);
-        if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
+        if (!map_file(path, &text, &e) || !(t = tok_load(text, path, &e))) die(1, "%s", e.text);
         unmap_file(text);
     } else if (needed) {
         die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
     }
     free(path);
     return t;
-}
-
-void tokenizer_close(Tokenizer *t) {
-    if (t) tok_free(t);
-    free(t);
 }
 
 Control tokenizer_control(const Tokenizer *t) {
@@ -5909,11 +5905,57 @@ Control tokenizer_control(const Tokenizer *t) {
 // ---------------------------------------------------------------------------
 // what programs may know of a model: dsv4 info, bench, devices
 
-// Bytes of weights that decoding one token reads: all but the experts that are not chosen, and one
-// row of the embedding.
-static double bytes_touched(const Model *m) {
-    return share_of(m, 0, m->c.n_layers + 1).touched +
-           (double)mat_bytes(&m->w.embed) / m->c.vocab + (double)mat_bytes(&m->w.hc_head.fn);
+ModelBrief model_brief(const Model *m) {
+    Share all = share_of(m, 0, m->c.n_layers + 1);
+    ModelBrief b = { .config = &m->c, .store = &m->store, .formats = m->format, .ctx = m->ctx,
+                     .mtp = m->w.mtp, .cpu = true, .touched = all.touched, .context = all.context,
+                     .number = kv_bytes(m->stage, 1) };
+    b.touched += (double)mat_bytes(&m->w.embed) / m->c.vocab;       // one row
+    b.touched += (double)mat_bytes(&m->w.hc_head.fn);
+    for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
+    return b;
+}
+
+LayerBrief layer_brief(const Model *m, int i) {
+    int L = m->c.n_layers;
+    const Layer *l = i < L ? &m->w.layers[i] : &m->w.mtp[i - L].block;
+    return (LayerBrief){ l->name, format_names[l->wq_b.fmt], format_names[l->w1[0].fmt], l->bytes,
+                         l->ratio, l->tid2eid };
+}
+
+static MatBrief mat_brief(const char *name, const Mat *w, int n) {
+    return (MatBrief){ name, w->w ? w : NULL, format_names[w->fmt], w->n, w->k, n, mat_bytes(w) };
+}
+
+MatBrief layer_matrix(const Model *m, int i, int kind, int expert) {
+    const Layer *l = &m->w.layers[i];
+    int dense = COUNT(layer_table), E = m->c.n_experts;
+    if (kind == dense) return mat_brief("ffn.experts.w1", l->w1 + expert, E);
+    if (kind == dense + 1) return mat_brief("ffn.experts.w2", l->w2 + expert, E);
+    if (kind > dense) return (MatBrief){ 0 };
+    const Bind *b = &layer_table[kind];
+    if (b->kind != MAT) return (MatBrief){ .name = b->name };
+    return mat_brief(b->name, (const Mat *)((const char *)l + b->at), 1);
+}
+
+MatBrief head_matrix(const Model *m) { return mat_brief("head", &m->w.head, 1); }
+
+const char *cpu_instructions(void) { return cpu_names[cpu_level]; }
+
+int pool_threads(const Pool *p) { return p->n_threads; }
+
+double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
+    Act a = act_new(m->stage, 1, mats[0]->k, 1);
+    float *y = xalloc((size_t)n * mats[0]->n, sizeof *y);
+    Product *p = xalloc((size_t)n, sizeof *p);
+    act_quantise(m->stage, &a, 0);
+    for (int i = 0; i < n; i++)
+        p[i] = (Product){ mats[i], &a, NULL, 1, y + (size_t)i * mats[0]->n, (size_t)mats[0]->n };
+    double start = now();
+    matmul(pool, p, n, m->exact);
+    double t = now() - start;
+    free(a.x), free(a.q), free(a.s), free(y), free(p);
+    return t;
 }
 
 // --- dsv4 devices (apps/devices.c)
@@ -5961,56 +6003,6 @@ char *gpu_kernels(const Model *m, int cc) {
     return path;
 }
 
-ModelBrief model_brief(const Model *m) {
-    ModelBrief b = { .config = &m->c, .store = &m->store, .formats = m->format, .ctx = m->ctx,
-                     .mtp = m->w.mtp, .cpu = true, .touched = bytes_touched(m),
-                     .number = kv_bytes(m->stage, 1),
-                     .context = share_of(m, 0, m->c.n_layers + 1).context };
-    for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
-    return b;
-}
-
-LayerBrief layer_brief(const Model *m, int i) {
-    int L = m->c.n_layers;
-    const Layer *l = i < L ? &m->w.layers[i] : &m->w.mtp[i - L].block;
-    return (LayerBrief){ l->name, format_names[l->wq_b.fmt], format_names[l->w1[0].fmt], l->bytes,
-                         l->ratio, l->tid2eid };
-}
-
-static MatBrief mat_brief(const char *name, const Mat *w, int n) {
-    return (MatBrief){ name, w->w ? w : NULL, format_names[w->fmt], w->n, w->k, n, mat_bytes(w) };
-}
-
-MatBrief layer_matrix(const Model *m, int i, int kind, int expert) {
-    const Layer *l = &m->w.layers[i];
-    int dense = COUNT(layer_table), E = m->c.n_experts;
-    if (kind == dense) return mat_brief("ffn.experts.w1", l->w1 + expert, E);
-    if (kind == dense + 1) return mat_brief("ffn.experts.w2", l->w2 + expert, E);
-    if (kind > dense) return (MatBrief){ 0 };
-    const Bind *b = &layer_table[kind];
-    if (b->kind != MAT) return (MatBrief){ .name = b->name };
-    return mat_brief(b->name, (const Mat *)((const char *)l + b->at), 1);
-}
-
-MatBrief head_matrix(const Model *m) { return mat_brief("head", &m->w.head, 1); }
-
-const char *cpu_instructions(void) { return cpu_names[cpu_level]; }
-
-int pool_threads(const Pool *p) { return p->n_threads; }
-
-double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
-    Act a = act_new(m->stage, 1, mats[0]->k, 1);
-    float *y = xalloc((size_t)n * mats[0]->n, sizeof *y);
-    Product *p = xalloc((size_t)n, sizeof *p);
-    act_quantise(m->stage, &a, 0);
-    for (int i = 0; i < n; i++)
-        p[i] = (Product){ mats[i], &a, NULL, 1, y + (size_t)i * mats[0]->n, (size_t)mats[0]->n };
-    double start = now();
-    matmul(pool, p, n, m->exact);
-    double t = now() - start;
-    free(a.x), free(a.q), free(a.s), free(y), free(p);
-    return t;
-}
 // ---------------------------------------------------------------------------
 // main
 

@@ -15,8 +15,8 @@ static double feed_time(Session *s, int at, int n, int vocab) {
     return now() - start;
 }
 
-// GB/s of n matrices of one shape at one row, `together` side by side; all in turn, so that caches do
-// not help. bandwidth: the machine's, bytes per second.
+// GB/s of n matrices of one shape at one row, `together` side by side; all in turn, so that caches
+// do not help. bandwidth: the machine's, bytes per second.
 static void report_product(const Model *m, Pool *pool, const MatBrief *list, int n, int together,
                            double bandwidth) {
     const MatBrief *b = list;
@@ -43,7 +43,8 @@ static void report_products(const Model *m, Pool *pool, double bandwidth) {
     MatBrief *list = xalloc((size_t)c->n_layers * (size_t)c->n_experts, sizeof *list), head;
     printf("cpu %s, %d threads, read bandwidth %.1f GB/s\n", cpu_instructions(), pool_threads(pool),
            bandwidth / 1e9);
-    printf("products of one row%19sformat%13srows x columns%8srate  of read bandwidth\n", "", "", "");
+    printf("products of one row%19sformat%13srows x columns%8srate  of read bandwidth\n", "", "",
+           "");
     for (int kind = 0; layer_matrix(m, 0, kind, 0).name; kind++) {
         int n = 0;
         for (int i = 0; i < c->n_layers; i++) {

@@ -79,7 +79,7 @@ void unicode_classes(uint8_t cls[static N_CLASSES]);
 
 // --- files and signals (apps/system.c)
 
-#define BUILT_IN "//built-in"               // the directory of the model that travels in the program
+#define BUILT_IN "//built-in"               // directory of the model that travels in the program
 bool file_exists(const char *path);
 // A file mapped read-only and private; release with unmap_file. An empty file gives n = 0.
 bool map_file(const char *path, Span *out, Err *e);
@@ -261,7 +261,7 @@ bool store_open(Store *s, const char *dir, Err *e);         // on an error *s is
 const Tensor *store_find_span(const Store *s, Span name);   // or NULL
 void store_close(Store *s);
 
-// config.json. The ratio list has one entry per layer, then one per MTP layer.
+// DIR/config.json. The ratio list has one entry per layer, then one per MTP layer.
 typedef struct {
     int dim, n_layers, n_heads, head_dim, rope_dim, q_lora_rank, o_groups, o_lora_rank, window;
     int n_experts, n_active, expert_dim, n_hash_layers;
@@ -278,7 +278,7 @@ typedef struct {
     char quant[32];             // quantization_config.quant_method, "" if none
 } Config;
 
-bool config_open(Config *c, const char *dir, Err *e);       // DIR/config.json; on an error *c is empty
+bool config_open(Config *c, const char *dir, Err *e);       // on an error *c is empty
 void config_free(Config *c);
 
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
@@ -410,8 +410,8 @@ Control tokenizer_control(const Tokenizer *t);
 void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out);
 void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out);
 
-// Chooses tokens. In this order: temperature, top-k, top-p over what top-k left, min-p relative to the
-// likeliest token.
+// Chooses tokens. In this order: temperature, top-k, top-p over what top-k left, min-p relative to
+// the likeliest token.
 typedef struct {
     double temperature;                     // 0: the most likely token, always
     double top_p, min_p;                    // 1 and 0: off
@@ -422,14 +422,14 @@ Sampler *sampler_new(int vocab, Sampling how, uint64_t seed);
 void sampler_free(Sampler *s);
 int sample(Sampler *s, const float *logits, Err *e);        // -1: a logit is not finite
 
-// generation_config.json: into *how, and the ids that end a text into *eos (apps/sampling.c).
-extern const Sampling sampling_default;
-bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos, Err *e);
-// As the options say, else the model's generation_config.json. Appends to eos the tokens that end an
-// answer.
+// As the options say, else the model's generation_config.json. Appends to eos the tokens that end
+// an answer (apps/sampling.c).
 Sampler *sampler_open(const Config *c, const char *dir, Ids *eos);
+extern const Sampling sampling_default;
+bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
+                            Err *e);
 
-// --- programs over it: what the command line says, and exit codes (apps/terminal.c, info.c, bench.c)
+// --- programs over it: what the command line says, and exit codes (terminal.c, info.c, bench.c)
 
 typedef struct {
     Opening open;

@@ -27,7 +27,8 @@ static const Field generation_fields[] = {
     { "eos_token_id", J_READ, .read = read_eos },
 };
 
-bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos, Err *e) {
+bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
+                            Err *e) {
     Generation g = { *how, true, eos, vocab };
     bool ok = table_file(text, name, generation_fields, COUNT(generation_fields), &g, e);
     *how = g.how;
