@@ -5932,7 +5932,7 @@ MatBrief layer_matrix(const Model *m, int i, int kind, int expert) {
     int dense = COUNT(layer_table), E = m->c.n_experts;
     if (kind == dense) return mat_brief("ffn.experts.w1", l->w1 + expert, E);
     if (kind == dense + 1) return mat_brief("ffn.experts.w2", l->w2 + expert, E);
-    if (kind > dense) return (MatBrief){ 0 };
+    if (kind > dense) return (MatBrief){ 0 };           // w3 is like w1
     const Bind *b = &layer_table[kind];
     if (b->kind != MAT) return (MatBrief){ .name = b->name };
     return mat_brief(b->name, (const Mat *)((const char *)l + b->at), 1);

@@ -1,6 +1,5 @@
 // Small tools: errors, checked sizes, memory, strings, UTF-8, maps, heaps, clock, progress.
 #define _GNU_SOURCE
-#include <limits.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
