@@ -43,7 +43,7 @@ bench: dsv4
 
 FUZZ = $(patsubst tests/fuzz_%.c,build/fuzz/fuzz_%,$(wildcard tests/fuzz_*.c))
 fuzz: $(FUZZ)
-build/fuzz/fuzz_%: tests/fuzz_%.c dsv4.c
+build/fuzz/fuzz_%: tests/fuzz_%.c $(SOURCES)
 	@mkdir -p $(dir $@)
 	clang $(STD) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	    -Wno-unused-function -o $@ $< $(wildcard apps/*.c) -ldl -lm

@@ -3,10 +3,10 @@
 //     cc -O3 -std=gnu11 -ffp-contract=off -pthread -o dsv4 dsv4.c apps/*.c -ldl -lm      (or: make)
 //     ./dsv4 -m MODEL_DIR -p "prompt"
 //
-// The file reads from top to bottom; nothing is used before it is shown:
-//     small tools      errors, checked sizes, strings, files
-//     types            Config, Mat, Layer, Cache: every field with its shape
-//     files            safetensors, config.json (JSON is read by apps/json.c)
+// The file reads from top to bottom; nothing is used before it is shown but what apps/dsv4.h lists:
+// Config, small tools, mapped files, signals, the readers of JSON and safetensors (all in apps/).
+//     types            Mat, Layer, Weights, Cache: every field with its shape
+//     files            config.json
 //     text             tokenizer, sampler (the chat encoding is in apps/chat.c)
 //     products         thread pool, number formats, matrix products (INT4, INT8, FP4, FP8, BF16, FP32)
 //     weights          the table of tensors
@@ -15,22 +15,18 @@
 //     CUDA             the same operations as launches of kernels.cu; the self-test against the CPU
 //     command line     the option table
 //     model            the forward pass over stages of layers, sessions, snapshots, placement
-//     main             dsv4 info and the rest of the command line; apps/terminal.c answers prompts
+//     main             the programs are in apps/: terminal.c answers prompts, info.c, bench.c, ...
 // Sections in brackets, like (4.3), point into the model's description: 2 hyper-connections, 3 rope,
 // 4 attention, 5 compressor, 6 indexer, 7 mixture of experts, 8 weight formats, 10 MTP.
 
 #define _GNU_SOURCE
-#include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <float.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -39,9 +35,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 #if defined __x86_64__
 #include <immintrin.h>
@@ -49,278 +43,26 @@
 #include "apps/cuda.h"
 
 // ---------------------------------------------------------------------------
-// small tools: errors, checked sizes, memory, strings, maps, files, clock
-
-#define COUNT(array) (sizeof(array) / sizeof *(array))
-
-typedef uint16_t bf16;      // the upper half of a float32
-
-// Names from files and the command line may hold line ends and terminal controls.
-static char *one_line(char *text) {
-    for (char *p = text; *p; p++) if ((unsigned char)*p < 32 || *p == 127) *p = '?';
-    return text;
-}
-
-bool fail(Err *e, const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(e->text, sizeof e->text, fmt, ap);
-    va_end(ap);
-    return one_line(e->text), false;
-}
-
-// One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that
-// fail, one speaks.
-void die(int code, const char *fmt, ...) {
-    static atomic_flag dying = ATOMIC_FLAG_INIT;
-    char line[2048];
-    va_list ap;
-    while (atomic_flag_test_and_set(&dying)) pause();
-    va_start(ap, fmt);
-    vsnprintf(line, sizeof line, fmt, ap);
-    va_end(ap);
-    fflush(stdout);
-    fprintf(stderr, "%sdsv4: %s\n", isatty(2) ? "\r\033[K" : "", one_line(line));
-    exit(code);
-}
-
-// One fact `# ...` on stderr.
-void note(const char *fmt, ...) {
-    va_list ap;
-    va_start(ap, fmt);
-    fputs("# ", stderr);
-    vfprintf(stderr, fmt, ap);
-    fputc('\n', stderr);
-    va_end(ap);
-}
-
-// Sizes from files saturate: an overflow becomes SIZE_MAX, which no file and no allocation satisfies.
-size_t cmul(size_t a, size_t b) { return __builtin_mul_overflow(a, b, &a) ? SIZE_MAX : a; }
-size_t cadd(size_t a, size_t b) { return __builtin_add_overflow(a, b, &a) ? SIZE_MAX : a; }
-
-// Zeroed memory for n items of `size` bytes, 64-byte aligned; never NULL. Free with free().
-void *xalloc(size_t n, size_t size) {
-    size_t bytes = cadd(cmul(n, size), 63) & ~(size_t)63;
-    void *p = bytes > PTRDIFF_MAX ? NULL : aligned_alloc(64, bytes ? bytes : 64);
-    if (!p) die(1, "out of memory: %zu items of %zu bytes", n, size);
-    return memset(p, 0, bytes ? bytes : 64);
-}
-
-// Room for item n of a list that grows one by one; the item is zeroed. Doubles at powers of two.
-void *grow(void *list, size_t n, size_t size) {
-    if (!(n & (n - 1))) list = realloc(list, cmul(n ? cmul(2, n) : 1, size));
-    if (!list) die(1, "out of memory: %zu items of %zu bytes", n, size);
-    memset((char *)list + n * size, 0, size);
-    return list;
-}
-
-void str_add(Str *s, const void *p, size_t n) {
-    if (cadd(s->n, cadd(n, 1)) > s->cap) {
-        s->cap = cadd(cmul(s->cap, 2), cadd(n, 64));
-        s->p = s->cap > PTRDIFF_MAX ? NULL : realloc(s->p, s->cap);
-        if (!s->p) die(1, "out of memory: string of %zu bytes", s->cap);
-    }
-    if (n) memcpy(s->p + s->n, p, n);
-    s->p[s->n += n] = 0;
-}
-void str_puts(Str *s, const char *z) { str_add(s, z, strlen(z)); }
-Span str_span(const Str *s) { return (Span){ s->p ? s->p : "", s->n }; }
-bool str_is(const Str *s, const char *z) { return span_is(str_span(s), z); }
-bool span_is(Span s, const char *z) { return s.n == strlen(z) && !memcmp(s.p, z, s.n); }
-Span span_of(const char *z) { return (Span){ z, strlen(z) }; }
-Span span_from(Span s, size_t i) { return (Span){ s.p + i, s.n - i }; }
-
-// Decodes the code point at p[0..n), n > 0, and returns how many bytes it takes. Broken bytes give
-// *cp = -1 and the length of their maximal subpart (Unicode 3.9: what becomes one U+FFFD); a
-// sequence that the end of the text cuts off, valid so far, gives *cp = -2 and its length.
-size_t utf8_next(const char *p, size_t n, int32_t *cp) {
-    const uint8_t *s = (const uint8_t *)p;
-    size_t len = s[0] < 0x80 ? 1 : s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
-                 s[0] < 0xf0 ? 3 : 4;
-    *cp = len == 0 ? -1 : len == 1 ? s[0] : s[0] & (0x7f >> len);
-    for (size_t i = 1; i < len; i++) {
-        // the second byte excludes overlong forms, surrogates and what lies above U+10FFFF
-        uint8_t lo = i > 1 ? 0x80 : s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80;
-        uint8_t hi = i > 1 ? 0xbf : s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
-        if (i == n || s[i] < lo || s[i] > hi) {
-            *cp = i == n ? -2 : -1;
-            return i;
-        }
-        *cp = *cp << 6 | (s[i] & 63);
-    }
-    return len ? len : 1;
-}
-
-void utf8_put(Str *out, uint32_t c) {
-    char b[4];
-    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) b[i] = (char)(0x80 | (c & 63));
-    b[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
-    str_add(out, b, n);
-}
-
-static uint64_t hash_bytes(Span s) {        // FNV-1a and a final mix
-    uint64_t h = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < s.n; i++) h = (h ^ (uint8_t)s.p[i]) * 0x100000001b3u;
-    return (h ^ h >> 32) * 0x9e3779b97f4a7c15u;
-}
-
-Span map_key(const Map *m, size_t i) {
-    return (Span){ m->text.p + m->entries[i].at, m->entries[i].n };
-}
-
-// The slot that holds key, or the empty one where it belongs. cap > 0.
-static uint32_t *map_slot(const Map *m, Span key, uint64_t hash) {
-    for (size_t i = hash >> 20;; i++) {
-        uint32_t *slot = &m->slots[i & (m->cap - 1)];
-        if (!*slot) return slot;
-        const MapEntry *e = &m->entries[*slot - 1];
-        if (e->hash == hash && e->n == key.n && !memcmp(m->text.p + e->at, key.p, key.n))
-            return slot;
-    }
-}
-
-static void map_rehash(Map *m) {
-    m->cap = m->cap ? cmul(m->cap, 2) : 32;
-    if (m->cap > UINT32_MAX) die(1, "too many names: %zu", m->n);
-    free(m->slots);
-    m->slots = xalloc(m->cap, sizeof *m->slots);
-    for (size_t i = 0; i < m->n; i++)
-        *map_slot(m, map_key(m, i), m->entries[i].hash) = (uint32_t)i + 1;
-}
-
-// The entry of key, or NULL. The pointer is good until the next map_add.
-MapEntry *map_find(const Map *m, Span key) {
-    uint32_t *slot = m->cap ? map_slot(m, key, hash_bytes(key)) : NULL;
-    return slot && *slot ? &m->entries[*slot - 1] : NULL;
-}
-
-// False, and nothing changed, if the key is there already.
-bool map_add(Map *m, Span key, int64_t value) {
-    if (m->n == m->cap / 2) map_rehash(m);
-    uint64_t hash = hash_bytes(key);
-    uint32_t *slot = map_slot(m, key, hash);
-    if (*slot) return false;
-    m->entries = grow(m->entries, m->n, sizeof *m->entries);
-    m->entries[m->n] = (MapEntry){ m->text.n, key.n, hash, value };
-    str_add(&m->text, key.p, key.n);
-    *slot = (uint32_t)++m->n;
-    return true;
-}
-
-void map_free(Map *m) {
-    free(m->text.p);
-    free(m->entries);
-    free(m->slots);
-    *m = (Map){ 0 };
-}
-
-// "DIR/FILE"; release with free().
-static char *path_join(const char *dir, const char *file) {
-    Str s = { 0 };
-    str_puts(&s, dir);
-    str_puts(&s, "/");
-    str_puts(&s, file);
-    return s.p;
-}
-
-// A small trained model travels in the program: the model when none is named. Its files have paths
-// that no other file can have.
-#define BUILT_IN "//built-in"
-__asm__(".pushsection .rodata\n"
-        "tiny_config: .incbin \"models/tiny/config.json\"\n"
-        "tiny_sampling: .incbin \"models/tiny/generation_config.json\"\n"
-        "tiny_tokenizer: .incbin \"models/tiny/tokenizer.json\"\n"
-        "tiny_weights: .incbin \"models/tiny/model-00001-of-00001.safetensors\"\n"
-        "tiny_end: .byte 0\n"
-        ".popsection\n");
-extern const char tiny_config[], tiny_sampling[], tiny_tokenizer[], tiny_weights[], tiny_end[];
-static const struct { const char *path, *from, *to; } built_in[] = {
-    { BUILT_IN "/config.json", tiny_config, tiny_sampling },
-    { BUILT_IN "/generation_config.json", tiny_sampling, tiny_tokenizer },
-    { BUILT_IN "/tokenizer.json", tiny_tokenizer, tiny_weights },
-    { BUILT_IN "/model.safetensors", tiny_weights, tiny_end },
-};
-
-// A built-in file's bytes; p is NULL if the path is another's.
-static Span built_in_file(const char *path) {
-    for (size_t i = 0; i < COUNT(built_in); i++)
-        if (!strcmp(path, built_in[i].path))
-            return (Span){ built_in[i].from, (size_t)(built_in[i].to - built_in[i].from) };
-    return (Span){ 0 };
-}
-
-static bool file_exists(const char *path) {
-    return built_in_file(path).p || !access(path, F_OK);
-}
-
-// Of a shard of weights: the handler of SIGBUS finds those by their store.
-static bool map_shard(const char *path, Span *out, Err *e) {
-    struct stat st;
-    void *p = "";
-    Span own = built_in_file(path);
-    if (own.p) {
-        p = mmap(NULL, own.n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(errno));
-        *out = (Span){ memcpy(p, own.p, own.n), own.n };
-        return true;
-    }
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     // a FIFO must not hold us up
-    if (fd < 0) return fail(e, "%s: %s", path, strerror(errno));
-    bool known = !fstat(fd, &st), regular = known && S_ISREG(st.st_mode);
-    if (regular && st.st_size) p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int err = errno;
-    close(fd);
-    if (!regular) return fail(e, "%s: %s", path, known ? "not a regular file" : strerror(err));
-    if (p == MAP_FAILED) return fail(e, "%s: cannot map: %s", path, strerror(err));
-    *out = (Span){ p, (size_t)st.st_size };
-    return true;
-}
-
-static struct { Span map; char path[512]; } last_mapped;    // for the handler of SIGBUS
-
-// A file mapped read-only and private; release with unmap_file. An empty file gives n = 0.
-bool map_file(const char *path, Span *out, Err *e) {
-    if (!map_shard(path, out, e)) return false;
-    last_mapped.map = *out;
-    snprintf(last_mapped.path, sizeof last_mapped.path, "%s", path);
-    return true;
-}
-
-void unmap_file(Span map) { if (map.n) munmap((void *)(uintptr_t)map.p, map.n); }
-
-// Seconds on a clock that never jumps.
-double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
-}
-
-// A progress line that overwrites itself; only where a person is watching.
-void progress(const char *what, int64_t done, int64_t total) {
-    if (!isatty(2)) return;
-    int width = 30, full = total ? (int)(width * done / total) : width;
-    fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################",
-            width - full, "", total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
-    fflush(stderr);
-}
-
-// ---------------------------------------------------------------------------
 // types. Letters used in every shape: T rows (tokens) of a batch, D model dim, S hyper-connection
 // streams, H heads, K head dim, R rope dims, Q q_lora_rank, G o_groups, L o_lora_rank, E experts, A
 // active experts, F expert hidden dim, V vocabulary, I index heads, J index dim, M compress ratio
 
-typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4, N_FORMATS } Format;
+typedef uint16_t bf16;      // the upper half of a float32
+
+typedef enum { W_F32, W_BF16, W_INT8, W_INT4, W_FP8, W_FP4 } Format;
+const char *const format_names[N_FORMATS] = {
+    "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
+};
 
 // A matrix [n, k] in the checkpoint's own layout, y = W x. May lie at any byte address.
 //   F32, BF16   w [n, k]
 //   INT8, FP8   w [n, k] bytes,  s [ceil(n/128), ceil(k/128)] BF16 / E8M0
 //   INT4, FP4   w [n, k/2] bytes (low nibble = even column), s [n, k/32] BF16 / E8M0
-typedef struct {
+struct Mat {
     const void *w, *s;
     int n, k;
     Format fmt;
-} Mat;
+};
 
 // Rows of activations: FP32 always, and (fast path) as INT8 in groups of 32 along k, last group
 // short. Row t: x + t*ld, q + t*ldq (ldq = 32 * groups, zero padded), s + t*lds (lds = groups of
@@ -333,23 +75,6 @@ typedef struct {
     int k, groups;
     size_t ld, ldq, lds;
 } Act;
-
-// config.json. The ratio list has one entry per layer, then one per MTP layer.
-typedef struct {
-    int dim, n_layers, n_heads, head_dim, rope_dim, q_lora_rank, o_groups, o_lora_rank, window;
-    int n_experts, n_active, expert_dim, n_hash_layers;
-    int index_heads, index_dim, index_topk;
-    int hc_mult, hc_iters;
-    int vocab, max_ctx, n_mtp;
-    int bos, eos;
-    float hc_eps, norm_eps, route_scale, swiglu_limit;
-    float rope_theta, compress_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
-    int yarn_ctx;               // original_max_position_embeddings
-    int *ratio;                 // [n_layers + n_mtp] 0, 4 or 128
-    int n_ratios;               // entries that config.json has
-    bool dspark;                // 0731 releases: another MTP, whose tensors are skipped
-    char quant[32];             // quantization_config.quant_method, "" if none
-} Config;
 
 // One hyper-connection: how the S streams are mixed into a sublayer's input, and its output back.
 typedef struct {
@@ -419,295 +144,6 @@ typedef struct {
     int token, slot, pos;   // slot: which session's caches
     int next;               // MTP only: the token at pos + 1
 } Row;
-
-// ---------------------------------------------------------------------------
-// safetensors: u64 length, JSON header, data. A checkpoint is one file, or shards and an index.
-// The data stay in the mapped files. The rules are safetensors' own.
-
-const DtypeInfo dtypes[N_DTYPES] = {
-    { "BOOL", 8 }, { "F4", 4 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "U8", 8 }, { "I8", 8 },
-    { "F8_E5M2", 8 }, { "F8_E4M3", 8 }, { "F8_E8M0", 8 }, { "I16", 16 }, { "U16", 16 },
-    { "F16", 16 }, { "BF16", 16 }, { "I32", 32 }, { "U32", 32 }, { "F32", 32 }, { "C64", 64 },
-    { "F64", 64 }, { "I64", 64 }, { "U64", 64 },
-};
-
-enum { SHARD_HEADER = 100 * 1000 * 1000 };
-
-// "BF16 [64, 128]"
-const char *tensor_kind(const Tensor *t, char out[static 256]) {
-    int n = snprintf(out, 256, "%s [", dtypes[t->dtype].name);
-    for (int i = 0; i < t->rank; i++)
-        n += snprintf(out + n, 256 - (size_t)n, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
-    snprintf(out + n, 256 - (size_t)n, "]");
-    return out;
-}
-
-const Tensor *store_find_span(const Store *s, Span name) {
-    const MapEntry *e = map_find(&s->names, name);
-    return e ? &s->tensors[e - s->names.entries] : NULL;
-}
-
-// The tensor of that name, or NULL.
-static const Tensor *store_find(const Store *s, const char *name) {
-    return store_find_span(s, span_of(name));
-}
-
-static const Store *open_store;     // the last one opened: for the handler of SIGBUS
-
-// The path of the shard that is mapped at addr, or NULL. Safe in a signal handler.
-static const char *store_find_address(const Store *s, const void *addr) {
-    for (int i = 0; i < s->n_shards; i++) {
-        uintptr_t from = (uintptr_t)s->shards[i].map.p, at = (uintptr_t)addr;
-        size_t whole_pages = (s->shards[i].map.n + 4095) & ~(size_t)4095;
-        if (at >= from && at - from < whole_pages) return s->shards[i].path;
-    }
-    return NULL;
-}
-
-void store_close(Store *s) {
-    for (int i = 0; i < s->n_shards; i++) {
-        unmap_file(s->shards[i].map);
-        free(s->shards[i].path);
-    }
-    free(s->shards);
-    free(s->tensors);
-    map_free(&s->names);
-    *s = (Store){ 0 };
-    if (open_store == s) open_store = NULL;
-}
-
-// The three fields of a header entry. Each says what is wrong and where (the byte in the file).
-static void tensor_dtype(Json *j, Tensor *t) {
-    Str name = { 0 };
-    json_string(j, &name);
-    while (t->dtype < N_DTYPES && !str_is(&name, dtypes[t->dtype].name)) t->dtype++;
-    if (t->dtype == N_DTYPES) json_fail(j, "%.*s: unknown dtype %.*s", SHOWN(t->name), SHOWN(name));
-    free(name.p);
-}
-
-static void tensor_shape(Json *j, Tensor *t) {
-    for (json_array(j); json_item(j);)
-        if (t->rank < TENSOR_RANK) json_int(j, 0, INT64_MAX, &t->shape[t->rank++]);
-        else json_fail(j, "%.*s: more than %d dimensions", SHOWN(t->name), TENSOR_RANK);
-}
-
-static void tensor_offsets(Json *j, Tensor *t) {
-    int64_t at[3] = { 0 };
-    int n = 0;
-    for (json_array(j); json_item(j); n++) json_int(j, 0, INT64_MAX, &at[n < 2 ? n : 2]);
-    if (n != 2 || at[0] > at[1])
-        json_fail(j, "%.*s: data_offsets must be [begin, end], begin <= end", SHOWN(t->name));
-    t->at = (size_t)at[0];
-    t->bytes = (size_t)(at[1] - at[0]);
-}
-
-// One entry of a header: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}. Checks that
-// dtype and shape need exactly that many bytes; t->at, behind the header, is not checked yet.
-static bool tensor_read(Json *j, Tensor *t) {
-    static const char *const fields[] = { "dtype", "shape", "data_offsets" };
-    unsigned seen = 0;
-    Str key = { 0 };
-    for (json_object(j); json_member(j, &key);) {
-        unsigned i = 0;
-        while (i < 3 && !str_is(&key, fields[i])) i++;
-        if (seen >> i & 1 && i < 3) json_fail(j, "%.*s: %s twice", SHOWN(t->name), fields[i]);
-        else if (i == 0) tensor_dtype(j, t);
-        else if (i == 1) tensor_shape(j, t);
-        else if (i == 2) tensor_offsets(j, t);
-        else json_skip(j);
-        seen |= 1u << i;
-    }
-    free(key.p);
-    for (unsigned i = 0; i < 3; i++)
-        if (!(seen >> i & 1)) json_fail(j, "%.*s: no %s", SHOWN(t->name), fields[i]);
-    if (j->bad) return false;
-    size_t bits = 1;
-    bool fits = true;                       // a product that overflows is none, whatever follows
-    for (int i = 0; i < t->rank; i++)
-        fits &= !__builtin_mul_overflow(bits, (size_t)t->shape[i], &bits);
-    fits &= !__builtin_mul_overflow(bits, (size_t)dtypes[t->dtype].bits, &bits);
-    char kind[256];
-    return (fits && bits % 8 == 0 && bits / 8 == t->bytes) ||
-           json_fail(j, "%.*s: %s does not fit data_offsets [%zu, %zu]", SHOWN(t->name),
-                     tensor_kind(t, kind), t->at, t->at + t->bytes);
-}
-
-// "__metadata__": an object of strings.
-static void shard_metadata(Json *j, Shard *sh) {
-    if (sh->metadata.n) json_fail(j, "__metadata__ twice");
-    json_peek(j);
-    const char *from = j->p;
-    for (json_object(j); json_member(j, NULL);) json_string(j, NULL);
-    sh->metadata = (Span){ from, (size_t)(j->p - from) };
-}
-
-// The JSON of a header, its length checked already: adds its tensors.
-static bool shard_header(Store *s, int number, Err *e) {
-    Shard *sh = &s->shards[number];
-    Str key = { 0 };
-    Json j = json_open((Span){ sh->map.p, sh->header }, sh->path, e);
-    for (j.p += 8, json_object(&j); json_member(&j, &key);) {
-        Tensor t = { .name = str_span(&key), .shard = number };
-        const Tensor *twin = store_find_span(s, t.name);
-        if (str_is(&key, "__metadata__")) shard_metadata(&j, sh);
-        else if (twin)
-            json_fail(&j, "tensor %.*s is there twice, first in %s", SHOWN(key),
-                      s->shards[twin->shard].path);
-        else if (tensor_read(&j, &t)) {
-            map_add(&s->names, t.name, 0);
-            s->tensors = grow(s->tensors, s->n, sizeof *s->tensors);
-            s->tensors[s->n++] = t;
-        }
-    }
-    free(key.p);
-    for (; !j.bad && j.p < j.end; j.p++)
-        if (*j.p != ' ') json_fail(&j, "0x%02x behind the header: only spaces may pad it",
-                                   (uint8_t)*j.p);
-    return !j.bad;
-}
-
-// By place; of equal places the empty tensor comes first.
-static int by_offset(const void *a, const void *b) {
-    const Tensor *x = *(Tensor *const *)a, *y = *(Tensor *const *)b;
-    if (x->at != y->at) return x->at < y->at ? -1 : 1;
-    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
-}
-
-// The data of a shard, of the tensors from number `from` on, must fill the rest of the file: no
-// hole, no overlap, nothing left. Then, and not before, the tensors get their addresses.
-static bool shard_layout(Store *s, const Shard *sh, size_t from, Err *e) {
-    size_t at = 0, n = s->n - from;
-    Tensor **sorted = xalloc(n, sizeof *sorted), *bad = NULL;
-    for (size_t i = 0; i < n; i++) sorted[i] = &s->tensors[from + i];
-    qsort(sorted, n, sizeof *sorted, by_offset);
-    for (size_t i = 0; i < n && !bad; i++) {
-        if (sorted[i]->at == at) at = cadd(at, sorted[i]->bytes);
-        else bad = sorted[i];
-    }
-    free(sorted);
-    if (bad) {
-        Span name = map_key(&s->names, (size_t)(bad - s->tensors));
-        return fail(e, "%s: tensor %.*s begins at data byte %zu, expected %zu (%s): download again",
-                    sh->path, SHOWN(name), bad->at, at, bad->at < at ? "overlap" : "hole");
-    }
-    if (cadd(sh->header, at) != sh->map.n)
-        return fail(e, "%s: file has %zu bytes, its header needs %zu: download again", sh->path,
-                    sh->map.n, cadd(sh->header, at));
-    for (size_t i = from; i < s->n; i++) {
-        s->tensors[i].at += sh->header;
-        s->tensors[i].data = (const uint8_t *)sh->map.p + s->tensors[i].at;
-    }
-    return true;
-}
-
-// Reads the header of shard number `number`, which is mapped already, and adds its tensors. Every
-// claim is checked against the file's own size before anything is allocated for it.
-static bool shard_read(Store *s, int number, Err *e) {
-    Shard *sh = &s->shards[number];
-    const uint8_t *file = (const uint8_t *)sh->map.p;
-    size_t length = 0, from = s->n;
-    if (sh->map.n < 8)
-        return fail(e, "%s: file has %zu bytes, a safetensors file at least 8: download again",
-                    sh->path, sh->map.n);
-    for (int i = 0; i < 8; i++) length |= (size_t)file[i] << 8 * i;
-    if (length > SHARD_HEADER)
-        return fail(e, "%s: header length %zu, at most %d allowed: not a safetensors file?",
-                    sh->path, length, SHARD_HEADER);
-    if (length > sh->map.n - 8)
-        return fail(e, "%s: file has %zu bytes, its header alone needs %zu: download again",
-                    sh->path, sh->map.n, length + 8);
-    if (!length || file[8] != '{')
-        return fail(e, "%s: byte 8: the header must begin with '{': not a safetensors file?",
-                    sh->path);
-    sh->header = length + 8;
-    if (!shard_header(s, number, e) || !shard_layout(s, sh, from, e)) return false;
-    for (size_t i = 0; i < s->n; i++) s->tensors[i].name = map_key(&s->names, i);   // they move
-    return true;
-}
-
-// Maps DIR/FILE as the next shard.
-static bool store_add_shard(Store *s, const char *dir, const char *file, Err *e) {
-    Shard sh = { .path = path_join(dir, file) };
-    if (!map_shard(sh.path, &sh.map, e)) {
-        free(sh.path);
-        return false;
-    }
-    s->shards = grow(s->shards, (size_t)s->n_shards, sizeof *s->shards);
-    s->shards[s->n_shards++] = sh;
-    return shard_read(s, s->n_shards - 1, e);
-}
-
-// A shard must be a plain file name: an index that came from a stranger opens nothing else.
-static bool shard_name_ok(Span file) {
-    bool plain = file.n && file.n < 256 && file.p[0] != '.';
-    for (size_t i = 0; i < file.n; i++)
-        plain = plain && (uint8_t)file.p[i] >= 32 && file.p[i] != '/';
-    return plain;
-}
-
-// Opens each shard where the index first names it. Every entry must be a tensor of its shard.
-static void index_weight_map(Json *j, Store *s, const char *dir) {
-    Map files = { 0 };
-    Str name = { 0 }, file = { 0 };
-    for (json_object(j); json_member(j, &name) && json_string(j, &file);) {
-        if (!shard_name_ok(str_span(&file))) {
-            json_fail(j, "%.*s: bad shard name '%.80s': a plain file name is allowed here",
-                      SHOWN(name), file.p);
-            break;
-        }
-        Span f = str_span(&file);
-        if (map_add(&files, f, s->n_shards) && !store_add_shard(s, dir, file.p, j->e)) {
-            j->bad = true;
-            break;
-        }
-        MapEntry *e = map_find(&s->names, str_span(&name));
-        if (!e || s->tensors[e - s->names.entries].shard != map_find(&files, f)->value)
-            json_fail(j, "tensor %.*s is not in %s: download again", SHOWN(name), file.p);
-        else if (e->value++) json_fail(j, "tensor %.*s twice", SHOWN(name));
-    }
-    free(name.p);
-    free(file.p);
-    map_free(&files);
-}
-
-static bool store_open_index(Store *s, Span text, const char *path, const char *dir, Err *e) {
-    bool found = false;
-    size_t surplus = 0;
-    Str key = { 0 };
-    Json j = json_open(text, path, e);
-    for (json_object(&j); json_member(&j, &key);) {
-        if (!str_is(&key, "weight_map")) json_skip(&j);
-        else if (found) json_fail(&j, "weight_map twice");
-        else index_weight_map(&j, s, dir), found = true;
-    }
-    free(key.p);
-    if (!json_end(&j)) return false;
-    if (!found) return fail(e, "%s: no weight_map", path);
-    // harmless (nothing looks for them), but a sign that index and shards are not of one release
-    for (size_t i = 0; i < s->n; i++) surplus += !s->names.entries[i].value;
-    if (surplus) note("%s: %zu tensors in the shards are not in the index", path, surplus);
-    return true;
-}
-
-// Opens the checkpoint in a directory: what model.safetensors.index.json lists, else
-// model.safetensors. On an error *s is empty.
-bool store_open(Store *s, const char *dir, Err *e) {
-    Span text = { 0 };
-    char *index = path_join(dir, "model.safetensors.index.json");
-    char *single = path_join(dir, "model.safetensors");
-    bool ok;
-    *s = (Store){ 0 };
-    open_store = s;
-    if (file_exists(index))
-        ok = map_file(index, &text, e) && store_open_index(s, text, index, dir, e);
-    else if (file_exists(single)) ok = store_add_shard(s, dir, "model.safetensors", e);
-    else ok = fail(e, "%s: no model.safetensors.index.json and no model.safetensors here", dir);
-    unmap_file(text);
-    free(index);
-    free(single);
-    if (!ok) store_close(s);
-    return ok;
-}
 
 // ---------------------------------------------------------------------------
 // config.json -> Config. Known keys with values that are not supported are refused by name; keys
@@ -847,7 +283,7 @@ static bool config_check(const Config *c, const char *path, Err *e) {
     return true;
 }
 
-static void config_free(Config *c) {
+void config_free(Config *c) {
     free(c->ratio);
     *c = (Config){ 0 };
 }
@@ -867,87 +303,25 @@ static bool config_read(Config *c, Span text, const char *path, Err *e) {
 }
 
 // Reads DIR/config.json.
-static bool config_open(Config *c, const char *dir, Err *e) {
+bool config_open(Config *c, const char *dir, Err *e) {
     Span text = { 0 };
-    char *path = path_join(dir, "config.json");
+    char *path = text_of("%s/config.json", dir);
     bool ok = map_file(path, &text, e) && config_read(c, text, path, e);
     unmap_file(text);
     free(path);
     return ok;
 }
 
-// What apps/convert.c needs of a config.json.
-bool config_brief(ConfigBrief *b, const char *dir, Err *e) {
-    Config c;
-    if (!config_open(&c, dir, e)) return false;
-    *b = (ConfigBrief){ c.n_layers, c.n_hash_layers, c.n_experts, "" };
-    memcpy(b->quant, c.quant, sizeof b->quant);
-    config_free(&c);
-    return true;
-}
-
 // ---------------------------------------------------------------------------
 // tokenizer: DeepSeek-V4's tokenizer.json, byte-level BPE behind a four-step pre-tokenizer.
 // Added tokens are found by their content; nothing here knows an id.
-
 
 void ids_add(Ids *ids, int id) {
     ids->p = grow(ids->p, ids->n, sizeof *ids->p);
     ids->p[ids->n++] = id;
 }
 
-// Classes of code points (Unicode 16.0): L and M, N, P and S, White_Space.
-enum { C_OTHER, C_LETTER, C_NUMBER, C_PUNCT, C_SPACE };
-
-// Runs of code points of one class, packed by tools/unicode_table.py, which explains the form.
-static const char unicode_runs[] =
-    "C$6G%&_$J$;I&8I&08&G&&F$%($1*#%,&&$.#^%$^&$I]$0Q$X$5<%$%D%U1$)*/$%2)%$-&#&O%&K-$M4$U8&W'*#8E("
-    "((-$S($%$)$)$%BK&2/(D%I$M$$$-b*G$/Y/$A&%I$$9G$.(%X$(K**S/Z$H$R(0%*#(Y(*^$$O&*%$K$6`%$9BK,&C3("
-    "J$#M%&?*'*W%&;&#./*C$*'*/B#2'&3*H$*(:'%$%*+&72'*W%&;&'&'&'*#&32'*+.#>/&#>H$:$H$+&C$&+&W%&;&'&"
-    "3*G$&+&+*#_$/*H$'<;&+&?*'*W%&;&'&3*C$*'*+>+2'&3*H$#%7I$'&7.+&/.'&#&'.'.+.O$23.+&/*#:#Z$T$?4S$"
-    "&+&[%&`$*C$&+&/>'&+*#*/*H$=%>#1$A&+&[%&G$&3*C$&+&/>':'&/*H$%+R$S$&+&K)&+&3$0/;6*L%#9&+&G%.`%&"
-    "C$&#*;.#27&#&?:H$)'$P$G*2%^$$J$'T''&#&3&`%&#&[%*3&#&;&H$)/c&#]%)8R%#%$%$%0I$&O'2O%$I%&O'&A%8$"
-    "U$T'`*G$7b*G$2(Y'&#6#*K($UL$&/*;&#&/*C(&/*C'&/*;&#&/*[$&C*&/*K+*+D$R%-`$H$8W-*7*%QP%(E%%H&(,K"
-    ",,.B>W%F$W%(D$O%R$S$&+&'R$O-,%0)*H$9H$9M$-&#G$9C.>K(6W+J$[&&O$2O$2%,)J$Z&*3N$O(2G&:L$-I'Q&*)^"
-    "*&S&*#G$9H$9=%8([&F)S,&)J$C%E$P$b(G$J*B1b).5J$-+G$R'(M$6K(*+@@+$^'6WE%*7*W'*7*?&#&#&#&[&*S)&;"
-    "$%,-&;,1*7&-U$,(+&;($N$3b%'3&_(#`$$&*83%G$3$S$.E']$C'_$)%0%(I$$%,58%$%$%$1$M$(1450%$N)*3'0IV%"
-    "X%M$T%P*W,Z%WQ%Z&`_&(b&$E0U?8E$61&'Y'&#6#*`)>#$X$`%F$;&;&;&;&;&;&;&;&`&](%X(H'I&$E.P$Y=H&b$#2"
-    ")#C&F$:$5(.*,$W-*'(-$I.$16K(&W.&)2G$b&X'D$%b$]&$H$W&B#_$`&J$['_$`J$bZ<a*UTY%.^)D$W((UD$,b$G$*"
-    "R%K)$I$$^/G$*8@^%E$(^/(M+*'&#&?V%W)0%.8/8O)0@W+B)J$9`%,%$-G$R'(Q'N$%U&.C+T$$#G$1)b$G$6&[)F$W$"
-    "*H$)1^%,E,c%+(b$(5J$7*7*7F$;&;&K($Y$(0K2$)*H$9OWN$R$[%2C)RCD$WP$*G0Z';R$36O$$U$&3&#&'&'&O0D%a"
-    "$KP$H%b**W)>%a&O$0b$H$8`$L'$M%$103&[32^$J$;I&8I&L$E..7*7*7*+.=$=T$)(O$&G&&K%&'&[$*W$J'K26-0T("
-    "-E$F*C%*+$U$,%](U(%J3S&.C)_$#K&1`&/E$O%#B#5K(6W&&%Q'2?$6I(W6*H$9O'2O'2`'BO)N$%M$&[$&;&'&K$&[$"
-    "&;&'.O)R$[I$F$W%J$?c%7&G(&C$V+7*#&O(&'.#*[%&%B_%(>_&BD$b(K%&'64Z%7-%I&6%a*`)2(*`$)X(2&'6?&+&S"
-    "&*+2#C$=E$<S&'#U&+b&?$Y&24;D$W).=Y%*@N%6@J%>1P$<b,C,_)K)V$K)>8c'BH$9H$R&.3$^%B)a<]&%G(&'$('c$"
-    "+_)C'G$&BC'/3X%W%0X'S%;Q%[%F$[+<0X&:F$O*($1%V$C&>H$9S)&H$/1BO'(%F$S+01$)G$&$%,$P%M$G%&S'81Z*;"
-    "&#&/&[$&G$$8K*6H$9/&?*'*W%&;&'&3&G$*'*+*#:#6;*;.3N$G$&#*#&W'&G$&#*#&/&?($)@'V&K,4J$'$%1Z&W+$%"
-    "BH$Y7W)*C$]%9J'C+,%N$H$9U$L%C*$8H$9P%Q&K&*[$2P$/=F:K*$P/`*K%Q$?*#*?&'&W&&'*C$,D$H$Y+?*W(*?$)N"
-    "&[*@%BG,,%4T$C,>I$X9C'$X$H$9C$&S(&C$4H$T&-)Y&*W%&W$F,;&'&O(.#&'&C$BH$97&'&S'&'&7>H$YI$[%(<C%&"
-    "C(.3T$J$&V-#_$T%S&T$%IV&Z/]0%5L$O;RL-C/(T$`H'c$W%J$KV26[K%FZ=`(G$Y[)CJ%>[&&H$1)^,&H$9W&*3$H$["
-    ")D$1(H$H$%<%S%6K%cX$S(,J$Y;`*[%/T/K,2C*>C%c*'$)N$'Z$`b:BW^'F(G$_`E$/&;&'&KG$_$#V&+*#Z$/BOT$RC"
-    ",K06S$.C$>G$*%)$aN2b@J$9QY$P,W(*[%F$Q1P*YAH$^'(Q*5,9B?(=X&1T*T%I+-$H2P%Q$P%Q$^-D$D&^3S-&[+&'*"
-    "#*'*/&O$&#&;&C+&/*?&;&O&&/&3&#.;&OM$*C&$E&$^&$E&$^&$E&$^&$E&$^&$E&$A*H)`c$^)0I)@%X$%<]$3&[$cL"
-    "'[&:7V=;&C%*;&'&36W*F'#c0S(.W$*H$1#$aJ$[&F%`(G$5%a]$`&G$Y=C'G$1%a_$;&/&'&[$&S;*D$>F(O,2H$1)DE"
-    "&L*#.#2Q,T(#_$I;/&K&&'&#*#&G$&/&#&#:#2#&#&#&+&'&#*#&#&#&#&#&'&#*/&;&/&/&#&G$&C%6+&3&C%R))XD$Q"
-    "(0Q/P$^$(^$$^$$U'H$T$C7a)U&T$Q(0E$<)X$9H6b^&0E%,U$,^10^.8Q$0%]$Q$0b)@I$8b'@Y&(Q$0)X*QM$P$Y$(U"
-    "$,I$4b)<^$(M$8E$<M5$Q.J$YC'`_I(c&GJ3:W>*GS9Z$CI@_$WP%JW,WF%J`(KL66`N3cLaY%`@";
-
-enum { N_CLASSES = 0xe0200, TOKEN_BYTES = 4096 };
-
-static void unpack_classes(uint8_t *cls) {      // [N_CLASSES]
-    size_t at = 0;
-    int now = C_SPACE;
-    for (const char *p = unicode_runs; *p;) {
-        uint32_t run = 0, digit = 32;
-        for (int shift = 0; digit & 32; shift += 5) {
-            digit = (uint32_t)(*p - (*p > '\\' ? '$' : '#'));
-            run |= (digit & 31) << shift;
-            p++;
-        }
-        now = (now + 1 + (int)(run & 3)) % 5;
-        for (uint32_t n = (run >> 2) + 1; n > 0; n--) cls[at++] = (uint8_t)now;
-    }
-}
+enum { TOKEN_BYTES = 4096 };       // of one token at most
 
 typedef struct { uint8_t byte; int child, next, id; } Node; // of a trie: next sibling; token or -1
 
@@ -971,14 +345,15 @@ static Span tok_bytes(const Tokenizer *t, int id) {
     return (Span){ t->bytes.p + t->start[id], t->start[id + 1] - t->start[id] };
 }
 
-static void tok_free(Tokenizer *t) {
+void tokenizer_close(Tokenizer *t) {
+    if (!t) return;
     free(t->bytes.p);
     free(t->start);
     free(t->flags);
     map_free(&t->merges);
     free(t->nodes);
     free(t->cls);
-    *t = (Tokenizer){ 0 };
+    free(t);
 }
 
 // ---- loading
@@ -1220,11 +595,11 @@ static bool load_tries(Tokenizer *t, const Map *added, const char *name, Err *e)
     return true;
 }
 
-// Reads tokenizer.json; `name` is its path, for errors. Release with tok_free.
-static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
+// Reads tokenizer.json; `name` is its path, for errors. NULL if it is not as it must be.
+static Tokenizer *tok_load(Span file, const char *name, Err *e) {
+    Tokenizer *t = xalloc(1, sizeof *t);
     TokFile l = { 0 };
     Json j = json_open(file, name, e);
-    *t = (Tokenizer){ 0 };
     bool ok = table_read(&j, tokenizer_fields, COUNT(tokenizer_fields), &l) && json_end(&j);
     t->n = (int)l.vocab.n;
     for (size_t i = 0; i < l.added.n; i++) t->n += !map_find(&l.vocab, map_key(&l.added, i));
@@ -1234,15 +609,16 @@ static bool tok_load(Tokenizer *t, Span file, const char *name, Err *e) {
         t->start = xalloc((size_t)t->n + 1, sizeof *t->start);
         t->flags = xalloc((size_t)t->n, 1);
         t->cls = xalloc(N_CLASSES, 1);
-        unpack_classes(t->cls);
+        unicode_classes(t->cls);
         ok = claim_ids(t, &l, text, name, e) && load_bytes(t, &l.vocab, text, name, e) &&
              load_tries(t, &l.added, name, e) && load_merges(t, &merges, &l.vocab);
         free(text);
     }
     map_free(&l.vocab);
     map_free(&l.added);
-    if (!ok) tok_free(t);
-    return ok;
+    if (ok) return t;
+    tokenizer_close(t);
+    return NULL;
 }
 
 // ---- text -> ids
@@ -1300,32 +676,6 @@ static size_t part_end(const Tokenizer *t, Span s, size_t i) {
     for (; (c = char_at(t, s, j)).cls == C_OTHER; j += c.n)             // no match: a gap is a part
         if (char_at(t, s, j + c.n).cls == C_LETTER) break;
     return j;
-}
-
-// A heap of numbers, the smallest on top.
-typedef struct { uint64_t *p; size_t n, cap; } Heap;
-
-static void heap_push(Heap *h, uint64_t key) {
-    if (h->n == h->cap) {
-        h->cap = 2 * h->cap + 256;
-        h->p = realloc(h->p, cmul(h->cap, sizeof *h->p));
-        if (!h->p) die(1, "out of memory: a heap of %zu", h->cap);
-    }
-    size_t i = h->n++;
-    for (; i > 0 && h->p[(i - 1) / 2] > key; i = (i - 1) / 2) h->p[i] = h->p[(i - 1) / 2];
-    h->p[i] = key;
-}
-
-static uint64_t heap_pop(Heap *h) {
-    uint64_t top = h->p[0], key = h->p[--h->n];
-    size_t i = 0;
-    for (size_t k; (k = 2 * i + 1) < h->n; i = k) {
-        if (k + 1 < h->n && h->p[k + 1] < h->p[k]) k++;
-        if (h->p[k] >= key) break;
-        h->p[i] = h->p[k];
-    }
-    h->p[i] = key;
-    return top;
 }
 
 // A byte-pair encoding at work: a linked list of symbols and a heap of possible merges (rank << 32
@@ -1413,25 +763,6 @@ static void encode_added(Bpe *b, Span s, int root) {
     encode_added(b, span_from(s, from), root + 1);
 }
 
-// Appends what is certain, each maximal invalid part as U+FFFD; at most 3 bytes are held back.
-static void utf8_feed(Utf8 *u, Span s, Str *out) {
-    for (size_t i = 0; i < s.n; i++) {
-        u->tail[u->n++] = s.p[i];
-        while (u->n) {
-            int32_t cp;
-            size_t len = utf8_next(u->tail, u->n, &cp);
-            if (cp == -2) break;
-            str_add(out, cp < 0 ? "\uFFFD" : u->tail, cp < 0 ? 3 : len);
-            memmove(u->tail, u->tail + len, u->n -= len);
-        }
-    }
-}
-
-void utf8_finish(Utf8 *u, Str *out) {
-    if (u->n) str_puts(out, "\uFFFD");
-    u->n = 0;
-}
-
 // Appends the ids of a text of any bytes; parts that are not UTF-8 count as U+FFFD. Nothing is put
 // in front. With `special`, added tokens are recognised wherever they are, else they are just text.
 // Needs some 50 bytes of memory for each byte of the longest word.
@@ -1458,13 +789,6 @@ void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out
 // sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what
 // top-k left, min-p relative to the likeliest token. Ties go to the lower id.
 
-typedef struct {
-    double temperature;     // 0: the most likely token, always
-    double top_p, min_p;    // 1 and 0: off
-    int top_k;              // 0: off
-} Sampling;
-static const Sampling sampling_default = { 1, 1, 0, 0 };     // the publisher's recommendation
-
 struct Sampler {
     Sampling how;
     uint64_t state;         // of the random numbers: any seed will do
@@ -1474,16 +798,18 @@ struct Sampler {
     Heap heap;
 };
 
-static void sampler_init(Sampler *s, int n, Sampling how, uint64_t seed) {
+Sampler *sampler_new(int n, Sampling how, uint64_t seed) {
+    Sampler *s = xalloc(1, sizeof *s);
     size_t v = (size_t)n;
     *s = (Sampler){ how, seed, n, xalloc(v, sizeof *s->p), xalloc(v, sizeof *s->kept), { 0 } };
+    return s;
 }
 
-static void sampler_free(Sampler *s) {
+void sampler_free(Sampler *s) {
     free(s->p);
     free(s->kept);
     free(s->heap.p);
-    *s = (Sampler){ 0 };
+    free(s);
 }
 
 // A uniform number in [0, 1): SplitMix64 (Steele, Lea and Flood, 2014).
@@ -1544,37 +870,6 @@ int sample(Sampler *s, const float *logits, Err *e) {
         sum += p;
     }
     return last;
-}
-
-// generation_config.json. What is absent or null stays.
-typedef struct { Sampling how; bool do_sample; Ids *eos; int vocab; } Generation;
-
-static void read_eos(Json *j, void *to) {           // a number or a list
-    Generation *g = to;
-    int64_t id = 0;
-    bool list = json_peek(j) == '[', one = !list;
-    if (list) json_array(j);
-    for (; list ? json_item(j) : one; one = false)
-        if (json_int(j, 0, g->vocab - 1, &id)) ids_add(g->eos, (int)id);
-}
-
-static const Field generation_fields[] = {
-    { "do_sample", J_BOOL, OPTIONAL, .at = offsetof(Generation, do_sample) },
-    { "temperature", J_DOUBLE, .at = offsetof(Generation, how.temperature), .lo = 0, .hi = 1e6 },
-    { "top_k", J_INT, OPTIONAL, offsetof(Generation, how.top_k), .lo = 0, .hi = INT_MAX },
-    { "top_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.top_p), .lo = 1e-9, .hi = 1 },
-    { "min_p", J_DOUBLE, OPTIONAL, offsetof(Generation, how.min_p), .lo = 0, .hi = 1 },
-    { "eos_token_id", J_READ, .read = read_eos },
-};
-
-// Reads it into *how, and the ids that end a text into *eos.
-static bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
-                                   Err *e) {
-    Generation g = { *how, true, eos, vocab };
-    bool ok = table_file(text, name, generation_fields, COUNT(generation_fields), &g, e);
-    *how = g.how;
-    if (!g.do_sample) how->temperature = 0;
-    return ok;
 }
 
 // ---------------------------------------------------------------------------
@@ -2982,6 +2277,10 @@ static bool tensor_is(const Tensor *t, int types, int rows, int cols) {
            (!cols || t->shape[1] == cols);
 }
 
+static const Tensor *store_find(const Store *s, const char *name) {
+    return store_find_span(s, span_of(name));
+}
+
 // The tensor of that name. NULL and an error if it is missing or is something else.
 static const Tensor *need(Binder *b, const char *name, int types, int rows, int cols) {
     const Tensor *t = store_find(b->store, name);
@@ -3080,6 +2379,15 @@ static bool bind_one(Binder *b, const Bind *row, const char *prefix, int ratio, 
            bind_table(b, name, rows, cols, to);
 }
 
+static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix, int ratio,
+                      bool hashed, void *to) {
+    bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4, [HASHED] = hashed,
+                   [SCORED] = !hashed };
+    for (const Bind *row = table; row < table + n; row++)
+        if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)to + row->at)) return false;
+    return true;
+}
+
 static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool hashed) {
     char prefix[64];
     size_t before = b->bytes;
@@ -3089,12 +2397,7 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     l->comp.ratio = l->icomp.ratio = ratio;
     l->comp.out = b->c->head_dim;
     l->icomp.out = b->c->index_dim;
-    for (size_t i = 0; i < COUNT(layer_table); i++) {
-        const Bind *row = layer_table + i;
-        bool has[] = { [ALL] = true, [COMPRESSED] = ratio > 0, [CSA] = ratio == 4,
-                       [HASHED] = hashed, [SCORED] = !hashed };
-        if (has[row->when] && !bind_one(b, row, prefix, ratio, (char *)l + row->at)) return false;
-    }
+    if (!bind_list(b, layer_table, COUNT(layer_table), prefix, ratio, hashed, l)) return false;
     size_t dense = b->bytes;
     for (size_t i = 0; i < COUNT(expert_table); i++) {
         Mat *m = xalloc((size_t)b->c->n_experts, sizeof *m);
@@ -3106,12 +2409,6 @@ static bool bind_block(Binder *b, Layer *l, const char *name, int ratio, bool ha
     }
     l->bytes = b->bytes - before;
     l->expert_bytes = b->bytes - dense;
-    return true;
-}
-
-static bool bind_list(Binder *b, const Bind *table, size_t n, const char *prefix, void *to) {
-    for (size_t i = 0; i < n; i++)
-        if (!bind_one(b, table + i, prefix, 0, (char *)to + table[i].at)) return false;
     return true;
 }
 
@@ -3143,7 +2440,7 @@ static bool weights_bind(Weights *w, Binder *b) {
     char name[64];
     if (!check_layers(b)) return false;
     w->layers = xalloc((size_t)c->n_layers, sizeof *w->layers);
-    if (!bind_list(b, model_table, COUNT(model_table), "", w)) return false;
+    if (!bind_list(b, model_table, COUNT(model_table), "", 0, false, w)) return false;
     if (w->embed.fmt != W_BF16 && w->embed.fmt != W_F32)
         return fail(b->e, "embed.weight: expected BF16 or F32");
     for (int i = 0; i < c->n_layers; i++) {
@@ -3157,16 +2454,10 @@ static bool weights_bind(Weights *w, Binder *b) {
         snprintf(name, sizeof name, "mtp.%d", i);
         if (!bind_block(b, &w->mtp[i].block, name, c->ratio[c->n_layers + i], false)) return false;
         snprintf(name, sizeof name, "mtp.%d.", i);
-        if (!bind_list(b, mtp_table, COUNT(mtp_table), name, w->mtp + i)) return false;
+        if (!bind_list(b, mtp_table, COUNT(mtp_table), name, 0, false, w->mtp + i)) return false;
         w->mtp[i].block.bytes = b->bytes - before;
     }
     return true;
-}
-
-static size_t store_bytes(const Store *s) {
-    size_t n = 0;
-    for (size_t i = 0; i < s->n; i++) n += s->tensors[i].bytes;
-    return n;
 }
 
 // The rotation per position of each pair of rope dims (spec 3), [R/2]. Compressed layers use their
@@ -3223,6 +2514,7 @@ typedef struct {
 struct Device {
     char name[24];              // "cpu", "cuda:0"
     int ordinal;                // of the GPU, -1: the CPU
+    size_t memory;              // free bytes of the GPU before anything was loaded, 0: the CPU
     const Ops *op;
     const Config *c;
     Weights w;                  // pointers valid on the device; only this stage's layers are set
@@ -6232,8 +5524,6 @@ struct Snapshot {
     void *rings[MAX_STAGES];    // per stage
 };
 
-volatile sig_atomic_t interrupted, terminated, computing;
-
 Session *session_new(Model *m) {
     int slot = 0;
     while (slot < MAX_SLOTS && m->slot_used[slot]) slot++;
@@ -6424,6 +5714,7 @@ static void set_context(Model *m, int ctx, int chunk) {
     const Config *c = &m->c;
     int L = c->n_layers;
     Device d = { 0 };
+    if (!m->share) m->share = xalloc((size_t)L + 1, sizeof *m->share);
     m->ctx = ctx;
     m->chunk = chunk && chunk < ctx ? chunk : ctx < 512 ? ctx : 512;
     m->reach = m->chunk + 64;
@@ -6477,10 +5768,15 @@ static void choose_context(Model *m, const Opening *o) {
 
 // ordinal: of the GPU, -1: the CPU.
 static void add_stage(Model *m, int ordinal) {
+    Err e;
     if (m->n_stages == MAX_STAGES) die(2, "--devices: at most %d", MAX_STAGES);
     Device *d = &m->stage[m->n_stages++];
     d->ordinal = ordinal;
     snprintf(d->name, sizeof d->name, ordinal < 0 ? "cpu" : "cuda:%d", ordinal);
+    if (ordinal < 0) return;
+    if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
+    d->memory = cuda_memory(ordinal);
+    if (!d->memory) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
 }
 
 // "cuda:0,cuda:1,cpu", or NULL: every GPU there is, else the CPU.
@@ -6515,22 +5811,20 @@ static void parse_layers(Model *m, const char *list) {
     m->stage[i - 1].has_head = true;
 }
 
-// Gives the GPUs, in their order, as many layers as memory [n_stages] allows (0: it is a CPU) while
-// no stage's tokens take longer than `limit` says. Returns how many layers found no place, the head
-// counted as one more.
-static int fill_gpus(Model *m, const size_t *memory, double limit) {
+// Gives the GPUs, in their order, as many layers as their memory allows while no stage's tokens take
+// longer than `limit` says. Returns how many layers found no place, the head counted as one more.
+static int fill_gpus(Model *m, double limit) {
     int at = 0, L = m->c.n_layers;
     size_t embed = mat_bytes(&m->w.embed), driver = (size_t)256 << 20;   // and what alignment loses
-    for (int i = 0; i < m->n_stages; i++) {
-        Device *d = &m->stage[i];
+    for (Device *d = m->stage; d < m->stage + m->n_stages; d++) {
         d->first = d->last = at;
         d->has_head = false;
-        for (; memory[i] && at <= L; at++) {
+        for (; d->memory && at <= L; at++) {
             bool head = at == L;
             Share s = share_of(m, d->first, at + 1);
             size_t bytes = s.weights + s.context + m->buffers[head] + driver;
             if (!d->first || (head && m->w.mtp)) bytes += embed;
-            if (s.touched > limit || bytes > memory[i]) break;
+            if (s.touched > limit || bytes > d->memory) break;
             d->last += !head;
             d->has_head = head;
         }
@@ -6538,27 +5832,10 @@ static int fill_gpus(Model *m, const size_t *memory, double limit) {
     return L + 1 - at;
 }
 
-// Free bytes of each stage's GPU, 0 for a CPU. Returns their sum.
-static size_t gpu_memory(const Model *m, size_t *memory) {
-    size_t sum = 0;
-    Err e;
-    for (int i = 0; i < m->n_stages; i++) {
-        const Device *d = &m->stage[i];
-        memory[i] = 0;
-        if (d->ordinal < 0) continue;
-        if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
-        memory[i] = cuda_memory(d->ordinal);
-        if (!memory[i]) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
-        sum += memory[i];
-    }
-    return sum;
-}
-
-// The CPUs share the `rest` that the GPUs leave (the last of it is the head). Stages with nothing
-// to do go.
-static void share_rest(Model *m, int rest) {
-    int n = m->n_stages, cpus = 0, k = 0, at = 0;
-    for (int i = 0; i < n; i++) cpus += m->stage[i].ordinal < 0;
+// The CPUs share the `rest` that the GPUs leave (the last of it is the head, which the last stage
+// gets). Stages with nothing to do go.
+static void share_rest(Model *m, int rest, int cpus) {
+    int n = m->n_stages, k = 0, at = 0;
     m->n_stages = 0;
     for (int i = 0; i < n; i++) {
         Device d = m->stage[i];
@@ -6578,38 +5855,44 @@ static void share_rest(Model *m, int rest) {
 // for. Else the GPUs are filled and CPUs take the rest.
 static void choose_layers(Model *m, const Opening *o) {
     int L = m->c.n_layers, cpus = 0, ctx = m->ctx;
-    size_t memory[MAX_STAGES], all = gpu_memory(m, memory);
+    size_t memory = 0;
     double lo = 0, hi = 1e15;
-    for (int i = 0; i < m->n_stages; i++) cpus += m->stage[i].ordinal < 0;
-    int rest = fill_gpus(m, memory, hi);
+    for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
+        cpus += d->ordinal < 0;
+        memory += d->memory;
+    }
+    int rest = fill_gpus(m, hi);
     while (rest && !cpus && !o->ctx && m->ctx > 4096) {
         set_context(m, m->ctx / 2, o->chunk);
-        rest = fill_gpus(m, memory, hi);
+        rest = fill_gpus(m, hi);
     }
-    if (rest && ctx != m->ctx) {            // that was no help
+    if (rest) {                             // a shorter one was no help
         set_context(m, ctx, o->chunk);
-        rest = fill_gpus(m, memory, hi);
+        rest = fill_gpus(m, hi);
     }
     if (rest && !cpus && o->devices)
         die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or "
-            "try a smaller -c", (double)all / 1e9, L + 1 - rest, L, m->ctx);
-    if (rest && !cpus) add_stage(m, -1);
-    int last = m->n_stages - 1;
-    if (rest && m->stage[last].ordinal >= 0) {      // it gets the head, whatever else
+            "try a smaller -c", (double)memory / 1e9, L + 1 - rest, L, m->ctx);
+    if (rest && !cpus) {
+        add_stage(m, -1);
+        cpus = 1;
+    }
+    Device *last = &m->stage[m->n_stages - 1];
+    if (rest && last->memory) {             // it gets the head, whatever else
         size_t head = m->share[L].weights + m->share[L].context + m->buffers[1] - m->buffers[0];
         if (m->w.mtp) head += mat_bytes(&m->w.embed);
-        memory[last] -= head < memory[last] ? head : memory[last];
-        rest = fill_gpus(m, memory, hi);
+        last->memory -= head < last->memory ? head : last->memory;
+        rest = fill_gpus(m, hi);
     }
     for (int step = 0; !rest && step < 50; step++) {
         double mid = (lo + hi) / 2;
-        *(fill_gpus(m, memory, mid) ? &lo : &hi) = mid;
+        *(fill_gpus(m, mid) ? &lo : &hi) = mid;
     }
-    if (!rest) fill_gpus(m, memory, hi);
-    share_rest(m, rest);
+    if (!rest) fill_gpus(m, hi);
+    share_rest(m, rest, cpus);
 }
 
-static void print_plan(const Model *m, FILE *to) {
+void print_plan(const Model *m, FILE *to) {
     for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
         Share s = stage_share(m, d);
         char layers[64] = "no layers";
@@ -6642,7 +5925,8 @@ static void load_pieces(void *arg, int begin, int end) {
 // disk page by page.
 static void load_weights(const Store *s, Pool *pool, bool lock) {
     double start = now();
-    size_t done = 0, all = store_bytes(s);
+    size_t done = 0, all = 0;
+    for (int i = 0; i < s->n_shards; i++) all += s->shards[i].map.n;
     for (int i = 0; i < s->n_shards; i++) {
         Loading o = { s->shards[i].map, lock };
         madvise((void *)(uintptr_t)o.map.p, o.map.n, MADV_HUGEPAGE);
@@ -6658,7 +5942,6 @@ Model *model_read(const Opening *o) {
     Err e;
     if (!model_bind(m, o->dir, &e)) die(1, "%s", e.text);
     m->exact = o->exact;
-    m->share = xalloc((size_t)m->c.n_layers + 1, sizeof *m->share);
     m->stage = xalloc(MAX_STAGES, sizeof *m->stage);
     choose_context(m, o);
     parse_devices(m, o->devices);
@@ -6706,11 +5989,10 @@ void model_start(Model *m, const Opening *o) {
 Tokenizer *tokenizer_open(const char *dir, bool needed) {
     Err e;
     Span text;
-    char *path = path_join(dir, "tokenizer.json");
+    char *path = text_of("%s/tokenizer.json", dir);
     Tokenizer *t = NULL;
     if (file_exists(path)) {
-        t = xalloc(1, sizeof *t);
-        if (!map_file(path, &text, &e) || !tok_load(t, text, path, &e)) die(1, "%s", e.text);
+        if (!map_file(path, &text, &e) || !(t = tok_load(text, path, &e))) die(1, "%s", e.text);
         unmap_file(text);
     } else if (needed) {
         die(1, "%s: no tokenizer here; token ids can still be given with --ids", path);
@@ -6719,101 +6001,64 @@ Tokenizer *tokenizer_open(const char *dir, bool needed) {
     return t;
 }
 
-void tokenizer_close(Tokenizer *t) {
-    if (t) tok_free(t);
-    free(t);
-}
-
 Control tokenizer_control(const Tokenizer *t) {
     return (Control){ t->n, t->bos, t->eos, t->user, t->assistant, t->think, t->end_think };
 }
 
-// Options, else the publisher's generation_config.json, else temperature 1 and the config's
-// end-of-sentence token.
-Sampler *sampler_open(const Model *m, const char *dir, Ids *eos) {
-    Err e;
-    Span text;
-    Sampling how = sampling_default;
-    char *path = path_join(dir, "generation_config.json");
-    if (file_exists(path)) {
-        if (!map_file(path, &text, &e) ||
-            !read_generation_config(text, path, m->c.vocab, &how, eos, &e))
-            die(1, "%s", e.text);
-        unmap_file(text);
-    }
-    free(path);
-    if (!eos->n && m->c.eos >= 0) ids_add(eos, m->c.eos);
-    if (opt.temp >= 0) how.temperature = opt.temp;
-    if (opt.top_k >= 0) how.top_k = opt.top_k;
-    if (opt.top_p >= 0) how.top_p = opt.top_p;
-    if (opt.min_p >= 0) how.min_p = opt.min_p;
-    if (opt.seed < 0) opt.seed = (int64_t)time(NULL);
-    Sampler *s = xalloc(1, sizeof *s);
-    sampler_init(s, m->c.vocab, how, (uint64_t)opt.seed);
-    if (how.temperature > 0)
-        note("seed %lld, temperature %g, top-p %g", (long long)opt.seed, how.temperature,
-             how.top_p);
-    return s;
-}
-
-void sampler_close(Sampler *s) {
-    sampler_free(s);
-    free(s);
-}
 // ---------------------------------------------------------------------------
-// what a model is like: dsv4 info, and the rates of its products for dsv4 bench
+// what programs may know of a model: dsv4 info, bench, devices
 
-static const char *const format_names[N_FORMATS] = {
-    "F32", "BF16", "INT8 128x128", "INT4 group 32", "FP8 e4m3 128x128", "FP4 e2m1 group 32"
-};
-
-// Bytes of compressed rows that one token adds, over all layers.
-static double bytes_per_token(const Model *m) {
-    double n = 0;
-    for (int i = 0; i < m->c.n_layers; i++) {
-        int M = m->w.layers[i].ratio;
-        if (M) n += (double)kv_bytes(m->stage, m->c.head_dim) / M;
-        if (M == 4) n += (double)kv_bytes(m->stage, m->c.index_dim) / M;
-    }
-    return n;
+ModelBrief model_brief(const Model *m) {
+    Share all = share_of(m, 0, m->c.n_layers + 1);
+    ModelBrief b = { .config = &m->c, .store = &m->store, .formats = m->format, .ctx = m->ctx,
+                     .mtp = m->w.mtp, .cpu = true, .touched = all.touched, .context = all.context,
+                     .number = kv_bytes(m->stage, 1) };
+    b.touched += (double)mat_bytes(&m->w.embed) / m->c.vocab;       // one row
+    b.touched += (double)mat_bytes(&m->w.hc_head.fn);
+    for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
+    return b;
 }
 
-// Bytes of weights that decoding one token reads: all but the experts that are not chosen, and one
-// row of the embedding.
-static double bytes_touched(const Model *m) {
-    return share_of(m, 0, m->c.n_layers + 1).touched +
-           (double)mat_bytes(&m->w.embed) / m->c.vocab + (double)mat_bytes(&m->w.hc_head.fn);
+LayerBrief layer_brief(const Model *m, int i) {
+    int L = m->c.n_layers;
+    const Layer *l = i < L ? &m->w.layers[i] : &m->w.mtp[i - L].block;
+    return (LayerBrief){ l->name, format_names[l->wq_b.fmt], format_names[l->w1[0].fmt], l->bytes,
+                         l->ratio, l->tid2eid };
 }
 
-static void print_layer(const Layer *l) {
-    printf("  %-9s ratio %-3d  %-6s  %9.2f MB  experts %s, attention %s\n", l->name, l->ratio,
-           l->tid2eid ? "hashed" : "scored", (double)l->bytes / 1e6, format_names[l->w1[0].fmt],
-           format_names[l->wq_b.fmt]);
+static MatBrief mat_brief(const char *name, const Mat *w, int n) {
+    return (MatBrief){ name, w->w ? w : NULL, format_names[w->fmt], w->n, w->k, n, mat_bytes(w) };
 }
 
-static int run_info(void) {
-    Model *m = model_read(&opt.open);
-    const Config *c = &m->c;
-    double per_token = bytes_per_token(m);
-    printf("model      %d layers, dim %d, %d heads x %d (rope %d), window %d, vocabulary %d, "
-           "context %d\n", c->n_layers, c->dim, c->n_heads, c->head_dim, c->rope_dim, c->window,
-           c->vocab, c->max_ctx);
-    printf("experts    %d, %d per token, hidden %d; the first %d layers choose by token\n",
-           c->n_experts, c->n_active, c->expert_dim, c->n_hash_layers);
-    printf("indexer    %d heads x %d, keeps %d rows; hyper-connections: %d streams\n",
-           c->index_heads, c->index_dim, c->index_topk, c->hc_mult);
-    printf("checkpoint %zu tensors in %d files, %.2f GB, quant_method %s\n", m->store.n,
-           m->store.n_shards, (double)store_bytes(&m->store) / 1e9, *c->quant ? c->quant : "none");
-    for (int i = 0; i < N_FORMATS; i++)
-        if (m->format[i]) printf("  %-18s %6d matrices\n", format_names[i], m->format[i]);
-    for (int i = 0; i < c->n_layers; i++) print_layer(&m->w.layers[i]);
-    for (int i = 0; m->w.mtp && i < c->n_mtp; i++) print_layer(&m->w.mtp[i].block);
-    printf("memory     %.3f GB of weights read per token; context: %.0f bytes per token (%.2f MB "
-           "per 1024), %.1f MB of rings per session\n", bytes_touched(m) / 1e9, per_token,
-           per_token * 1024 / 1e6, ((double)share_of(m, 0, c->n_layers + 1).context -
-                                    per_token * m->ctx) / 1e6);
-    print_plan(m, stdout);
-    return 0;
+MatBrief layer_matrix(const Model *m, int i, int kind, int expert) {
+    const Layer *l = &m->w.layers[i];
+    int dense = COUNT(layer_table), E = m->c.n_experts;
+    if (kind == dense) return mat_brief("ffn.experts.w1", l->w1 + expert, E);
+    if (kind == dense + 1) return mat_brief("ffn.experts.w2", l->w2 + expert, E);
+    if (kind > dense) return (MatBrief){ 0 };           // w3 is like w1
+    const Bind *b = &layer_table[kind];
+    if (b->kind != MAT) return (MatBrief){ .name = b->name };
+    return mat_brief(b->name, (const Mat *)((const char *)l + b->at), 1);
+}
+
+MatBrief head_matrix(const Model *m) { return mat_brief("head", &m->w.head, 1); }
+
+const char *cpu_instructions(void) { return cpu_names[cpu_level]; }
+
+int pool_threads(const Pool *p) { return p->n_threads; }
+
+double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
+    Act a = act_new(m->stage, 1, mats[0]->k, 1);
+    float *y = xalloc((size_t)n * mats[0]->n, sizeof *y);
+    Product *p = xalloc((size_t)n, sizeof *p);
+    act_quantise(m->stage, &a, 0);
+    for (int i = 0; i < n; i++)
+        p[i] = (Product){ mats[i], &a, NULL, 1, y + (size_t)i * mats[0]->n, (size_t)mats[0]->n };
+    double start = now();
+    matmul(pool, p, n, m->exact);
+    double t = now() - start;
+    free(a.x), free(a.q), free(a.s), free(y), free(p);
+    return t;
 }
 
 // --- dsv4 devices (apps/devices.c)
@@ -6823,7 +6068,6 @@ Model *gpu_model(const char *dir) {
     Model *m = xalloc(1, sizeof *m);
     Err e;
     if (!model_bind(m, dir, &e)) die(1, "%s", e.text);
-    m->share = xalloc((size_t)m->c.n_layers + 1, sizeof *m->share);
     set_context(m, m->c.max_ctx < CTX ? m->c.max_ctx : CTX, ROWS);
     return m;
 }
@@ -6862,96 +6106,8 @@ char *gpu_kernels(const Model *m, int cc) {
     return path;
 }
 
-ModelBrief model_brief(const Model *m) {
-    const Config *c = &m->c;
-    ModelBrief b = { .vocab = c->vocab, .ctx = m->ctx, .max_ctx = c->max_ctx, .dspark = c->dspark,
-                     .mtp = m->w.mtp, .touched = bytes_touched(m), .cpu = true };
-    for (int i = 0; i < m->n_stages; i++) b.cpu &= m->stage[i].ordinal < 0;
-    return b;
-}
-
-// GB/s of matrices of one kind at one row, `together` side by side. All layers' in turn, so that
-// caches do not help.
-static void bench_product(Model *m, Pool *pool, const char *name, const Mat **mats, int n,
-                          int together, double bandwidth) {
-    double bytes = 0, best = 1e30;
-    const Device *d = m->stage;
-    Act a = act_new(d, 1, mats[0]->k, 1);
-    float *y = xalloc((size_t)together * mats[0]->n, sizeof *y);
-    Product *p = xalloc((size_t)together, sizeof *p);
-    for (int i = 0; i < n; i++) bytes += (double)mat_bytes(mats[i]);
-    act_quantise(d, &a, 0);
-    for (int pass = 0; pass < 4; pass++) {
-        double start = now();
-        for (int i = 0; i + together <= n; i += together) {
-            for (int j = 0; j < together; j++)
-                p[j] = (Product){ mats[i + j], &a, NULL, 1, y + (size_t)j * mats[0]->n,
-                                  (size_t)mats[0]->n };
-            matmul(pool, p, together, d->exact);
-        }
-        if (pass) best = fmin(best, now() - start);
-    }
-    printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", name, format_names[mats[0]->fmt],
-           mats[0]->n, mats[0]->k, bytes / best / 1e9, 100 * bytes / best / bandwidth);
-    free(a.x), free(a.q), free(a.s), free(y), free(p);
-}
-
-void bench_products(Model *m, Pool *pool, double bandwidth) {
-    const Config *c = &m->c;
-    const Mat **list = xalloc((size_t)c->n_layers * c->n_experts + 1, sizeof *list);
-    printf("cpu %s, %d threads, read bandwidth %.1f GB/s\nproducts of one row%19sformat%13srows x "
-           "columns%8srate  of read bandwidth\n", cpu_names[cpu_level], pool->n_threads,
-           bandwidth / 1e9, "", "", "");
-    for (const Bind *b = layer_table; b < layer_table + COUNT(layer_table); b++) {
-        int n = 0;
-        for (int i = 0; i < c->n_layers && b->kind == MAT; i++) {
-            const Mat *w = (const Mat *)((const char *)&m->w.layers[i] + b->at);
-            if (w->w && (!n || (w->n == list[0]->n && w->fmt == list[0]->fmt))) list[n++] = w;
-        }
-        if (n) bench_product(m, pool, b->name, list, n, 1, bandwidth);
-    }
-    for (int k = 1; k <= 2; k++) {
-        int n = 0;
-        for (const Layer *l = m->w.layers; l < m->w.layers + c->n_layers; l++)
-            for (int i = 0; i < c->n_experts; i++) list[n++] = k == 1 ? &l->w1[i] : &l->w2[i];
-        bench_product(m, pool, k == 1 ? "ffn.experts.w1" : "ffn.experts.w2", list, n, c->n_active,
-                      bandwidth);
-    }
-    list[0] = &m->w.head;
-    bench_product(m, pool, "head", list, 1, 1, bandwidth);
-    free(list);
-}
 // ---------------------------------------------------------------------------
 // main
-
-static void on_interrupt(int sig) {
-    if (sig != SIGINT) terminated = true;
-    if (interrupted++ || !computing) _exit(130);
-}
-
-static void on_bus(int sig, siginfo_t *info, void *context) {
-    static atomic_flag said = ATOMIC_FLAG_INIT;
-    while (atomic_flag_test_and_set(&said)) pause();
-    const Store *store = open_store;
-    const char *path = store ? store_find_address(store, info->si_addr) : NULL;
-    if (!path && (size_t)((char *)info->si_addr - last_mapped.map.p) < last_mapped.map.n)
-        path = last_mapped.path;
-    const char *parts[] = { "dsv4: ", path ? path : "a mapped file",
-                            ": cannot be read (did it shrink, or does its disk fail?)\n" };
-    (void)sig;
-    (void)context;
-    for (int i = 0; i < 3; i++) if (write(2, parts[i], strlen(parts[i])) < 0) break;
-    _exit(1);
-}
-
-static void catch_signals(void) {
-    static const int stops[] = { SIGINT, SIGTERM, SIGHUP };
-    struct sigaction stop = { .sa_handler = on_interrupt };
-    struct sigaction bus = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO };
-    for (size_t i = 0; i < COUNT(stops); i++) sigaction(stops[i], &stop, NULL);
-    sigaction(SIGBUS, &bus, NULL);
-    signal(SIGPIPE, SIG_IGN);
-}
 
 // The vector instructions to use: the best there are, or fewer.
 static void choose_isa(void) {

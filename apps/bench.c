@@ -15,50 +15,101 @@ static double feed_time(Session *s, int at, int n, int vocab) {
     return now() - start;
 }
 
+// A rate is measured in parts, with the machine's read bandwidth right before and after each: on a
+// shared machine it changes within seconds.
+enum { PARTS = 5 };
+typedef struct {
+    Pool *pool;                     // NULL: no bandwidth
+    double before;                  // the last read, bytes per second
+    double rate[PARTS];             // bytes per second of the parts
+    double share[PARTS];            // their shares of the better of the two reads
+    int n;
+} Parts;
+
+static Parts parts_begin(Pool *pool) {
+    return (Parts){ .pool = pool, .before = pool ? read_bandwidth(pool) : 0 };
+}
+
+static void parts_add(Parts *p, double bytes, double seconds) {
+    double after = p->pool ? read_bandwidth(p->pool) : 0;
+    p->rate[p->n] = bytes / seconds;
+    p->share[p->n] = p->rate[p->n] / fmax(p->before, after);
+    p->before = after;
+    p->n++;
+}
+
 static int by_size(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-// Decodes `steps` tokens from position `at` on, one by one in PARTS; between them the machine's read bandwidth
-// is measured (pool NULL: not). Returns the median rate of the parts in tokens per second. *share: the median
-// of what each part reads (`touched` bytes a token) over the better of the reads right before and after it:
-// the bandwidth of a shared machine may change within seconds.
-static double decode_rate(Session *s, int at, int steps, const ModelBrief *b, Pool *pool, double *share) {
-    enum { PARTS = 5 };
-    double rate[PARTS], shares[PARTS], before = pool ? read_bandwidth(pool) : 0;
-    for (int i = 0; i < PARTS; i++) {
-        int n = steps * (i + 1) / PARTS - steps * i / PARTS;
-        double t = 1e-9;
-        for (int k = 0; k < n; k++) t += feed_time(s, at++, 1, b->vocab);
-        double after = pool ? read_bandwidth(pool) : 0;
-        rate[i] = n / t;
-        shares[i] = rate[i] * b->touched / fmax(before, after);
-        before = after;
-    }
-    qsort(rate, PARTS, sizeof *rate, by_size);
-    qsort(shares, PARTS, sizeof *shares, by_size);
-    *share = shares[PARTS / 2];
-    return rate[PARTS / 2];
+static double median(double *x) {   // [PARTS]
+    qsort(x, PARTS, sizeof *x, by_size);
+    return x[PARTS / 2];
 }
 
-// Prefill and decode at growing depths. Each depth up to 512 is read from an empty session, up to 2048 on
-// from the one before. Beyond, on the CPU, only the last (about) 512 positions are read and what lies
-// before them is made up: a million positions would take hours to read, and the rates depend on the
-// number of rows alone.
+// GB/s of n matrices of one shape at one row, `together` side by side.
+static void report_product(const Model *m, Pool *pool, const MatBrief *list, int n, int together) {
+    const Mat **mats = xalloc((size_t)n, sizeof *mats);
+    double bytes = 0;
+    for (int i = 0; i < n; i++) {
+        mats[i] = list[i].mat;
+        bytes += (double)list[i].bytes;
+    }
+    Parts p = parts_begin(pool);
+    while (p.n < PARTS) {
+        double t = 0;
+        for (int i = 0; i + together <= n; i += together)
+            t += product_time(m, pool, mats + i, together);
+        parts_add(&p, bytes, t);
+    }
+    printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", list->name, list->format, list->n,
+           list->k, median(p.rate) / 1e9, 100 * median(p.share));
+    free(mats);
+}
+
+// Every kind of matrix product; of one kind the matrices that have the first one's format and rows.
+static void report_products(const Model *m, Pool *pool) {
+    const Config *c = model_brief(m).config;
+    MatBrief *list = xalloc((size_t)c->n_layers * (size_t)c->n_experts, sizeof *list), head;
+    double bandwidth = 0;
+    for (int i = 0; i < PARTS; i++) bandwidth = fmax(bandwidth, read_bandwidth(pool));
+    printf("cpu %s, %d threads, read bandwidth %.1f GB/s\n", cpu_instructions(), pool_threads(pool),
+           bandwidth / 1e9);
+    printf("products of one row%19sformat%13srows x columns%8srate  of read bandwidth\n", "", "",
+           "");
+    for (int kind = 0; layer_matrix(m, 0, kind, 0).name; kind++) {
+        int n = 0;
+        for (int i = 0; i < c->n_layers; i++) {
+            MatBrief b = layer_matrix(m, i, kind, 0);
+            for (int e = 0; b.mat && e < b.many; e++) {
+                b = layer_matrix(m, i, kind, e);
+                if (!n || (b.n == list->n && b.format == list->format)) list[n++] = b;
+            }
+        }
+        if (n) report_product(m, pool, list, n, list->many > 1 ? c->n_active : 1);
+    }
+    head = head_matrix(m);
+    report_product(m, pool, &head, 1, 1);
+    free(list);
+}
+
+// Prefill and decode at growing depths. Each depth up to 512 is read from an empty session, up to
+// 2048 on from the one before. Beyond, on the CPU, only the last (about) 512 positions are read and
+// what lies before them is made up: a million positions would take hours to read, and the rates
+// depend on the number of rows alone.
 int run_bench(void) {
     int steps = opt.tokens > 0 ? opt.tokens : 40;
-    double bandwidth = 0, share;
     Model *m = model_read(&opt.open);
     model_start(m, &opt.open);
     ModelBrief b = model_brief(m);
     Session *s = session_new(m);
     Pool *pool = b.cpu ? pool_new(opt.open.threads) : NULL;
-    for (int i = 0; i < 5 && b.cpu; i++) bandwidth = fmax(bandwidth, read_bandwidth(pool));
-    if (b.cpu) bench_products(m, pool, bandwidth);
+    if (b.cpu) report_products(m, pool);
     printf("%.3f GB of weights read per token\n", b.touched / 1e9);
-    printf("   depth   prefill tok/s   decode tok/s   decode GB/s%s\n", b.cpu ? "   of the bandwidth" : "");
-    feed_time(s, 0, 1, b.vocab);
+    printf("   depth   prefill tok/s   decode tok/s   decode GB/s%s\n",
+           b.cpu ? "   of the bandwidth" : "");
+    feed_time(s, 0, 1, b.config->vocab);
     for (int at = 1, depth = 128; depth + steps <= b.ctx; depth *= 2) {
         if (depth <= 512) {
             session_clear(s);
@@ -69,13 +120,20 @@ int run_bench(void) {
             at = depth - 512 + at % 128;
             session_stretch(s, at);
         }
-        double t_read = feed_time(s, at, depth - at, b.vocab);
-        double rate = decode_rate(s, depth, steps, &b, pool, &share);
-        printf("%8d %15.1f %14.2f %13.2f", depth, (depth - at) / t_read, rate, b.touched * rate / 1e9);
-        if (b.cpu) printf(" %17.0f %%", 100 * share);
+        double t_read = feed_time(s, at, depth - at, b.config->vocab);
+        double prefill = (depth - at) / t_read;
+        Parts p = parts_begin(pool);
+        for (at = depth; p.n < PARTS;) {
+            int n = steps * (p.n + 1) / PARTS - steps * p.n / PARTS;
+            double t = 1e-9;
+            for (int k = 0; k < n; k++) t += feed_time(s, at++, 1, b.config->vocab);
+            parts_add(&p, n * b.touched, t);
+        }
+        double rate = median(p.rate);
+        printf("%8d %15.1f %14.2f %13.2f", depth, prefill, rate / b.touched, rate / 1e9);
+        if (b.cpu) printf(" %17.0f %%", 100 * median(p.share));
         printf("\n");
         fflush(stdout);
-        at = depth + steps;
     }
     pool_free(pool);
     session_free(s);
@@ -111,7 +169,7 @@ int run_ppl(const char *path) {
     ModelBrief b = model_brief(m);
     size_t ctx = opt.open.ctx || b.ctx < 2048 ? (size_t)b.ctx : 2048;
     int *tokens = xalloc(ctx + 1, sizeof *tokens);
-    NllSum sum = { .tokens = tokens, .vocab = b.vocab };
+    NllSum sum = { .tokens = tokens, .vocab = b.config->vocab };
     Session *s = session_new(m);
     tokens[0] = tokenizer_control(t).bos;
     for (size_t at = 0; at < ids.n; at += ctx) {

@@ -32,16 +32,6 @@
 
 #define MANIFEST ".dsv4-convert"
 
-__attribute__((format(printf, 1, 2)))
-static char *text_of(const char *fmt, ...) {
-    char *s;
-    va_list ap;
-    va_start(ap, fmt);
-    if (vasprintf(&s, fmt, ap) < 0) die(1, "out of memory: a path");
-    va_end(ap);
-    return s;
-}
-
 __attribute__((format(printf, 2, 3)))
 static void put(Str *s, const char *fmt, ...) {
     char text[256];
@@ -237,7 +227,7 @@ typedef struct {
 
 typedef struct {
     const Dsv4Convert *o;
-    ConfigBrief config;
+    Config config;
     Store store;
     Tables *tables;
     OutFile *files;         // [n_files], one per source shard; n = 0: dropped
@@ -1139,7 +1129,7 @@ static bool read_remap(Job *job, const char *list, Err *e) {
 // Everything that can be said without looking at DST.
 static bool prepare(Job *job, Err *e) {
     const Dsv4Convert *o = job->o;
-    if (!config_brief(&job->config, o->src, e)) return false;
+    if (!config_open(&job->config, o->src, e)) return false;
     if (strcmp(job->config.quant, "fp8"))
         return fail(e, "%s/config.json: quant_method is '%s', the original release has 'fp8'",
                     o->src, job->config.quant);

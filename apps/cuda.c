@@ -4,12 +4,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include "cuda.h"
 
-#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // The source of the kernels travels in the program, and PTX that was made before if there is some.
 #ifdef DSV4_PTX
@@ -253,7 +251,7 @@ char *cache_get(const char *kind, uint64_t key) {
     if (path && map_file(path, &s, &e)) {
         text = list_find(s, key);
         if (!text) note("%s is damaged and not used", path);
-        if (s.n) munmap((void *)(uintptr_t)s.p, s.n);
+        unmap_file(s);
     }
     free(path);
     return text;

