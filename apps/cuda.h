@@ -131,12 +131,8 @@ typedef struct { const char *from; CuPtr to; size_t bytes; } CopyJob;
 void gpu_upload(Gpu *g, const CopyJob *list, size_t n);     // by threads, through pinned buffers
 void upload_expect(size_t bytes);           // so much more for the one progress bar
 
-// --- what `dsv4 devices` (apps/devices.c) looks at (dsv4.c). Errors end the process.
+// --- the self-test (apps/selftest.c): what an operation left on a GPU against what the CPU has
 
-typedef struct Device Device;
-Device *gpu_open(const Model *m, int ordinal);      // a model's first layers and its head on a GPU
-Gpu *gpu_of(Device *d);
-void gpu_close(Device *d);
 // The worst comparison of an operation: the largest difference over the root mean square of what
 // the CPU has, the limit, their ratio; layer and rows there; n: comparisons.
 typedef struct {
@@ -145,7 +141,31 @@ typedef struct {
     const char *at;
     int rows, n;
 } GpuCheck;
-int gpu_check(const Model *m, Device *d, GpuCheck **list);      // the number of operations
+enum { N_CHECKS = 16 };             // operations
+
+typedef struct { Gpu *g; int rows; GpuCheck *list; } Trial;     // list [N_CHECKS]
+void trial_note(Trial *t, const char *op, double error, double limit);
+// n numbers; then the GPU goes on from the CPU's. halves: as BF16 on the GPU, where one step of
+// rounding is free.
+void trial_compare(Trial *t, const char *op, CuPtr gpu, bool halves, const float *cpu, size_t n,
+                   double limit);
+// The largest of n differences over the root mean square of the CPU's values. slack: the share of a
+// value that does not count.
+double deviation(const float *gpu, const float *cpu, size_t n, double slack);
+
+// Has this GPU, with this driver and these kernels, passed the tests that *key stands for? That is
+// remembered beside the kernels. *key then stands for all of it.
+bool gpu_passed(const Gpu *g, uint64_t *key);
+// Did it? Then it is remembered. If not, and this was the last try, the process ends.
+bool gpu_verdict(const Gpu *g, uint64_t key, const GpuCheck *list, bool last, double start);
+
+// --- what `dsv4 devices` (apps/devices.c) looks at (dsv4.c). Errors end the process.
+
+typedef struct Device Device;
+Device *gpu_open(const Model *m, int ordinal);      // a model's first layers and its head on a GPU
+Gpu *gpu_of(Device *d);
+void gpu_close(Device *d);
+void gpu_check(const Model *m, Device *d, GpuCheck *list);      // [N_CHECKS]
 double gpu_product_time(Device *d, int bytes, int n, int k, int rows);  // s; INT8 or BF16 [n, k]
 char *gpu_kernels(const Model *m, int cc);          // makes PTX; where it is kept, to be freed
 int devices(const char *dir, bool named);           // the program

@@ -6,16 +6,16 @@
 
 // Prints each operation's worst deviation from the CPU's; returns the number out of bounds.
 static int report_checks(const Model *m, Device *d) {
-    GpuCheck *list;
-    int n = gpu_check(m, d, &list), bad = 0;
-    for (int i = 0; i < n; i++) {
+    GpuCheck list[N_CHECKS] = { 0 };
+    int bad = 0;
+    gpu_check(m, d, list);
+    for (int i = 0; i < N_CHECKS; i++) {
         const GpuCheck *p = &list[i];
         if (!p->n) continue;
         bad += p->share > 1;
         printf("  %-4s %-42s deviation %.1e, limit %.0e\n", p->share > 1 ? "BAD" : "ok", p->name,
                p->error, p->limit);
     }
-    free(list);
     return bad;
 }
 
