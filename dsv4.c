@@ -69,13 +69,15 @@ bool fail(Err *e, const char *fmt, ...) {
     return one_line(e->text), false;
 }
 
+static atomic_bool dying;           // a thread has the last word
+static atomic_bool bar_shown;       // a progress bar is on the terminal's line
+
 // One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that
 // fail, one speaks.
 void die(int code, const char *fmt, ...) {
-    static atomic_flag dying = ATOMIC_FLAG_INIT;
     char line[2048];
     va_list ap;
-    while (atomic_flag_test_and_set(&dying)) pause();
+    while (atomic_exchange(&dying, true)) pause();
     va_start(ap, fmt);
     vsnprintf(line, sizeof line, fmt, ap);
     va_end(ap);
@@ -84,11 +86,10 @@ void die(int code, const char *fmt, ...) {
     exit(code);
 }
 
-static atomic_bool bar_shown;       // a progress bar is on the terminal's line
-
 // One fact `# ...` on stderr.
 void note(const char *fmt, ...) {
     va_list ap;
+    if (dying) return;
     va_start(ap, fmt);
     flockfile(stderr);
     fputs(atomic_exchange(&bar_shown, false) ? "\r\033[K# " : "# ", stderr);
@@ -302,7 +303,7 @@ double now(void) {
 
 // A progress line that overwrites itself; only where a person is watching.
 void progress(const char *what, int64_t done, int64_t total) {
-    if (!isatty(2)) return;
+    if (!isatty(2) || dying) return;
     int width = 30, full = total ? (int)(width * done / total) : width;
     bar_shown = done < total;
     fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################",
@@ -4681,7 +4682,7 @@ static void cuda_device(Device *d, int ordinal) {
     g->formats = model_formats(&d->w, d->c);
     check_shape(d);
     Freight weights = stage_freight(d);
-    upload_expect(weights.bytes);
+    upload_expect(weights.job, weights.n);
     gpu_start(&g->gpu, ordinal);
     CU(&g->gpu, EventCreate, &g->staged, 2);            // 2: no timing
     CU(&g->gpu, EventRecord, g->staged, g->gpu.stream);

@@ -490,15 +490,17 @@ static struct {
     int64_t done, all;          // bytes, of all GPUs
 } bar = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
-static void bar_move(size_t done, size_t more) {
+void upload_expect(const CopyJob *list, size_t n) {
     pthread_mutex_lock(&bar.lock);
-    bar.all += (int64_t)more;
-    bar.done += (int64_t)done;
-    if (done) progress("loading", bar.done, bar.all);
+    for (size_t i = 0; i < n; i++) bar.all += (int64_t)list[i].bytes;
     pthread_mutex_unlock(&bar.lock);
 }
 
-void upload_expect(size_t bytes) { bar_move(0, bytes); }
+static void bar_move(size_t bytes) {
+    pthread_mutex_lock(&bar.lock);
+    progress("loading", bar.done += (int64_t)bytes, bar.all);
+    pthread_mutex_unlock(&bar.lock);
+}
 
 // The kernel reads ahead what the threads take next; what was copied is the first to go when the
 // host's memory is short.
@@ -526,7 +528,7 @@ static void *upload_thread(void *arg) {
         madvise((void *)page, j->bytes, MADV_COLD);
         page = (uintptr_t)ahead->from & ~(uintptr_t)4095;
         if (i + UPLOAD_THREADS < u->n) madvise((void *)page, ahead->bytes, MADV_WILLNEED);
-        bar_move(j->bytes, 0);
+        bar_move(j->bytes);
     }
     CU(g, StreamSynchronize, stream);
     for (int k = 0; k < 2; k++) {

@@ -128,8 +128,8 @@ double gpu_lap(Gpu *g);                     // seconds on the GPU since the last
 
 // Host memory to be copied.
 typedef struct { const char *from; CuPtr to; size_t bytes; } CopyJob;
+void upload_expect(const CopyJob *list, size_t n);      // by one of the GPUs: for the progress bar
 void gpu_upload(Gpu *g, const CopyJob *list, size_t n);     // by threads, through pinned buffers
-void upload_expect(size_t bytes);           // so much more for the one progress bar
 
 // --- the self-test (apps/selftest.c): what an operation left on a GPU against what the CPU has
 
