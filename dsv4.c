@@ -4271,17 +4271,19 @@ enum {
 };
 
 static void gpu_launch(Device *d, int kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
-                       unsigned shared, void **args) {
+                       unsigned shared, const void **args) {
     Cuda *g = d->impl;
     if (g->graph == GRAPH_REPLAYS) return;
     g->gpu.kernel = kernel_names[kernel];
-    CU(&g->gpu, LaunchKernel, g->fn[kernel], x, y, z, threads, 1, 1, shared, g->gpu.stream, args,
-       NULL);
+    CU(&g->gpu, LaunchKernel, g->fn[kernel], x, y, z, threads, 1, 1, shared, g->gpu.stream,
+       (void **)args, NULL);
 }
 
-#define LAUNCH(d, kernel, x, y, z, threads, shared, ...) \
-    gpu_launch(d, K_##kernel, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), \
-               shared, (void *[]){ __VA_ARGS__ })
+// Blocks x, y, z, threads, dynamic shared memory, then the addresses of the arguments.
+#define LAUNCH_ID(d, id, x, y, z, threads, shared, ...) \
+    gpu_launch(d, id, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), shared, \
+               (const void *[]){ __VA_ARGS__ })
+#define LAUNCH(d, kernel, ...) LAUNCH_ID(d, K_##kernel, __VA_ARGS__)
 
 // --- kernels: specialised to a model
 
@@ -4309,50 +4311,53 @@ static Formats model_formats(const Weights *w, const Config *c) {
     return f;
 }
 
-// The compiler's options for a model, one per line: the dimensions as -D constants. cc: compute
-// capability, 86 for 8.6.
-static Str kernel_options(const Config *c, Formats f, int cc) {
+// The compiler's options for a model, one per line: the dimensions as -D constants. What the kernels
+// take for granted of them is checked; the CPU takes any. Rows in multiples of 32 columns: they are
+// read 16 bytes at a time in the checkpoint's own layout. head_dim and index_head_dim: what a block
+// can hold in registers. who: for the error; cc: compute capability, 86 for 8.6.
+static Str kernel_options(const char *who, const Config *c, Formats f, int cc) {
+    enum { WIDE = 1 << 16, ANY_SIZE = INT_MAX };
+    const struct { const char *constant, *key; int value, multiple, most; } dims[] = {
+        { "DIM", "hidden_size", c->dim, 32, WIDE },
+        { "STREAMS", "hc_mult", c->hc_mult, 1, 16 },
+        { "HEADS", "num_attention_heads", c->n_heads, 1, ANY_SIZE },
+        { "HEAD_DIM", "head_dim", c->head_dim, 32, 512 },
+        { "ROPE_DIM", "qk_rope_head_dim", c->rope_dim, 4, 512 },
+        { "Q_RANK", "q_lora_rank", c->q_lora_rank, 32, WIDE },
+        { "O_GROUPS", "o_groups", c->o_groups, 1, ANY_SIZE },
+        { "O_RANK", "o_lora_rank", c->o_lora_rank, 32, WIDE },
+        { "WINDOW", "sliding_window", c->window, 1, ANY_SIZE },
+        { "EXPERTS", "n_routed_experts", c->n_experts, 1, 1024 },
+        { "ACTIVE", "num_experts_per_tok", c->n_active, 1, 32 },
+        { "EXPERT_DIM", "moe_intermediate_size", c->expert_dim, 32, WIDE },
+        { "INDEX_HEADS", "index_n_heads", c->index_heads, 1, WIDE },
+        { "INDEX_DIM", "index_head_dim", c->index_dim, 32, 256 },
+        { "INDEX_TOPK", "index_topk", c->index_topk, 1, ANY_SIZE },
+        { "HC_ITERS", "hc_sinkhorn_iters", c->hc_iters, 1, ANY_SIZE },
+        { "DENSE", "", f.dense, 1, ANY_SIZE }, { "GATE", "", f.gate, 1, ANY_SIZE },
+        { "SHARED", "", f.shared, 1, ANY_SIZE }, { "ROUTED", "", f.routed, 1, ANY_SIZE },
+    };
     Str s = { 0 };
-    char text[1024];
-    snprintf(text, sizeof text,
-             "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DDIM=%d\n-DSTREAMS=%d\n-DHEADS=%d\n"
-             "-DHEAD_DIM=%d\n-DROPE_DIM=%d\n-DQ_RANK=%d\n-DO_GROUPS=%d\n-DO_RANK=%d\n-DWINDOW=%d\n"
-             "-DEXPERTS=%d\n-DACTIVE=%d\n-DEXPERT_DIM=%d\n-DINDEX_HEADS=%d\n-DINDEX_DIM=%d\n"
-             "-DINDEX_TOPK=%d\n-DHC_ITERS=%d\n-DHC_EPS=%.9ef\n-DNORM_EPS=%.9ef\n"
-             "-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n-DDENSE=%d\n-DGATE=%d\n-DSHARED=%d\n"
-             "-DROUTED=%d\n", cc >= 86 ? 86 : 80, c->dim, c->hc_mult, c->n_heads, c->head_dim,
-             c->rope_dim, c->q_lora_rank, c->o_groups, c->o_lora_rank, c->window, c->n_experts,
-             c->n_active, c->expert_dim, c->index_heads, c->index_dim, c->index_topk, c->hc_iters,
+    char text[256];
+    snprintf(text, sizeof text, "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DHC_EPS=%.9ef\n"
+             "-DNORM_EPS=%.9ef\n-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n", cc >= 86 ? 86 : 80,
              (double)c->hc_eps, (double)c->norm_eps, (double)c->route_scale,
-             (double)c->swiglu_limit, f.dense, f.gate, f.shared, f.routed);
+             (double)c->swiglu_limit);
     str_puts(&s, text);
+    for (size_t i = 0; i < COUNT(dims); i++) {
+        if (dims[i].value % dims[i].multiple || dims[i].value > dims[i].most)
+            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices "
+                "cpu)", who, dims[i].key, dims[i].value, dims[i].multiple, dims[i].most);
+        snprintf(text, sizeof text, "-D%s=%d\n", dims[i].constant, dims[i].value);
+        str_puts(&s, text);
+    }
     return s;
 }
 
-// What the kernels take for granted about a model's shape; the CPU takes any. Rows in multiples of
-// 32 columns: they are read 16 bytes at a time in the checkpoint's own layout. head_dim and
-// index_head_dim: what a block can hold in registers.
-static void check_shape(const Device *d) {
-    const Config *c = d->c;
-    const struct { const char *name; int value, multiple, most; } rule[] = {
-        { "hidden_size", c->dim, 32, 1 << 16 }, { "head_dim", c->head_dim, 32, 512 },
-        { "qk_rope_head_dim", c->rope_dim, 4, 512 }, { "q_lora_rank", c->q_lora_rank, 32, 1 << 16 },
-        { "o_lora_rank", c->o_lora_rank, 32, 1 << 16 }, { "index_head_dim", c->index_dim, 32, 256 },
-        { "moe_intermediate_size", c->expert_dim, 32, 1 << 16 },
-        { "index_n_heads", c->index_heads, 1, 1 << 16 }, { "hc_mult", c->hc_mult, 1, 16 },
-        { "num_experts_per_tok", c->n_active, 1, 32 },
-        { "n_routed_experts", c->n_experts, 1, 1024 },
-    };
-    for (size_t i = 0; i < COUNT(rule); i++)
-        if (rule[i].value % rule[i].multiple || rule[i].value > rule[i].most)
-            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices "
-                "cpu)", d->name, rule[i].name, rule[i].value, rule[i].multiple, rule[i].most);
-}
-
 // Dynamic shared memory of the kernel that takes `heads` heads a block.
-static unsigned attend_shared(const Config *c, unsigned heads) {
-    unsigned warps = ((unsigned)c->head_dim + 63) / 64;
-    return warps * (3 * 2048 + heads * 64) + heads * 60;
+static unsigned attend_shared(const Config *c, int heads) {
+    int warps = (c->head_dim + 63) / 64;
+    return (unsigned)(warps * (3 * 2048 + heads * 64) + heads * 60);
 }
 
 static void cuda_load(Device *d) {
@@ -4361,7 +4366,7 @@ static void cuda_load(Device *d) {
     if (cc < 80)
         die(1, "%s: compute capability %d.%d, 8.0 is needed (Ampere or newer)", d->name, cc / 10,
             cc % 10);
-    Str options = kernel_options(d->c, g->formats, cc);
+    Str options = kernel_options(d->name, d->c, g->formats, cc);
     gpu_load(&g->gpu, str_span(&options), kernel_names, N_KERNELS, g->fn);
     free(options.p);
     const struct { int kernel; unsigned bytes; } dynamic[] = {
@@ -4680,7 +4685,6 @@ static void cuda_device(Device *d, int ordinal) {
     g->gpu.name = d->name;
     g->gpu.at = &d->at;
     g->formats = model_formats(&d->w, d->c);
-    check_shape(d);
     Freight weights = stage_freight(d);
     upload_expect(weights.job, weights.n);
     gpu_start(&g->gpu, ordinal);
@@ -4799,9 +4803,8 @@ static void gpu_mix(Device *d, const Hyper *h) {
 
 static void gpu_norm(Device *d, const Hyper *h, const float *norm, int full) {
     Cuda *g = d->impl;
-    LAUNCH(d, hc_norm, g->T, full ? 2 : 1, 1, 256, 0, &g->X, &g->part, (void *)&h->base,
-           (void *)&h->scale, &norm, &full, &g->post_c, &g->comb, &g->x.x, &g->x.q, &g->x.s,
-           &g->r.bad);
+    LAUNCH(d, hc_norm, g->T, full ? 2 : 1, 1, 256, 0, &g->X, &g->part, &h->base, &h->scale, &norm,
+           &full, &g->post_c, &g->comb, &g->x.x, &g->x.q, &g->x.s, &g->r.bad);
 }
 
 // Waits for the stream; stops if a kernel met a number that is not finite.
@@ -4836,14 +4839,10 @@ static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3;
 // more rows than tokens): a row's result must not depend on how many others there are.
 static void gpu_products(Device *d, const GpuProducts *p, int T) {
     Cuda *g = d->impl;
-    void *args[] = { (void *)&p->tasks, (void *)&p->n, &T, &g->rows, &g->slots };
-    int v = row_variant(T), B = 1 << v;
-    if (T > TILE && g->T > TILE)
-        gpu_launch(d, K_gemm, (unsigned)p->tiles, (unsigned)((T + TILE_T - 1) / TILE_T), 1, 256,
-                   TILE_SHARED, args);
-    else
-        gpu_launch(d, K_gemv_1 + v, (unsigned)p->blocks, (unsigned)((T + B - 1) / B), 1, 256, 0,
-                   args);
+    bool tiles = T > TILE && g->T > TILE;
+    int v = row_variant(T), B = tiles ? TILE_T : 1 << v;
+    LAUNCH_ID(d, tiles ? K_gemm : K_gemv_1 + v, tiles ? p->tiles : p->blocks, (T + B - 1) / B, 1,
+              256, tiles ? TILE_SHARED : 0, &p->tasks, &p->n, &T, &g->rows, &g->slots);
 }
 
 // The layer's tables: layers are found by their address.
@@ -4868,9 +4867,9 @@ static void cuda_attn_latent(Device *d, const Layer *l, int i) {
     GpuPool comp = gpu_pool(d, &l->comp, gl->cin, gl->comp);
     GpuPool icomp = gpu_pool(d, &l->icomp, gl->icin, gl->ikeys);
     int roles = l->ratio == 4 ? 4 : l->ratio ? 3 : 2;
-    LAUNCH(d, attn_latent, g->T, roles, 1, 256, 0, &g->qr.x, (void *)&l->q_norm, &g->qr.q,
-           &g->qr.s, &g->kv, (void *)&l->kv_norm, &g->rows, &g->slots, &gl->win, &d->ring,
-           &g->inv_freq[l->ratio != 0], &comp, &icomp);
+    LAUNCH(d, attn_latent, g->T, roles, 1, 256, 0, &g->qr.x, &l->q_norm, &g->qr.q, &g->qr.s, &g->kv,
+           &l->kv_norm, &g->rows, &g->slots, &gl->win, &d->ring, &g->inv_freq[l->ratio != 0], &comp,
+           &icomp);
 }
 
 static void cuda_attn_query(Device *d, const Layer *l) {
@@ -4920,14 +4919,13 @@ static void cuda_attend(Device *d, const Layer *l, int i) {
     int splits = g->T <= TILE ? MAX_SPLITS : 1, ratio = l->ratio;
     int heads = c->n_heads > 16 && g->T > 2 ? 32 : 16;          // more blocks for few rows
     CuPtr ox = takes_int8(l->wo_a.fmt) && !g->keep_floats ? 0 : g->o.x;
-    gpu_launch(d, heads == 32 ? K_attend_32 : K_attend_16, (unsigned)splits,
-               (unsigned)((c->n_heads + heads - 1) / heads), (unsigned)g->T,
-               32 * ((unsigned)(c->head_dim + 63) / 64), attend_shared(c, (unsigned)heads),
-               (void *[]){ &g->qh, &g->rows, &g->slots, &gl->win, &d->ring, &gl->comp, &ratio,
-                           &g->chosen, &splits, &g->o_part, &g->ml });
+    LAUNCH_ID(d, heads == 32 ? K_attend_32 : K_attend_16, splits, (c->n_heads + heads - 1) / heads,
+              g->T, 32 * ((c->head_dim + 63) / 64), attend_shared(c, heads), &g->qh, &g->rows,
+              &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits, &g->o_part,
+              &g->ml);
     LAUNCH(d, attend_combine, c->n_heads, g->T, 1, (c->head_dim / 4 + 31) & ~31, 0, &g->o_part,
-           &g->ml, &g->rows, &ratio, &splits, (void *)&l->attn_sink, &g->inv_freq[ratio != 0],
-           &ox, &g->o.q, &g->o.s);
+           &g->ml, &g->rows, &ratio, &splits, &l->attn_sink, &g->inv_freq[ratio != 0], &ox, &g->o.q,
+           &g->o.s);
 }
 
 static void cuda_attn_out(Device *d, const Layer *l) {
@@ -4942,8 +4940,8 @@ static void cuda_route(Device *d, const Layer *l) { (void)d, (void)l; }
 
 static void gpu_route(Device *d, const Layer *l, int blocks) {
     Cuda *g = d->impl;
-    LAUNCH(d, route, blocks, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid,
-           &g->rows, &g->T, &g->r);
+    LAUNCH(d, route, blocks, 1, 1, 256, 0, &g->gate, &l->gate_bias, &l->tid2eid, &g->rows, &g->T,
+           &g->r);
 }
 
 static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
@@ -4952,19 +4950,18 @@ static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     int T = g->T, E = c->n_experts, v = row_variant(T), zero = 0, place = T * c->n_active;
     int active = place < E ? place : E;
     CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
-    gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
-               (void *[]){ &shared, (void *)&gl->gate.tasks, &zero, &T, &g->h, &place });
+    LAUNCH_ID(d, K_ffn_in_1 + v, c->expert_dim / 32 + gl->gate.blocks, 1, 1, 256, 0, &shared,
+              &gl->gate.tasks, &zero, &T, &g->h, &place);
     if (T == 1) {
-        LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, (void *)&gl->experts,
-               &g->x.x, &g->x.q, &g->x.s, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid,
-               &g->rows, &g->r, &g->h);
+        LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, &gl->experts, &g->x.x,
+               &g->x.q, &g->x.s, &g->gate, &l->gate_bias, &l->tid2eid, &g->rows, &g->r, &g->h);
     } else {
         gpu_route(d, l, 1);
-        LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, (void *)&gl->experts,
-               &g->x.x, &g->x.q, &g->x.s, &g->r, &g->h);
+        LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, &gl->experts, &g->x.x,
+               &g->x.q, &g->x.s, &g->r, &g->h);
     }
-    gpu_launch(d, T == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
-               (void *[]){ (void *)&gl->experts, &g->h, &g->r, &T, &g->y });
+    LAUNCH_ID(d, T == 1 ? K_expert_down_1 : K_expert_down_8, c->dim / 8, 1, 1, 256, 0, &gl->experts,
+              &g->h, &g->r, &T, &g->y);
 }
 
 static void experts_many(Device *d, const Layer *l, const GpuLayer *gl) {
@@ -4976,10 +4973,10 @@ static void experts_many(Device *d, const Layer *l, const GpuLayer *gl) {
     gpu_products(d, &gl->gate, T);
     gpu_route(d, l, (T + 7) / 8);
     LAUNCH(d, group_rows, (c->n_experts + 7) / 8, 1, 1, 256, 0, &T, &g->r);
-    LAUNCH(d, expert_up, (c->expert_dim + 63) / 64, tiles, 1, 256, TILE_SHARED,
-           (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s, &T, &g->r, &g->h);
-    LAUNCH(d, expert_down, (c->dim + TILE_N - 1) / TILE_N, tiles, 1, 256, TILE_SHARED,
-           (void *)&gl->experts, &g->h, &g->r, &g->contribution);
+    LAUNCH(d, expert_up, (c->expert_dim + 63) / 64, tiles, 1, 256, TILE_SHARED, &gl->experts,
+           &g->x.x, &g->x.q, &g->x.s, &T, &g->r, &g->h);
+    LAUNCH(d, expert_down, (c->dim + TILE_N - 1) / TILE_N, tiles, 1, 256, TILE_SHARED, &gl->experts,
+           &g->h, &g->r, &g->contribution);
     LAUNCH(d, expert_sum, (c->dim + 1023) / 1024, T, 1, 256, 0, &g->contribution, &g->r, &T, &g->y);
 }
 
@@ -4993,8 +4990,8 @@ static void cuda_mtp_in(Device *d, const Mtp *m) {
     int S = d->c->hc_mult, rows = g->T * S, wide = d->w.embed.fmt == W_F32;
     CuPtr table = (CuPtr)(uintptr_t)d->w.embed.w, next = gpu_next(d);
     gpu_mix(d, NULL);
-    LAUNCH(d, mtp_norm, g->T, S + 1, 1, 256, 0, &g->X, &table, &wide, &g->rows, (void *)&m->hnorm,
-           (void *)&m->enorm, &g->ex, &next);
+    LAUNCH(d, mtp_norm, g->T, S + 1, 1, 256, 0, &g->X, &table, &wide, &g->rows, &m->hnorm,
+           &m->enorm, &g->ex, &next);
     gpu_products(d, &g->e_proj, g->T);
     gpu_products(d, &g->h_proj, rows);
     LAUNCH(d, mtp_add, rows, 1, 1, 256, 0, &g->X, &g->e);
@@ -5069,39 +5066,28 @@ static const Ops cuda_ops = {
 // wrote is compared (apps/selftest.c), then the GPU goes on from the CPU's numbers.
 
 // What an operation writes: fields of Cuda and Run, the letters of shape_of() for what a row has,
-// and how far it may be off. In brackets: the kernels, where the names differ.
+// and how far it may be off.
 typedef enum { FLOATS, HALVES, FLOATS_AND_INTS } Stored;        // on the GPU; the last: a GpuAct
 typedef struct { const char *op; Stored as; size_t gpu, cpu; const char *shape; double limit; } Output;
-#define PRE "hc_pre (hc_mix, hc_norm)"
-#define POST "hc_post (hc_mix)"
-#define PROJECT "attn_project (gemv, gemm)"
-#define LATENT "attn_latent"
-#define COMPRESS "compress (attn_latent)"
-#define QUERY "attn_query (gemv, gemm, query_norm)"
-#define ATTEND "attend (attend_combine)"
-#define OUT "attn_out (gemv, gemm)"
-#define ROUTE "route (gemv, gemm)"
-#define EXPERTS "experts (ffn_in, expert_up, expert_down)"
-#define MTP "mtp_in (mtp_norm, gemv, gemm)"
 #define G(field) offsetof(Cuda, field)
 #define R(field) offsetof(Run, field)
 static const Output outputs[] = {
     { "embed", FLOATS, G(X), R(X), "s", 0 },
-    { POST, FLOATS, G(X), R(X), "s", 5e-6 },
-    { PRE, FLOATS_AND_INTS, G(x), R(x), "D", 1e-5 },
-    { PRE, FLOATS, G(post_c), R(post), "S", 1e-5 },
-    { PRE, FLOATS, G(comb), R(comb), "SS", 1e-5 },
-    { PROJECT, FLOATS, G(qr), R(qr), "Q", 3e-5 },
-    { PROJECT, FLOATS, G(kv), R(kv), "K", 3e-5 },
-    { PROJECT, FLOATS, G(iw), R(iw), "I", 3e-5 },
-    { LATENT, FLOATS_AND_INTS, G(qr), R(qr), "Q", 5e-6 },
-    { QUERY, HALVES, G(qh), R(q), "h", 2e-5 },
-    { QUERY, HALVES, G(iqh), R(iq), "i", 2e-5 },
-    { ATTEND, FLOATS_AND_INTS, G(o), R(o), "h", 2e-2 },     // P is rounded against other maxima
-    { OUT, FLOATS, G(y), R(y), "D", 3e-5 },
-    { ROUTE, FLOATS, G(r.weights), R(weight), "A", 1e-5 },
-    { EXPERTS, FLOATS, G(y), R(y), "D", 3e-3 },
-    { MTP, FLOATS, G(X), R(X), "s", 5e-5 },
+    { "hc_post", FLOATS, G(X), R(X), "s", 5e-6 },
+    { "hc_pre", FLOATS_AND_INTS, G(x), R(x), "D", 1e-5 },
+    { "hc_pre", FLOATS, G(post_c), R(post), "S", 1e-5 },
+    { "hc_pre", FLOATS, G(comb), R(comb), "SS", 1e-5 },
+    { "attn_project", FLOATS, G(qr), R(qr), "Q", 3e-5 },
+    { "attn_project", FLOATS, G(kv), R(kv), "K", 3e-5 },
+    { "attn_project", FLOATS, G(iw), R(iw), "I", 3e-5 },
+    { "attn_latent", FLOATS_AND_INTS, G(qr), R(qr), "Q", 5e-6 },
+    { "attn_query", HALVES, G(qh), R(q), "h", 2e-5 },
+    { "attn_query", HALVES, G(iqh), R(iq), "i", 2e-5 },
+    { "attend", FLOATS_AND_INTS, G(o), R(o), "h", 2e-2 },     // P is rounded against other maxima
+    { "attn_out", FLOATS, G(y), R(y), "D", 3e-5 },
+    { "route", FLOATS, G(r.weights), R(weight), "A", 1e-5 },
+    { "experts", FLOATS, G(y), R(y), "D", 3e-3 },
+    { "mtp_in", FLOATS, G(X), R(X), "s", 5e-5 },
 };
 #undef G
 #undef R
@@ -5213,7 +5199,7 @@ static void twin_ring(Twin *w, int j, const float *cpu, int n, int slots) {
     CuPtr ring = w->g->slot[0] + w->g->layer[w->i].part[j];
     for (int t = 0; t < w->T; t++) {
         CuPtr row = ring + 8 * (size_t)n * (size_t)(w->r->rows[t].pos % slots);
-        trial_compare(&w->trial, PROJECT, row, false, cpu + (size_t)t * 2 * n, 2 * (size_t)n, 3e-5);
+        trial_compare(&w->trial, "attn_project", row, false, cpu + (size_t)t * 2 * n, 2 * (size_t)n, 3e-5);
     }
 }
 
@@ -5229,7 +5215,7 @@ static void twin_rows(Twin *w) {
             size_t at = (size_t)(j ? pos / M : pos % w->cpu.ring);
             CuPtr rows = w->g->slot[0] + w->g->layer[w->i].part[j];
             row_get(&w->cpu, part[j], at, n[j], x);
-            trial_compare(&w->trial, j ? COMPRESS : LATENT, rows + 2 * at * (size_t)n[j], true, x,
+            trial_compare(&w->trial, j ? "compress" : "attn_latent", rows + 2 * at * (size_t)n[j], true, x,
                           (size_t)n[j], 2e-5);
         }
     }
@@ -5274,8 +5260,8 @@ static void twin_index(Twin *w) {
 
 static void twin_pre(Twin *w, const Hyper *hc, const Hyper *hg, const float *nc, const float *ng) {
     BOTH(w, hc_pre, ARGS(hc, nc), ARGS(hg, ng));
-    twin_outputs(w, POST, false);
-    twin_outputs(w, PRE, false);
+    twin_outputs(w, "hc_post", false);
+    twin_outputs(w, "hc_pre", false);
 }
 
 static void twin_post(Twin *w) {
@@ -5292,31 +5278,31 @@ static void twin_layer(Twin *w) {
     w->cpu.at = w->gpu->at = lc->name;
     twin_pre(w, &lc->hc_attn, &lg->hc_attn, lc->attn_norm, lg->attn_norm);
     BOTH(w, attn_project, lc, lg);
-    twin_outputs(w, PROJECT, false);
+    twin_outputs(w, "attn_project", false);
     if (M) twin_ring(w, 3, w->r->cin, lc->comp.wkv.n, w->cpu.cring[M]);
     if (M == 4) twin_ring(w, 4, w->r->icin, lc->icomp.wkv.n, w->cpu.cring[4]);
     BOTH(w, attn_latent, ARGS(lc, i), ARGS(lg, i));
-    twin_outputs(w, LATENT, false);
+    twin_outputs(w, "attn_latent", false);
     twin_rows(w);
     BOTH(w, attn_query, lc, lg);
-    twin_outputs(w, QUERY, false);
+    twin_outputs(w, "attn_query", false);
     if (M == 4) {
         BOTH(w, index_topk, ARGS(lc, i), ARGS(lg, i));
         twin_index(w);
     }
     BOTH(w, attend, ARGS(lc, i), ARGS(lg, i));
-    twin_outputs(w, ATTEND, false);
+    twin_outputs(w, "attend", false);
     BOTH(w, attn_out, lc, lg);
-    if (int8) twin_ints(w, OUT, &w->g->u, &w->r->u);
-    twin_outputs(w, OUT, int8);
+    if (int8) twin_ints(w, "attn_out", &w->g->u, &w->r->u);
+    twin_outputs(w, "attn_out", int8);
     twin_post(w);
     twin_pre(w, &lc->hc_ffn, &lg->hc_ffn, lc->ffn_norm, lg->ffn_norm);
     BOTH(w, route, lc, lg);
     BOTH(w, experts, lc, lg);
     const void *ids = twin_read(w, w->g->r.ids, 4 * chosen);
-    trial_note(&w->trial, ROUTE, memcmp(ids, w->r->expert, 4 * chosen) != 0, 0);
-    twin_outputs(w, ROUTE, false);
-    twin_outputs(w, EXPERTS, takes_int8(lc->sw2.fmt));
+    trial_note(&w->trial, "route", memcmp(ids, w->r->expert, 4 * chosen) != 0, 0);
+    twin_outputs(w, "route", false);
+    twin_outputs(w, "experts", takes_int8(lc->sw2.fmt));
     twin_post(w);
 }
 
@@ -5329,8 +5315,8 @@ static void twin_head(Twin *w) {
     w->cpu.at = w->gpu->at = "head";
     BOTH(w, head, ARGS(&wc->hc_head, wc->norm, want, w->T, lc),
          ARGS(&wg->hc_head, wg->norm, want, w->T, lg));
-    trial_note(&w->trial, "head (hc_norm, gemv, gemm)", deviation(lg, lc, n, 0), 5e-5);
-    twin_outputs(w, POST, false);
+    trial_note(&w->trial, "head", deviation(lg, lc, n, 0), 5e-5);
+    twin_outputs(w, "hc_post", false);
     free(want), free(lc), free(lg);
 }
 
@@ -5383,7 +5369,7 @@ static void cuda_parity(Device *gpu, const Weights *host, Pool *pool, int T, int
     if (gpu->has_head) twin_head(&w);
     if (c->w.mtp) {
         BOTH(&w, mtp_in, c->w.mtp, gpu->w.mtp);
-        twin_outputs(&w, MTP, false);
+        twin_outputs(&w, "mtp_in", false);
     }
     gpu_finish(gpu);            // what is not finite has a message of its own
     w.g->keep_floats = false;
@@ -6495,7 +6481,7 @@ void gpu_check(const Model *m, Device *d, GpuCheck *list) {
 }
 
 char *gpu_kernels(const Model *m, int cc) {
-    Str flags = kernel_options(&m->c, model_formats(&m->w, &m->c), cc);
+    Str flags = kernel_options("kernels", &m->c, model_formats(&m->w, &m->c), cc);
     char *path;
     const char *from;
     free(kernel_ptx(str_span(&flags), &from, &path));
