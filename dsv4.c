@@ -3100,7 +3100,8 @@ typedef struct Device Device;
 typedef struct {
     void (*begin)(Device *d, const Row *rows, int T);              // the batch of the next calls
     void (*embed)(Device *d);                                      // X[t,s] = embed[token]  (1)
-    void (*streams_in)(Device *d, const float *X);                 // host X [T, S, D] -> X
+    void (*streams_in)(Device *d, const float *X);                 // host X [T, S, D] -> X, later
+    void (*settle)(Device *d);                                     // waits until that X was read
     void (*streams_out)(Device *d, float *X);                      // X -> host X, and waits for it
     void (*hc_pre)(Device *d, const Hyper *h, const float *norm);  // X -> x, post, comb  (2)
     void (*hc_post)(Device *d);             // X[k] = post[k] y + sum_j comb[j][k] X[j]
@@ -3959,6 +3960,8 @@ static void cpu_streams_in(Device *d, const float *X) {
     memcpy(r->X, X, streams_bytes(d, r->T));
 }
 
+static void cpu_settle(Device *d) { (void)d; }
+
 static void cpu_streams_out(Device *d, float *X) {
     Run *r = d->impl;
     memcpy(X, r->X, streams_bytes(d, r->T));
@@ -4111,6 +4114,7 @@ static const Ops cpu_ops = {
     .begin = cpu_begin,
     .embed = cpu_embed,
     .streams_in = cpu_streams_in,
+    .settle = cpu_settle,
     .streams_out = cpu_streams_out,
     .hc_pre = cpu_hc_pre,
     .hc_post = cpu_hc_post,
@@ -4237,7 +4241,7 @@ typedef struct {
     Gpu gpu;                    // the first: what takes a Gpu takes d->impl
     CuFunction fn[N_KERNELS];
     Formats formats;            // of the whole model: all GPUs share the kernels
-    CuEvent staged;             // host_rows may be written again
+    CuEvent staged;             // the batch's rows and streams have left the host
     int T;
     GraphState graph;
     CuGraphExec graphs[32];     // [bucket] one decode step; buckets double the number of index keys
@@ -4787,7 +4791,13 @@ static void cuda_embed(Device *d) {
 static void cuda_streams_in(Device *d, const float *X) {
     Cuda *g = d->impl;
     gpu_copy_in(&g->gpu, g->X, X, streams_bytes(d, g->T));
+    CU(&g->gpu, EventRecord, g->staged, g->gpu.stream);
     graph_begin(d);
+}
+
+static void cuda_settle(Device *d) {
+    const Cuda *g = d->impl;
+    CU(&g->gpu, EventSynchronize, g->staged);
 }
 
 // The hc_post that is due, and fn . X for the hyper-connection `h` (NULL: none).
@@ -5052,7 +5062,7 @@ static void cuda_cache_copy(Device *d, int slot, int i, int part, size_t at, voi
 }
 
 static const Ops cuda_ops = {
-    .begin = cuda_begin, .embed = cuda_embed, .streams_in = cuda_streams_in,
+    .begin = cuda_begin, .embed = cuda_embed, .streams_in = cuda_streams_in, .settle = cuda_settle,
     .streams_out = cuda_streams_out, .hc_pre = cuda_hc_pre, .hc_post = cuda_hc_post,
     .attn_project = cuda_attn_project, .attn_latent = cuda_attn_latent,
     .attn_query = cuda_attn_query, .index_topk = cuda_index_topk, .attend = cuda_attend,
@@ -5739,6 +5749,7 @@ static void forward_stage(Device *d, Batch *j) {
         return;
     }
     if (j->n_want) d->op->head(d, &d->w.hc_head, d->w.norm, j->want, j->n_want, j->logits);
+    else d->op->settle(d);      // nobody waits for results, but j->X is somebody else's soon
     if (j->n_want) check_logits(j->logits, j->n_want, d->c->vocab);
     if (j->mtp) forward_mtp(d, j);
 }

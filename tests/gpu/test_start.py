@@ -91,6 +91,12 @@ def side_by_side(gpu, t, work):
             first.err.count("self-test passed") == 3, "one of them compiles for all", first.tail())
     t.check(again.err.count("from the cache") == 1 and "self-test" not in again.err and again.out == first.out,
             "and again", again.tail())
+    ids = ",".join(str(i * 37 % 200 + 5) for i in range(120))
+    long = lambda args, seed: gpu.run([*args, "--ids", ids, "--chunk", 5], SIM_DEVICES=3, SIM_SEED=seed, DSV4_CACHE=cache)
+    alone = long(ARGS, 0)
+    for seed in range(4):
+        r = long(three, seed)
+        t.check(r.code == 0 and r.out == alone.out, f"many chunks on their way at once, order {seed}", r.tail())
     one_line(t, "one of three has too little memory", go(SIM_MEM="24G,1M,24G"), "cuda:1: out of memory")
     one_line(t, "all of three have", go(SIM_MEM="1M"), "out of memory")
     one_line(t, "one of three is lost", go(SIM_FAULT="lost:2:12=999"), "cuda:2: ")
