@@ -4315,10 +4315,10 @@ static Formats model_formats(const Weights *w, const Config *c) {
     return f;
 }
 
-// The compiler's options for a model, one per line: the dimensions as -D constants. What the kernels
-// take for granted of them is checked; the CPU takes any. Rows in multiples of 32 columns: they are
-// read 16 bytes at a time in the checkpoint's own layout. head_dim and index_head_dim: what a block
-// can hold in registers. who: for the error; cc: compute capability, 86 for 8.6.
+// The compiler's options for a model, one per line: the dimensions as -D constants. What the
+// kernels take for granted of them is checked; the CPU takes any. Rows in multiples of 32 columns:
+// they are read 16 bytes at a time in the checkpoint's own layout. head_dim and index_head_dim: what
+// a block can hold in registers. who: for the error; cc: compute capability, 86 for 8.6.
 static Str kernel_options(const char *who, const Config *c, Formats f, int cc) {
     enum { WIDE = 1 << 16, ANY_SIZE = INT_MAX };
     const struct { const char *constant, *key; int value, multiple, most; } dims[] = {
@@ -5078,7 +5078,13 @@ static const Ops cuda_ops = {
 // What an operation writes: fields of Cuda and Run, the letters of shape_of() for what a row has,
 // and how far it may be off.
 typedef enum { FLOATS, HALVES, FLOATS_AND_INTS } Stored;        // on the GPU; the last: a GpuAct
-typedef struct { const char *op; Stored as; size_t gpu, cpu; const char *shape; double limit; } Output;
+typedef struct {
+    const char *op;
+    Stored as;
+    size_t gpu, cpu;
+    const char *shape;
+    double limit;
+} Output;
 #define G(field) offsetof(Cuda, field)
 #define R(field) offsetof(Run, field)
 static const Output outputs[] = {
@@ -5209,7 +5215,8 @@ static void twin_ring(Twin *w, int j, const float *cpu, int n, int slots) {
     CuPtr ring = w->g->slot[0] + w->g->layer[w->i].part[j];
     for (int t = 0; t < w->T; t++) {
         CuPtr row = ring + 8 * (size_t)n * (size_t)(w->r->rows[t].pos % slots);
-        trial_compare(&w->trial, "attn_project", row, false, cpu + (size_t)t * 2 * n, 2 * (size_t)n, 3e-5);
+        trial_compare(&w->trial, "attn_project", row, false, cpu + (size_t)t * 2 * n,
+                      2 * (size_t)n, 3e-5);
     }
 }
 
@@ -5223,10 +5230,10 @@ static void twin_rows(Twin *w) {
         int pos = w->r->rows[t].pos, parts = !M || (pos + 1) % M ? 1 : M == 4 ? 3 : 2;
         for (int j = 0; j < parts; j++) {
             size_t at = (size_t)(j ? pos / M : pos % w->cpu.ring);
-            CuPtr rows = w->g->slot[0] + w->g->layer[w->i].part[j];
+            CuPtr row = w->g->slot[0] + w->g->layer[w->i].part[j] + 2 * at * (size_t)n[j];
             row_get(&w->cpu, part[j], at, n[j], x);
-            trial_compare(&w->trial, j ? "compress" : "attn_latent", rows + 2 * at * (size_t)n[j], true, x,
-                          (size_t)n[j], 2e-5);
+            trial_compare(&w->trial, j ? "compress" : "attn_latent", row, true, x, (size_t)n[j],
+                          2e-5);
         }
     }
     free(x);
@@ -5848,8 +5855,8 @@ struct Snapshot {
     void *rings[MAX_STAGES];    // per stage
 };
 
-// Copies the slots of positions [from, to) of a ring, in one or two pieces, to or from a flat buffer
-// (NULL only counts). Returns bytes.
+// Copies the slots of positions [from, to) of a ring, in one or two pieces, to or from a flat
+// buffer (NULL only counts). Returns bytes.
 static size_t ring_copy(Device *d, int slot, int i, int part, size_t row, int slots, int from,
                         int to, char *buf, bool save) {
     for (int p = from, n; buf && p < to; p += n) {
@@ -6474,10 +6481,11 @@ static int run_info(void) {
 // --- dsv4 devices (apps/devices.c)
 
 Device *gpu_open(const Model *m, int ordinal) {
-    enum { LAYERS = 5 };            // of the real model: one of each kind
+    enum { LAYERS = 5, CTX = 4096 };        // of the real model: one of each kind
     Device *d = xalloc(1, sizeof *d);
     *d = *m->stage;
     if (d->last > LAYERS) d->last = LAYERS;
+    if (d->ctx > CTX) d->ctx = CTX;
     snprintf(d->name, sizeof d->name, "cuda:%d", ordinal);
     cuda_device(d, ordinal);
     return d;
