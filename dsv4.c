@@ -2488,7 +2488,8 @@ typedef struct Device Device;
 typedef struct {
     void (*begin)(Device *d, const Row *rows, int T);              // the batch of the next calls
     void (*embed)(Device *d);                                      // X[t,s] = embed[token]  (1)
-    void (*streams_in)(Device *d, const float *X);                 // host X [T, S, D] -> X
+    void (*streams_in)(Device *d, const float *X);                 // host X [T, S, D] -> X, later
+    void (*settle)(Device *d);                                     // waits until that X was read
     void (*streams_out)(Device *d, float *X);                      // X -> host X, and waits for it
     void (*hc_pre)(Device *d, const Hyper *h, const float *norm);  // X -> x, post, comb  (2)
     void (*hc_post)(Device *d);             // X[k] = post[k] y + sum_j comb[j][k] X[j]
@@ -2505,8 +2506,10 @@ typedef struct {
                  float *logits);                            // rows want[n] -> host [n, V]  (1, 2.5)
     void (*cache_new)(Device *d, int slot);                 // empty caches of a new session
     void (*cache_free)(Device *d, int slot);
-    size_t (*cache_save)(Device *d, int slot, int pos, void *to);        // rings; to NULL: the size
-    void (*cache_load)(Device *d, int slot, int pos, const void *from);  // compressed rows stay
+    // bytes of a part of cache i (0: win, comp, ikeys, cin, icin) from its byte `at` on, to or from
+    // the host
+    void (*cache_copy)(Device *d, int slot, int i, int part, size_t at, void *host, size_t bytes,
+                       bool save);
 } Ops;
 
 // A stage: the layers [first, last) on one device, with everything they need there. i in the calls
@@ -3346,6 +3349,8 @@ static void cpu_streams_in(Device *d, const float *X) {
     memcpy(r->X, X, streams_bytes(d, r->T));
 }
 
+static void cpu_settle(Device *d) { (void)d; }
+
 static void cpu_streams_out(Device *d, float *X) {
     Run *r = d->impl;
     memcpy(X, r->X, streams_bytes(d, r->T));
@@ -3486,51 +3491,19 @@ static void cpu_cache_free(Device *d, int slot) {
     d->cache[slot] = NULL;
 }
 
-// Copies the slots of positions [from, to) between a ring and a flat buffer; buf NULL only counts.
-// Returns bytes.
-static size_t ring_copy(void *ring, size_t row, int slots, int from, int to, uint8_t *buf,
-                        bool save) {
-    for (int p = from; buf && p < to; p++) {
-        uint8_t *slot = (uint8_t *)ring + row * (size_t)(p % slots),
-                *flat = buf + row * (size_t)(p - from);
-        memcpy(save ? flat : slot, save ? slot : flat, row);
-    }
-    return row * (size_t)(to > from ? to - from : 0);
-}
-
-// What the rings must hold for the next row to be at `pos`: the window, and the compressors' open
-// windows.
-static size_t cache_copy(Device *d, int slot, int pos, uint8_t *buf, bool save) {
-    size_t n = 0;
-    for (int i = 0; i < stage_caches(d); i++) {
-        const Layer *l = stage_layer(d, i);
-        Cache *c = d->cache[slot] + i;
-        int M = l->ratio, from = pos > d->c->window ? pos - d->c->window : 0;
-        n += ring_copy(c->win, kv_bytes(d, d->c->head_dim), d->ring, from, pos,
-                       buf ? buf + n : NULL, save);
-        if (!M) continue;
-        from = pos / M * M;
-        if (M == 4 && from) from -= M;
-        n += ring_copy(c->cin, 8 * (size_t)l->comp.wkv.n, d->cring[M], from, pos,
-                       buf ? buf + n : NULL, save);
-        if (M == 4)
-            n += ring_copy(c->icin, 8 * (size_t)l->icomp.wkv.n, d->cring[M], from, pos,
-                           buf ? buf + n : NULL, save);
-    }
-    return n;
-}
-
-static size_t cpu_cache_save(Device *d, int slot, int pos, void *to) {
-    return cache_copy(d, slot, pos, to, true);
-}
-static void cpu_cache_load(Device *d, int slot, int pos, const void *from) {
-    cache_copy(d, slot, pos, (uint8_t *)from, false);
+static void cpu_cache_copy(Device *d, int slot, int i, int part, size_t at, void *host,
+                           size_t bytes, bool save) {
+    const Cache *c = d->cache[slot] + i;
+    void *parts[5] = { c->win, c->comp, c->ikeys, c->cin, c->icin };
+    char *own = (char *)parts[part] + at;
+    memcpy(save ? host : own, save ? own : host, bytes);
 }
 
 static const Ops cpu_ops = {
     .begin = cpu_begin,
     .embed = cpu_embed,
     .streams_in = cpu_streams_in,
+    .settle = cpu_settle,
     .streams_out = cpu_streams_out,
     .hc_pre = cpu_hc_pre,
     .hc_post = cpu_hc_post,
@@ -3546,8 +3519,7 @@ static const Ops cpu_ops = {
     .head = cpu_head,
     .cache_new = cpu_cache_new,
     .cache_free = cpu_cache_free,
-    .cache_save = cpu_cache_save,
-    .cache_load = cpu_cache_load,
+    .cache_copy = cpu_cache_copy,
 };
 
 // Gives d its buffers for max_rows rows.
@@ -3602,7 +3574,7 @@ static void cpu_device(Device *d, Pool *pool) {
     r->e = xalloc(T * D, sizeof(float));
 }
 // ---------------------------------------------------------------------------
-// CUDA: a device with its weights, buffers and caches (driver and compiler: apps/cuda.h)
+// CUDA: a device with its weights, buffers and caches (driver, compiler, memory: apps/cuda.h)
 
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
@@ -3616,26 +3588,8 @@ static void cpu_device(Device *d, Pool *pool) {
 enum { KERNELS(KERNEL_ID) N_KERNELS };
 static const char *const kernel_names[] = { KERNELS(KERNEL_NAME) };
 
-// Bit masks of matrix formats, by role.
+// Bit masks of matrix formats, by the kernels that multiply with them.
 typedef struct { int dense, gate, shared, routed; } Formats;
-
-// The compiler's options for a model, one per line: the dimensions as -D constants. cc: compute
-// capability, 86 for 8.6.
-static void kernel_options(const Config *c, const Formats *f, int cc, Str *s) {
-    char text[1024];
-    snprintf(text, sizeof text,
-             "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DDIM=%d\n-DSTREAMS=%d\n-DHEADS=%d\n"
-             "-DHEAD_DIM=%d\n-DROPE_DIM=%d\n-DQ_RANK=%d\n-DO_GROUPS=%d\n-DO_RANK=%d\n-DWINDOW=%d\n"
-             "-DEXPERTS=%d\n-DACTIVE=%d\n-DEXPERT_DIM=%d\n-DINDEX_HEADS=%d\n-DINDEX_DIM=%d\n"
-             "-DINDEX_TOPK=%d\n-DHC_ITERS=%d\n-DHC_EPS=%.9ef\n-DNORM_EPS=%.9ef\n"
-             "-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n-DDENSE=%d\n-DGATE=%d\n-DSHARED=%d\n"
-             "-DROUTED=%d\n", cc >= 86 ? 86 : 80, c->dim, c->hc_mult, c->n_heads, c->head_dim,
-             c->rope_dim, c->q_lora_rank, c->o_groups, c->o_lora_rank, c->window, c->n_experts,
-             c->n_active, c->expert_dim, c->index_heads, c->index_dim, c->index_topk, c->hc_iters,
-             (double)c->hc_eps, (double)c->norm_eps, (double)c->route_scale,
-             (double)c->swiglu_limit, f->dense, f->gate, f->shared, f->routed);
-    str_puts(s, text);
-}
 
 // Structures that kernels.cu reads; the fields are explained there.
 typedef struct { CuPtr w, s; int n, k, fmt, pad; } GpuMat;
@@ -3652,16 +3606,19 @@ typedef struct {
 typedef struct { CuPtr q, s, x; } GpuHidden;
 
 // Activations in FP32 and INT8 (q, scales s).
-typedef struct { CuPtr x, q, s; int k; } GpuAct;
+typedef struct { CuPtr x, q, s; } GpuAct;
 
 // Products that share a launch.
 typedef struct { CuPtr tasks; int n, blocks, tiles; } GpuProducts;
 
-// What the kernels need to know of a layer. Offsets are bytes into a session's memory here.
+// What the kernels need to know of a layer.
 typedef struct {
     GpuProducts project, query, wo_a, wo_b, gate;
     CuPtr experts;              // GpuMat [E + 1][w1, w2, w3], the shared expert last
-    uint64_t win, comp, ikeys, cin, icin;
+    union {                     // the parts of its cache: bytes into a session's memory
+        struct { uint64_t win, comp, ikeys, cin, icin; };
+        uint64_t part[5];
+    };
 } GpuLayer;
 
 // With graphs on, a stage's step for one row is recorded once and replayed later: the operations
@@ -3670,23 +3627,16 @@ typedef enum { GRAPH_OFF, GRAPH_RECORDS, GRAPH_REPLAYS } GraphState;
 static bool cuda_graphs;        // off unless asked for: nobody has seen it faster yet
 
 typedef struct {
-    CuDevice dev;
-    CuContext ctx;
-    CuModule module;
-    uint64_t ptx;               // hash of its PTX
+    Gpu gpu;                    // the first: what takes a Gpu takes d->impl
     CuFunction fn[N_KERNELS];
-    CuStream stream;
-    CuEvent staged;             // the pinned input buffers may be written again
+    Formats formats;            // of the whole model: all GPUs share the kernels
+    CuEvent staged;             // the batch's rows and streams have left the host
     int T;
-    int kernel;                 // launched last, -1: none
     GraphState graph;
     CuGraphExec graphs[32];     // [bucket] one decode step; buckets double the number of index keys
     bool post;                  // an hc_post is due: the next kernel that reads X does it
-    bool keep_floats;           // self-test: o in FP32 too
-    bool count_only;            // only scratch_bytes is wanted
-    CuPtr *owned;               // [n_owned] everything allocated, but sessions
-    int n_owned;
-    size_t scratch_bytes, slot_bytes;
+    bool keep_floats;           // self-test: o in FP32 too, and no graphs
+    size_t slot_bytes;
     GpuLayer *layer;            // [stage_caches]
     GpuProducts head, e_proj, h_proj;
     CuPtr inv_freq[2];
@@ -3699,7 +3649,7 @@ typedef struct {
     CuPtr best, best_key;       // [score_rows, best_ld] the best keys of each slab of keys
     int score_rows, score_ld, best_ld;      // rows of a slab of index scores, floats per row
     Row *host_rows;             // pinned, as all host_*
-    float *host_X, *host_logits;
+    float *host_logits;
     int *host_want, *host_bad;
     uint64_t *host_slots;
 } Cuda;
@@ -3713,113 +3663,139 @@ enum {
     KEY_SLAB = 32768,           // index keys that one block chooses from
 };
 
-// A call's error may be that of a kernel launched before.
-__attribute__((noreturn, cold))
-static void cuda_die(const Device *d, const char *call, CuResult r) {
-    const char *text = NULL, *at = d->at ? d->at : "start";
-    const Cuda *g = d->impl;
-    const char *kernel = g->kernel < 0 ? "none" : kernel_names[g->kernel];
-    if (cu.GetErrorString(r, &text) || !text) text = "no description";
-    die(1, "%s: %s failed in %s (last kernel: %s): %s (%s)", d->name, call, at, kernel,
-        cuda_error(r), text);
-}
-
-#define CU(d, call, ...) do { \
-    CuResult r_ = cu.call(__VA_ARGS__); \
-    if (r_) cuda_die(d, "cu" #call, r_); \
-} while (0)
-
-// Zeroed device memory.
-static CuPtr gpu_alloc(Device *d, size_t bytes, const char *what) {
-    CuPtr p = 0;
-    size_t left = 0, total = 0;
-    bytes = cadd(bytes, 511) & ~(size_t)511;
-    CuResult r = cu.MemAlloc(&p, bytes);
-    if (r == CUDA_OUT_OF_MEMORY) {
-        cu.MemGetInfo(&left, &total);
-        die(1, "%s: out of memory: %s need %.3f GB, %.3f GB are free (try fewer layers here with "
-            "--layers, a smaller -c, or one device more)", d->name, what, (double)bytes / 1e9,
-            (double)left / 1e9);
-    }
-    if (r) cuda_die(d, "cuMemAlloc", r);
-    CU(d, MemsetD8Async, p, 0, bytes, ((Cuda *)d->impl)->stream);
-    return p;
-}
-
-// The same, freed with the device.
-static CuPtr gpu_keep(Device *d, size_t bytes, const char *what) {
-    Cuda *g = d->impl;
-    CuPtr p = gpu_alloc(d, bytes, what);
-    g->owned = grow(g->owned, (size_t)g->n_owned, sizeof *g->owned);
-    return g->owned[g->n_owned++] = p;
-}
-
-static CuPtr gpu_buffer(Device *d, size_t n, size_t size) {
-    Cuda *g = d->impl;
-    g->scratch_bytes = cadd(g->scratch_bytes, cmul(n, size));
-    return g->count_only ? 0 : gpu_keep(d, cmul(n, size), "buffers");
-}
-
-// Memory that copies read and write while the host goes on.
-static void *host_pinned(Device *d, size_t bytes) {
-    void *p = NULL;
-    if (((Cuda *)d->impl)->count_only) return NULL;
-    CuResult r = cu.MemHostAlloc(&p, bytes ? bytes : 4, 1);     // 1: usable from every context
-    if (r == CUDA_OUT_OF_MEMORY)
-        die(1, "%s: cannot pin %.1f MB of host memory (ulimit -l, or too little is free)", d->name,
-            (double)bytes / 1e6);
-    if (r) cuda_die(d, "cuMemHostAlloc", r);
-    return p;
-}
-
-static void gpu_copy_in(Device *d, CuPtr to, const void *from, size_t bytes) {
-    CU(d, MemcpyHtoDAsync, to, from, bytes, ((Cuda *)d->impl)->stream);
-}
-
-static void gpu_wait(Device *d) { CU(d, StreamSynchronize, ((Cuda *)d->impl)->stream); }
-
 static void gpu_launch(Device *d, int kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
-                       unsigned shared, void **args) {
+                       unsigned shared, const void **args) {
     Cuda *g = d->impl;
     if (g->graph == GRAPH_REPLAYS) return;
-    g->kernel = kernel;
-    CU(d, LaunchKernel, g->fn[kernel], x, y, z, threads, 1, 1, shared, g->stream, args, NULL);
+    g->gpu.kernel = kernel_names[kernel];
+    CU(&g->gpu, LaunchKernel, g->fn[kernel], x, y, z, threads, 1, 1, shared, g->gpu.stream,
+       (void **)args, NULL);
 }
 
-#define LAUNCH(d, kernel, x, y, z, threads, shared, ...) \
-    gpu_launch(d, K_##kernel, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), \
-               shared, (void *[]){ __VA_ARGS__ })
+// Blocks x, y, z, threads, dynamic shared memory, then the addresses of the arguments.
+#define LAUNCH_ID(d, id, x, y, z, threads, shared, ...) \
+    gpu_launch(d, id, (unsigned)(x), (unsigned)(y), (unsigned)(z), (unsigned)(threads), shared, \
+               (const void *[]){ __VA_ARGS__ })
+#define LAUNCH(d, kernel, ...) LAUNCH_ID(d, K_##kernel, __VA_ARGS__)
 
-// --- weights: one allocation, filled by threads through pinned buffers while the files are read
+// --- kernels: specialised to a model
 
-typedef struct { const char *from; CuPtr to; size_t bytes; } CopyJob;
-typedef struct {
-    Device *d;
-    CuPtr base;                 // 0: only counting
-    size_t at;
-    CopyJob *job;
-    size_t n;
-    _Atomic size_t next, done;
-    pthread_mutex_t lock;
-} Upload;
-
-enum { UPLOAD_THREADS = 4, UPLOAD_CHUNK = 8 << 20 };
-
-// Reserves room for what a pointer points to at the next multiple of 256. With a base it also notes
-// what to copy there and makes the pointer the device's.
-static void upload_put(Upload *u, void *pointer, size_t bytes) {
-    const char *from;
-    CuPtr to = u->base + u->at;
-    memcpy(&from, pointer, sizeof from);        // pointers of several types
-    if (!from) return;
-    u->at += (bytes + 255) & ~(size_t)255;
-    if (!u->base) return;
-    for (size_t i = 0; i < bytes; i += UPLOAD_CHUNK) {
-        size_t n = bytes - i < UPLOAD_CHUNK ? bytes - i : UPLOAD_CHUNK;
-        u->job = grow(u->job, u->n, sizeof *u->job);
-        u->job[u->n++] = (CopyJob){ from + i, to + i, n };
+static void list_formats(const Bind *table, size_t n, const void *block, Formats *f) {
+    for (size_t i = 0; i < n; i++) {
+        const Mat *m = (const void *)((const char *)block + table[i].at);
+        const char *name = table[i].name;
+        if (table[i].kind != MAT || !m->w || strstr(name, "_fn")) continue;
+        int *role = !strcmp(name, "ffn.gate") ? &f->gate
+                    : !strncmp(name, "ffn.", 4) ? &f->shared : &f->dense;
+        *role |= 1 << m->fmt;
     }
-    memcpy(pointer, &to, sizeof to);
+}
+
+static Formats model_formats(const Weights *w, const Config *c) {
+    Formats f = { .dense = 1 << w->head.fmt };
+    for (int i = 0; i < c->n_layers + (w->mtp ? c->n_mtp : 0); i++) {
+        const Mtp *m = i < c->n_layers ? NULL : &w->mtp[i - c->n_layers];
+        const Layer *l = m ? &m->block : &w->layers[i];
+        list_formats(layer_table, COUNT(layer_table), l, &f);
+        if (m) list_formats(mtp_table, COUNT(mtp_table), m, &f);
+        for (int e = 0; e < c->n_experts; e++)
+            f.routed |= 1 << l->w1[e].fmt | 1 << l->w2[e].fmt | 1 << l->w3[e].fmt;
+    }
+    return f;
+}
+
+// The compiler's options for a model, one per line: the dimensions as -D constants. What the
+// kernels take for granted of them is checked; the CPU takes any. Rows in multiples of 32 columns:
+// they are read 16 bytes at a time in the checkpoint's own layout. head_dim and index_head_dim: what
+// a block can hold in registers. who: for the error; cc: compute capability, 86 for 8.6.
+static Str kernel_options(const char *who, const Config *c, Formats f, int cc) {
+    enum { WIDE = 1 << 16, ANY_SIZE = INT_MAX };
+    const struct { const char *constant, *key; int value, multiple, most; } dims[] = {
+        { "DIM", "hidden_size", c->dim, 32, WIDE },
+        { "STREAMS", "hc_mult", c->hc_mult, 1, 16 },
+        { "HEADS", "num_attention_heads", c->n_heads, 1, ANY_SIZE },
+        { "HEAD_DIM", "head_dim", c->head_dim, 32, 512 },
+        { "ROPE_DIM", "qk_rope_head_dim", c->rope_dim, 4, 512 },
+        { "Q_RANK", "q_lora_rank", c->q_lora_rank, 32, WIDE },
+        { "O_GROUPS", "o_groups", c->o_groups, 1, ANY_SIZE },
+        { "O_RANK", "o_lora_rank", c->o_lora_rank, 32, WIDE },
+        { "WINDOW", "sliding_window", c->window, 1, ANY_SIZE },
+        { "EXPERTS", "n_routed_experts", c->n_experts, 1, 1024 },
+        { "ACTIVE", "num_experts_per_tok", c->n_active, 1, 32 },
+        { "EXPERT_DIM", "moe_intermediate_size", c->expert_dim, 32, WIDE },
+        { "INDEX_HEADS", "index_n_heads", c->index_heads, 1, WIDE },
+        { "INDEX_DIM", "index_head_dim", c->index_dim, 32, 256 },
+        { "INDEX_TOPK", "index_topk", c->index_topk, 1, ANY_SIZE },
+        { "HC_ITERS", "hc_sinkhorn_iters", c->hc_iters, 1, ANY_SIZE },
+        { "DENSE", "", f.dense, 1, ANY_SIZE }, { "GATE", "", f.gate, 1, ANY_SIZE },
+        { "SHARED", "", f.shared, 1, ANY_SIZE }, { "ROUTED", "", f.routed, 1, ANY_SIZE },
+    };
+    Str s = { 0 };
+    char text[256];
+    snprintf(text, sizeof text, "-arch=compute_%d\n-fmad=false\n--std=c++17\n-DHC_EPS=%.9ef\n"
+             "-DNORM_EPS=%.9ef\n-DROUTE_SCALE=%.9ef\n-DSWIGLU_LIMIT=%.9ef\n", cc >= 86 ? 86 : 80,
+             (double)c->hc_eps, (double)c->norm_eps, (double)c->route_scale,
+             (double)c->swiglu_limit);
+    str_puts(&s, text);
+    for (size_t i = 0; i < COUNT(dims); i++) {
+        if (dims[i].value % dims[i].multiple || dims[i].value > dims[i].most)
+            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices "
+                "cpu)", who, dims[i].key, dims[i].value, dims[i].multiple, dims[i].most);
+        snprintf(text, sizeof text, "-D%s=%d\n", dims[i].constant, dims[i].value);
+        str_puts(&s, text);
+    }
+    return s;
+}
+
+// Dynamic shared memory of the kernel that takes `heads` heads a block.
+static unsigned attend_shared(const Config *c, int heads) {
+    int warps = (c->head_dim + 63) / 64;
+    return (unsigned)(warps * (3 * 2048 + heads * 64) + heads * 60);
+}
+
+static void cuda_load(Device *d) {
+    Cuda *g = d->impl;
+    int cc = gpu_attribute(&g->gpu, 75) * 10 + gpu_attribute(&g->gpu, 76);   // compute capability
+    if (cc < 80)
+        die(1, "%s: compute capability %d.%d, 8.0 is needed (Ampere or newer)", d->name, cc / 10,
+            cc % 10);
+    Str options = kernel_options(d->name, d->c, g->formats, cc);
+    gpu_load(&g->gpu, str_span(&options), kernel_names, N_KERNELS, g->fn);
+    free(options.p);
+    const struct { int kernel; unsigned bytes; } dynamic[] = {
+        { K_gemm, TILE_SHARED }, { K_expert_up, TILE_SHARED }, { K_expert_down, TILE_SHARED },
+        { K_attend_16, attend_shared(d->c, 16) }, { K_attend_32, attend_shared(d->c, 32) },
+    };
+    for (size_t i = 0; i < COUNT(dynamic); i++)         // 8: dynamic shared memory at most
+        CU(&g->gpu, FuncSetAttribute, g->fn[dynamic[i].kernel], 8, (int)dynamic[i].bytes);
+}
+
+// --- weights: one allocation
+
+// What a stage copies to its GPU, and whose address it becomes.
+typedef struct {
+    const Config *c;
+    CopyJob *job;               // [n] `to` counts from the allocation's start
+    void **pointer;             // [n] of several types
+    size_t n, bytes;
+} Freight;
+
+// What a pointer points to goes at the next multiple of 256.
+static void freight_add(Freight *f, void *pointer, size_t bytes) {
+    const char *from;
+    memcpy(&from, pointer, sizeof from);
+    if (!from) return;
+    f->job = grow(f->job, f->n, sizeof *f->job);
+    f->pointer = grow(f->pointer, f->n, sizeof *f->pointer);
+    f->job[f->n] = (CopyJob){ from, f->bytes, bytes };
+    f->pointer[f->n++] = pointer;
+    f->bytes += (bytes + 255) & ~(size_t)255;
+}
+
+static void freight_mat(Freight *f, Mat *m) {
+    size_t weights = row_bytes(m) * (size_t)m->n, scales = mat_bytes(m) - weights;
+    freight_add(f, &m->w, weights);
+    freight_add(f, &m->s, scales);
 }
 
 // The kernels take hc_*_fn in FP32 only. The converted copy lives as long as the program (1.5 MB a
@@ -3830,125 +3806,61 @@ static void steering_float(Mat *m) {
     *m = (Mat){ x, NULL, m->n, m->k, W_F32 };
 }
 
-static void upload_mat(Upload *u, Mat *m) {
-    size_t weights = row_bytes(m) * (size_t)m->n, scales = mat_bytes(m) - weights;
-    upload_put(u, &m->w, weights);
-    upload_put(u, &m->s, scales);
-}
-
 // What a table of tensors lists of one block; absent ones are NULL.
-static void upload_list(Upload *u, const Bind *table, size_t n, int ratio, void *block) {
-    const Config *c = u->d->c;
-    for (size_t i = 0; i < n; i++) {
-        void *field = (char *)block + table[i].at;
-        size_t rows = (size_t)shape_of(table[i].rows, c, ratio);
-        size_t cols = table[i].cols ? (size_t)shape_of(table[i].cols, c, ratio) : 1;
+static void freight_list(Freight *f, const Bind *table, size_t n, int ratio, void *block) {
+    for (const Bind *b = table; b < table + n; b++) {
+        void *field = (char *)block + b->at;
+        size_t rows = (size_t)shape_of(b->rows, f->c, ratio);
+        size_t cols = b->cols ? (size_t)shape_of(b->cols, f->c, ratio) : 1;
         Mat *m = field;
-        if (table[i].kind == VEC) upload_put(u, field, 4 * rows * cols);
-        if (table[i].kind == TABLE) upload_put(u, field, 8 * rows * cols);
-        if (table[i].kind != MAT) continue;
-        if (m->fmt == W_BF16 && !u->base && strstr(table[i].name, "_fn")) steering_float(m);
-        upload_mat(u, m);
+        if (b->kind != MAT) {
+            freight_add(f, field, (b->kind == VEC ? 4 : 8) * rows * cols);
+            continue;
+        }
+        if (m->fmt == W_BF16 && strstr(b->name, "_fn")) steering_float(m);
+        freight_mat(f, m);
     }
 }
 
-static void upload_layer(Upload *u, Layer *l) {
-    upload_list(u, layer_table, COUNT(layer_table), l->ratio, l);
-    for (int e = 0; e < u->d->c->n_experts; e++) {
-        upload_mat(u, &l->w1[e]);
-        upload_mat(u, &l->w2[e]);
-        upload_mat(u, &l->w3[e]);
+// A layer, whose list of experts becomes the stage's own: the pointers in it change.
+static void freight_layer(Freight *f, Layer *l) {
+    Mat **w[] = { &l->w1, &l->w2, &l->w3 };
+    size_t E = (size_t)f->c->n_experts;
+    freight_list(f, layer_table, COUNT(layer_table), l->ratio, l);
+    for (int i = 0; i < 3; i++) {
+        *w[i] = memcpy(xalloc(E, sizeof(Mat)), *w[i], E * sizeof(Mat));
+        for (size_t e = 0; e < E; e++) freight_mat(f, &(*w[i])[e]);
     }
 }
 
-// Places this stage's weights: d->w, whose lists are its own.
-static void upload_walk(Upload *u) {
-    Device *d = u->d;
-    Weights *w = &d->w;
-    u->at = 0;
-    for (int i = d->first; i < d->last; i++) upload_layer(u, &w->layers[i]);
-    if (d->first == 0 || w->mtp) upload_mat(u, &w->embed);
-    if (d->has_head)            // model_table without embed
-        upload_list(u, model_table + 1, COUNT(model_table) - 1, 0, w);
-    for (int i = 0; w->mtp && i < d->c->n_mtp; i++) {
-        upload_layer(u, &w->mtp[i].block);
-        upload_list(u, mtp_table, COUNT(mtp_table), 0, &w->mtp[i]);
-    }
-    u->at += 1 << 20;           // the products read up to three rows past a matrix
-}
-
-static void *copy_of(const void *p, size_t n, size_t size) {
-    return memcpy(xalloc(n, size), p, n * size);
-}
-
-static void own_experts(const Config *c, Layer *l) {
-    l->w1 = copy_of(l->w1, (size_t)c->n_experts, sizeof(Mat));
-    l->w2 = copy_of(l->w2, (size_t)c->n_experts, sizeof(Mat));
-    l->w3 = copy_of(l->w3, (size_t)c->n_experts, sizeof(Mat));
-}
-
-// Gives d lists of its own, since their pointers become the device's.
-static void own_weights(Device *d) {
+// All weights of a stage: d->w, in lists of its own.
+static Freight stage_freight(Device *d) {
     const Config *c = d->c;
     Weights *w = &d->w;
-    w->layers = copy_of(w->layers, (size_t)c->n_layers, sizeof *w->layers);
-    for (int i = d->first; i < d->last; i++) own_experts(c, &w->layers[i]);
-    w->mtp = d->has_head && w->mtp ? copy_of(w->mtp, (size_t)c->n_mtp, sizeof *w->mtp) : NULL;
-    for (int i = 0; w->mtp && i < c->n_mtp; i++) own_experts(c, &w->mtp[i].block);
+    Freight f = { .c = c };
+    size_t layers = (size_t)c->n_layers * sizeof(Layer), mtp = (size_t)c->n_mtp * sizeof(Mtp);
+    w->layers = memcpy(xalloc(layers, 1), w->layers, layers);
+    w->mtp = d->has_head && w->mtp ? memcpy(xalloc(mtp, 1), w->mtp, mtp) : NULL;
+    for (int i = d->first; i < d->last; i++) freight_layer(&f, &w->layers[i]);
+    if (d->first == 0 || w->mtp) freight_mat(&f, &w->embed);
+    if (d->has_head)            // model_table without embed
+        freight_list(&f, model_table + 1, COUNT(model_table) - 1, 0, w);
+    for (int i = 0; w->mtp && i < c->n_mtp; i++) {
+        freight_layer(&f, &w->mtp[i].block);
+        freight_list(&f, mtp_table, COUNT(mtp_table), 0, &w->mtp[i]);
+    }
+    f.bytes += 1 << 20;         // the products read up to three rows past a matrix
+    return f;
 }
 
-// One of the threads: takes jobs, copies them through two pinned buffers in turn. The kernel reads
-// ahead what the threads take next.
-static void *upload_thread(void *arg) {
-    Upload *u = arg;
-    Device *d = u->d;
-    CuStream stream;
-    CuEvent free_again[2];
-    char *buf[2];
-    CU(d, CtxSetCurrent, ((Cuda *)d->impl)->ctx);
-    CU(d, StreamCreate, &stream, 1);                    // 1: does not wait for the legacy stream
-    for (int i = 0; i < 2; i++) {
-        buf[i] = host_pinned(d, UPLOAD_CHUNK);
-        CU(d, EventCreate, &free_again[i], 2);          // 2: no timing
-        CU(d, EventRecord, free_again[i], stream);
+static void freight_send(Gpu *g, Freight *f) {
+    CuPtr base = gpu_keep(g, f->bytes, "the weights of its layers");
+    for (size_t i = 0; i < f->n; i++) {
+        f->job[i].to += base;
+        memcpy(f->pointer[i], &f->job[i].to, sizeof(CuPtr));
     }
-    size_t i;
-    for (int turn = 0; (i = atomic_fetch_add(&u->next, 1)) < u->n; turn ^= 1) {
-        const CopyJob *j = u->job + i, *ahead = j + UPLOAD_THREADS;
-        uintptr_t page = (uintptr_t)ahead->from & ~(uintptr_t)4095;
-        if (i + UPLOAD_THREADS < u->n)                  // on memory that is no file: no effect
-            madvise((void *)page, ahead->bytes, MADV_WILLNEED);
-        CU(d, EventSynchronize, free_again[turn]);
-        memcpy(buf[turn], j->from, j->bytes);
-        CU(d, MemcpyHtoDAsync, j->to, buf[turn], j->bytes, stream);
-        CU(d, EventRecord, free_again[turn], stream);
-        pthread_mutex_lock(&u->lock);
-        u->done += j->bytes;
-        progress("loading", (int64_t)u->done, (int64_t)u->at);
-        pthread_mutex_unlock(&u->lock);
-    }
-    CU(d, StreamSynchronize, stream);
-    for (int k = 0; k < 2; k++) {
-        CU(d, MemFreeHost, buf[k]);
-        CU(d, EventDestroy, free_again[k]);
-    }
-    CU(d, StreamDestroy, stream);
-    return NULL;
-}
-
-static void cuda_upload(Device *d) {
-    Upload u = { .d = d, .lock = PTHREAD_MUTEX_INITIALIZER };
-    pthread_t thread[UPLOAD_THREADS];
-    own_weights(d);
-    upload_walk(&u);
-    u.base = gpu_keep(d, u.at, "the weights of its layers");
-    gpu_wait(d);
-    upload_walk(&u);
-    for (int i = 0; i < UPLOAD_THREADS; i++)
-        if (pthread_create(&thread[i], NULL, upload_thread, &u)) die(1, "cannot start a thread");
-    for (int i = 0; i < UPLOAD_THREADS; i++) pthread_join(thread[i], NULL);
-    progress("loading", 1, 1);
-    free(u.job);
+    gpu_upload(g, f->job, f->n);
+    free(f->job), free(f->pointer);
 }
 
 // --- products: descriptors that stay on the device
@@ -3971,7 +3883,7 @@ static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuA
                          int segments) {
     GpuTask *t = list + p->n++;
     int seg_n = m->n / segments, split = split_columns(m, seg_n);
-    *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = in->k,
+    *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = m->k * segments,
                     .ldo = m->n, .seg_n = seg_n, .ksplit = split, .block0 = p->blocks,
                     .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .tile0 = p->tiles,
                     .seg_tiles = (seg_n + TILE_N - 1) / TILE_N };
@@ -3981,9 +3893,9 @@ static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuA
 }
 
 static CuPtr gpu_table(Device *d, const void *from, size_t bytes) {
-    CuPtr p = gpu_keep(d, bytes, "tables");
-    gpu_copy_in(d, p, from, bytes);
-    gpu_wait(d);
+    CuPtr p = gpu_keep(d->impl, bytes, "tables");
+    gpu_copy_in(d->impl, p, from, bytes);
+    gpu_wait(d->impl);
     return p;
 }
 
@@ -4050,227 +3962,109 @@ static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
     free(e);
 }
 
-// --- start of a device
-
-static int gpu_attribute(const Device *d, int id) {
-    int v = 0;
-    CU(d, DeviceGetAttribute, &v, id, ((Cuda *)d->impl)->dev);
-    return v;
+// MTP's normed next embeddings, behind its normed streams in g->ex.
+static CuPtr gpu_next(const Device *d) {
+    size_t T = (size_t)d->max_rows + TILE;
+    return ((Cuda *)d->impl)->ex + 4 * T * d->c->hc_mult * d->c->dim;
 }
 
-// What the kernels take for granted about a model's shape; the CPU takes any. Rows in multiples of
-// 32 columns: they are read 16 bytes at a time in the checkpoint's own layout. head_dim and
-// index_head_dim: what a block can hold in registers.
-static void check_shape(const Device *d) {
-    const Config *c = d->c;
-    const struct { const char *name; int value, multiple, most; } rule[] = {
-        { "hidden_size", c->dim, 32, 1 << 16 }, { "head_dim", c->head_dim, 32, 512 },
-        { "qk_rope_head_dim", c->rope_dim, 4, 512 }, { "q_lora_rank", c->q_lora_rank, 32, 1 << 16 },
-        { "o_lora_rank", c->o_lora_rank, 32, 1 << 16 }, { "index_head_dim", c->index_dim, 32, 256 },
-        { "moe_intermediate_size", c->expert_dim, 32, 1 << 16 },
-        { "index_n_heads", c->index_heads, 1, 1 << 16 }, { "hc_mult", c->hc_mult, 1, 16 },
-        { "num_experts_per_tok", c->n_active, 1, 32 },
-        { "n_routed_experts", c->n_experts, 1, 1024 },
-    };
-    for (size_t i = 0; i < COUNT(rule); i++)
-        if (rule[i].value % rule[i].multiple || rule[i].value > rule[i].most)
-            die(1, "%s: %s = %d: the GPU kernels need a multiple of %d, at most %d (use --devices "
-                "cpu)", d->name, rule[i].name, rule[i].value, rule[i].multiple, rule[i].most);
-}
-
-// Which formats a table's matrices have, by the kernels that multiply with them.
-static void list_formats(const Bind *table, size_t n, const void *block, Formats *f) {
-    for (size_t i = 0; i < n; i++) {
-        const Mat *m = (const void *)((const char *)block + table[i].at);
-        const char *name = table[i].name;
-        if (table[i].kind != MAT || !m->w || strstr(name, "_fn")) continue;
-        int *role = !strcmp(name, "ffn.gate") ? &f->gate
-                    : !strncmp(name, "ffn.", 4) ? &f->shared : &f->dense;
-        *role |= 1 << m->fmt;
-    }
-}
-
-static void layer_formats(const Layer *l, const Config *c, Formats *f) {
-    list_formats(layer_table, COUNT(layer_table), l, f);
-    for (int e = 0; e < c->n_experts; e++)
-        f->routed |= 1 << l->w1[e].fmt | 1 << l->w2[e].fmt | 1 << l->w3[e].fmt;
-}
-
-static Formats model_formats(const Weights *w, const Config *c) {
-    Formats f = { .dense = 1 << w->head.fmt };
-    for (int i = 0; i < c->n_layers; i++) layer_formats(&w->layers[i], c, &f);
-    for (int i = 0; w->mtp && i < c->n_mtp; i++) {
-        layer_formats(&w->mtp[i].block, c, &f);
-        list_formats(mtp_table, COUNT(mtp_table), &w->mtp[i], &f);
-    }
-    return f;
-}
-
-// Dynamic shared memory of the kernel that takes `heads` heads a block.
-static unsigned attend_shared(const Config *c, unsigned heads) {
-    unsigned warps = ((unsigned)c->head_dim + 63) / 64;
-    return warps * (3 * 2048 + heads * 64) + heads * 60;
-}
-
-static void cuda_compile(Device *d) {
+static void cuda_tables(Device *d) {
     Cuda *g = d->impl;
-    Formats formats = model_formats(&d->w, d->c);
-    char log[4096] = "";
-    int cc = gpu_attribute(d, 75) * 10 + gpu_attribute(d, 76);      // compute capability
-    int key[2] = { 5, 6 };              // CU_JIT_ERROR_LOG_BUFFER and its size
-    void *value[2] = { log, (void *)(uintptr_t)sizeof log };
-    const char *from;
-    Str options = { 0 };
-    double start = now();
-    if (cc < 80)
-        die(1, "%s: compute capability %d.%d, 8.0 is needed (Ampere or newer)", d->name, cc / 10,
-            cc % 10);
-    kernel_options(d->c, &formats, cc, &options);
-    char *ptx = kernel_ptx(str_span(&options), &from, NULL);
-    g->ptx = hash64(HASH_START, ptx, strlen(ptx));
-    CuResult r = cu.ModuleLoadDataEx(&g->module, ptx, 2, key, value);
-    if (r) {
-        if (*log) fprintf(stderr, "%s\n", log);
-        cuda_die(d, "cuModuleLoadDataEx", r);
-    }
-    for (int i = 0; i < N_KERNELS; i++) {
-        r = cu.ModuleGetFunction(&g->fn[i], g->module, kernel_names[i]);
-        if (r)
-            die(1, "%s: kernels.cu has no kernel %s (%s)", d->name, kernel_names[i], cuda_error(r));
-    }
-    const int tiled[] = { K_gemm, K_expert_up, K_expert_down };         // 8: dynamic shared memory
-    for (size_t i = 0; i < COUNT(tiled); i++)
-        CU(d, FuncSetAttribute, g->fn[tiled[i]], 8, TILE_SHARED);
-    CU(d, FuncSetAttribute, g->fn[K_attend_16], 8, (int)attend_shared(d->c, 16));
-    CU(d, FuncSetAttribute, g->fn[K_attend_32], 8, (int)attend_shared(d->c, 32));
-    note("%s: kernels %s in %.2f s", d->name, from, now() - start);
-    free(ptx), free(options.p);
+    GpuAct heads = { .x = g->heads }, streams = { .x = g->ex };
+    for (int i = 0; i < 2; i++)
+        g->inv_freq[i] = gpu_table(d, d->inv_freq[i], sizeof(float) * (size_t)d->c->rope_dim / 2);
+    for (int i = 0; i < stage_caches(d); i++) layer_products(d, stage_layer(d, i), &g->layer[i]);
+    if (!d->has_head) return;
+    g->head = one_product(d, &d->w.head, &heads, g->logits);
+    if (!d->w.mtp) return;
+    GpuAct next = { .x = gpu_next(d) };
+    g->h_proj = one_product(d, &d->w.mtp->h_proj, &streams, g->X);
+    g->e_proj = one_product(d, &d->w.mtp->e_proj, &next, g->e);
 }
 
-// Offsets of a session's memory in this stage's layers.
+// --- buffers, caches, start
+
+// Where the parts of a session's caches lie: 256-byte aligned, layer by layer.
 static void cuda_layout(Device *d) {
     Cuda *g = d->impl;
-    size_t at = 0, size[5];
+    g->layer = xalloc((size_t)stage_caches(d), sizeof *g->layer);
     for (int i = 0; i < stage_caches(d); i++) {
-        GpuLayer *l = &g->layer[i];
-        uint64_t *to[5] = { &l->win, &l->comp, &l->ikeys, &l->cin, &l->icin };
+        size_t size[5];
         cache_sizes(d, stage_layer(d, i), size);
         for (int j = 0; j < 5; j++) {
-            *to[j] = at;
-            at += (size[j] + 255) & ~(size_t)255;
+            g->layer[i].part[j] = g->slot_bytes;
+            g->slot_bytes += (size[j] + 255) & ~(size_t)255;
         }
     }
-    g->slot_bytes = at;
 }
 
-static GpuAct gpu_act(Device *d, size_t rows, int k) {
-    GpuAct a = { .k = k };
-    a.x = gpu_buffer(d, rows * (size_t)k, 4);
-    a.q = gpu_buffer(d, rows * (size_t)k, 1);
-    a.s = gpu_buffer(d, rows * (size_t)k / 32, 4);
-    return a;
-}
+#define ACT(act, rows, k) { &(act).x, (rows) * (k), 4 }, { &(act).q, (rows) * (k), 1 }, \
+                          { &(act).s, (rows) * (k) / 32, 4 }
 
-static void cuda_buffers(Device *d) {
-    Cuda *g = d->impl;
+// Takes the buffers of a stage, or only counts them. Returns their bytes.
+static size_t cuda_buffers(Device *d, Cuda *g, bool take) {
     const Config *c = d->c;
     size_t T = (size_t)d->max_rows + TILE, S = (size_t)c->hc_mult, D = (size_t)c->dim;
     size_t H = (size_t)c->n_heads, K = (size_t)c->head_dim, V = (size_t)c->vocab;
-    size_t A = (size_t)c->n_active, E = (size_t)c->n_experts;
+    size_t A = (size_t)c->n_active, E = (size_t)c->n_experts, F = (size_t)c->expert_dim;
+    size_t J = (size_t)c->index_heads * c->index_dim, topk = (size_t)c->index_topk, bytes = 0;
     size_t parts = T > TILE * MAX_SPLITS ? T : TILE * MAX_SPLITS, hidden = T * (A + 1);
-    g->rows = gpu_buffer(d, T, sizeof(Row));
-    g->slots = gpu_buffer(d, COUNT(g->slot), sizeof(CuPtr));
-    g->X = gpu_buffer(d, T * S * D, 4);
-    g->y = gpu_buffer(d, T * D, 4);
-    g->post_c = gpu_buffer(d, T * S, 4);
-    g->comb = gpu_buffer(d, T * S * S, 4);
-    g->part = gpu_buffer(d, T * ((D + 63) / 64) * (((2 + S) * S + 32) & ~(size_t)31), 4);
-    g->x = gpu_act(d, T, c->dim);
-    g->qr = gpu_act(d, T, c->q_lora_rank);
-    g->o = gpu_act(d, T, (int)(H * K));
-    g->u = gpu_act(d, T, c->o_groups * c->o_lora_rank);
-    g->kv = gpu_buffer(d, T * K, 4);
-    g->q = gpu_buffer(d, T * H * K, 4);
-    g->qh = gpu_buffer(d, T * H * K, 2);
-    g->iq = gpu_buffer(d, T * c->index_heads * c->index_dim, 4);
-    g->iqh = gpu_buffer(d, T * c->index_heads * c->index_dim, 2);
-    g->iw = gpu_buffer(d, T * c->index_heads, 4);
+    size_t mixes = (D + 63) / 64 * (((2 + S) * S + 32) & ~(size_t)31), pairs = T * A + E + 1;
+    size_t head = d->has_head, mtp = d->has_head && d->w.mtp;
+    int w2 = g->formats.shared | g->formats.routed;
+    bool floats = w2 & (1 << W_F32 | 1 << W_BF16 | 1 << W_FP8);     // some take FP32 rows
     g->score_ld = (d->ctx / 4 + 31) & ~31;
     g->score_rows = (int)((16u << 20) / (size_t)(g->score_ld + 1));
     if (g->score_rows < 1) g->score_rows = 1;
     if (g->score_rows > d->max_rows) g->score_rows = d->max_rows;
-    g->scores = gpu_buffer(d, (size_t)g->score_rows * g->score_ld, 4);
     g->best_ld = (g->score_ld / KEY_SLAB + 1) * c->index_topk;
-    g->best = gpu_buffer(d, (size_t)g->score_rows * g->best_ld, 4);
-    g->best_key = gpu_buffer(d, (size_t)g->score_rows * g->best_ld, 4);
-    g->chosen = gpu_buffer(d, T * c->index_topk, 4);
-    g->o_part = gpu_buffer(d, parts * H * K, 4);
-    g->ml = gpu_buffer(d, parts * H, 8);
-    g->gate = gpu_buffer(d, T * E, 4);
-    g->h.q = gpu_buffer(d, hidden * c->expert_dim, 1);
-    g->h.s = gpu_buffer(d, hidden * c->expert_dim / 32, 4);
-    bool h_float = false;       // does a w2 of the model take FP32 rows?
-    for (int i = 0; i < c->n_layers; i++)
-        h_float |= !takes_int8(d->w.layers[i].sw2.fmt) || !takes_int8(d->w.layers[i].w2->fmt);
-    for (int i = 0; d->w.mtp && i < c->n_mtp; i++)
-        h_float |= !takes_int8(d->w.mtp[i].block.sw2.fmt) ||
-                   !takes_int8(d->w.mtp[i].block.w2->fmt);
-    if (h_float) g->h.x = gpu_buffer(d, hidden * c->expert_dim, 4);
-    g->contribution = gpu_buffer(d, hidden * D, 4);
-    g->r.tiles = gpu_buffer(d, T * A / TILE_T + E + T / TILE_T + 2, 16);
-    g->r.n_tiles = gpu_buffer(d, 1, 4);
-    GpuRouting *r = &g->r;
-    CuPtr *routing[] = { &r->ids, &r->weights, &r->order, &r->place, &r->start, &r->active,
-                         &r->n_active, &r->bad };
-    for (size_t i = 0; i < COUNT(routing); i++) *routing[i] = gpu_buffer(d, T * A + E + 1, 4);
-    g->host_rows = host_pinned(d, T * sizeof(Row));
-    g->host_X = host_pinned(d, T * S * D * 4);
-    g->host_slots = host_pinned(d, sizeof g->slot);
-    g->host_bad = host_pinned(d, 4);
-    if (!d->has_head) return;
-    g->want = gpu_buffer(d, T, 4);
-    g->heads = gpu_buffer(d, (HEAD_TILE + TILE) * D, 4);
-    g->logits = gpu_buffer(d, HEAD_TILE * V, 4);
-    g->host_want = host_pinned(d, T * 4);
-    g->host_logits = host_pinned(d, HEAD_TILE * V * 4);
-    if (!d->w.mtp) return;
-    g->e = gpu_buffer(d, T * D, 4);
-    g->ex = gpu_buffer(d, T * (S + 1) * D, 4);
+    size_t scores = (size_t)g->score_rows * g->score_ld, best = (size_t)g->score_rows * g->best_ld;
+    const struct { CuPtr *to; size_t n, size; } list[] = {
+        { &g->rows, T, sizeof(Row) }, { &g->slots, COUNT(g->slot), sizeof(CuPtr) },
+        { &g->X, T * S * D, 4 }, { &g->part, T * mixes, 4 }, { &g->y, T * D, 4 },
+        { &g->post_c, T * S, 4 }, { &g->comb, T * S * S, 4 }, { &g->kv, T * K, 4 },
+        ACT(g->x, T, D), ACT(g->qr, T, (size_t)c->q_lora_rank), ACT(g->o, T, H * K),
+        ACT(g->u, T, (size_t)c->o_groups * c->o_lora_rank),
+        { &g->q, T * H * K, 4 }, { &g->qh, T * H * K, 2 }, { &g->iq, T * J, 4 },
+        { &g->iqh, T * J, 2 }, { &g->iw, T * c->index_heads, 4 }, { &g->scores, scores, 4 },
+        { &g->best, best, 4 }, { &g->best_key, best, 4 }, { &g->chosen, T * topk, 4 },
+        { &g->o_part, parts * H * K, 4 }, { &g->ml, parts * H, 8 }, { &g->gate, T * E, 4 },
+        { &g->h.q, hidden * F, 1 }, { &g->h.s, hidden * F / 32, 4 },
+        { &g->h.x, floats * hidden * F, 4 }, { &g->contribution, hidden * D, 4 },
+        { &g->r.ids, pairs, 4 }, { &g->r.weights, pairs, 4 }, { &g->r.order, pairs, 4 },
+        { &g->r.place, pairs, 4 }, { &g->r.start, pairs, 4 }, { &g->r.active, pairs, 4 },
+        { &g->r.n_active, 1, 4 }, { &g->r.bad, 1, 4 }, { &g->r.n_tiles, 1, 4 },
+        { &g->r.tiles, T * A / TILE_T + E + T / TILE_T + 2, 16 },
+        { &g->want, head * T, 4 }, { &g->heads, head * (HEAD_TILE + TILE) * D, 4 },
+        { &g->logits, head * HEAD_TILE * V, 4 },
+        { &g->e, mtp * T * D, 4 }, { &g->ex, mtp * T * (S + 1) * D, 4 },
+    };
+    for (size_t i = 0; i < COUNT(list); i++) {
+        size_t n = cmul(list[i].n, list[i].size);
+        bytes = cadd(bytes, n);
+        if (take && n) *list[i].to = gpu_keep(&g->gpu, n, "buffers");
+    }
+    return bytes;
+}
+
+static void cuda_host_buffers(Device *d) {
+    Cuda *g = d->impl;
+    size_t T = (size_t)d->max_rows + TILE;
+    g->host_rows = gpu_pinned(&g->gpu, T * sizeof(Row));
+    g->host_slots = gpu_pinned(&g->gpu, sizeof g->slot);
+    g->host_bad = gpu_pinned(&g->gpu, 4);
+    g->host_want = gpu_pinned(&g->gpu, T * 4);
+    if (d->has_head) g->host_logits = gpu_pinned(&g->gpu, HEAD_TILE * (size_t)d->c->vocab * 4);
 }
 
 // Bytes of buffers that a stage like d would take.
 static size_t cuda_buffer_bytes(const Device *like) {
     Device d = *like;
-    Cuda *g = d.impl = xalloc(1, sizeof *g);
-    g->count_only = true;
-    cuda_buffers(&d);
-    size_t n = g->scratch_bytes;
+    Cuda *g = xalloc(1, sizeof *g);
+    g->formats = model_formats(&d.w, d.c);
+    size_t n = cuda_buffers(&d, g, false);
     free(g);
     return n;
-}
-
-size_t cuda_memory(int ordinal) {
-    CuDevice dev;
-    CuContext ctx;
-    size_t bytes = 0, total;
-    if (ordinal >= cuda_count() || cu.DeviceGet(&dev, ordinal)) return 0;
-    if (cu.PrimaryCtxRetain(&ctx, dev) || cu.CtxSetCurrent(ctx)) return 0;
-    return cu.MemGetInfo(&bytes, &total) ? 0 : bytes;
-}
-
-static void cuda_tables(Device *d) {
-    Cuda *g = d->impl;
-    for (int i = 0; i < 2; i++)
-        g->inv_freq[i] = gpu_table(d, d->inv_freq[i], sizeof(float) * (size_t)d->c->rope_dim / 2);
-    for (int i = 0; i < stage_caches(d); i++) layer_products(d, stage_layer(d, i), &g->layer[i]);
-    if (!d->has_head) return;
-    GpuAct heads = { .x = g->heads, .k = d->c->dim };
-    g->head = one_product(d, &d->w.head, &heads, g->logits);
-    if (!d->w.mtp) return;
-    GpuAct h = { .x = g->ex, .k = d->c->dim }, e = h;
-    e.x += 4 * ((size_t)d->max_rows + TILE) * d->c->hc_mult * d->c->dim;
-    g->h_proj = one_product(d, &d->w.mtp->h_proj, &h, g->X);
-    g->e_proj = one_product(d, &d->w.mtp->e_proj, &e, g->e);
 }
 
 static const Ops cuda_ops;
@@ -4279,53 +4073,43 @@ static const Ops cuda_ops;
 // c, w, first, last, has_head, max_rows, ring, cring, ctx and inv_freq are set. Ends the process
 // with one line if that is impossible.
 static void cuda_device(Device *d, int ordinal) {
-    Cuda *g = xalloc(1, sizeof *g);
-    Err e;
-    int n = 0;
-    if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
-    if (cu.DeviceGetCount(&n) || ordinal >= n) die(1, "%s: GPUs here: %d", d->name, n);
+    Cuda *g = d->impl = xalloc(1, sizeof *g);
     d->op = &cuda_ops;
-    d->impl = g;
-    g->kernel = -1;
-    check_shape(d);
-    CU(d, DeviceGet, &g->dev, ordinal);
-    CU(d, PrimaryCtxRetain, &g->ctx, g->dev);
-    CU(d, CtxSetCurrent, g->ctx);
-    CU(d, StreamCreate, &g->stream, 1);
-    CU(d, EventCreate, &g->staged, 2);
-    CU(d, EventRecord, g->staged, g->stream);
-    cuda_compile(d);
-    cuda_upload(d);
-    g->layer = xalloc((size_t)stage_caches(d), sizeof *g->layer);
+    g->gpu.name = d->name;
+    g->gpu.at = &d->at;
+    g->formats = model_formats(&d->w, d->c);
+    Freight weights = stage_freight(d);
+    upload_expect(weights.job, weights.n);
+    gpu_start(&g->gpu, ordinal);
+    CU(&g->gpu, EventCreate, &g->staged, 2);            // 2: no timing
+    CU(&g->gpu, EventRecord, g->staged, g->gpu.stream);
+    cuda_load(d);
+    freight_send(&g->gpu, &weights);
     cuda_layout(d);
-    cuda_buffers(d);
+    cuda_buffers(d, g, true);
+    cuda_host_buffers(d);
     cuda_tables(d);
-    gpu_wait(d);
+    gpu_wait(&g->gpu);
 }
 
 // Gives everything back. d->w keeps device addresses that are no longer valid.
 static void cuda_close(Device *d) {
     Cuda *g = d->impl;
-    void *pinned[] = { g->host_rows, g->host_X, g->host_logits, g->host_want, g->host_bad,
-                       g->host_slots };
-    CU(d, CtxSetCurrent, g->ctx);
-    gpu_wait(d);
-    for (size_t i = 0; i < COUNT(g->slot); i++) if (g->slot[i]) CU(d, MemFree, g->slot[i]);
+    CU(&g->gpu, CtxSetCurrent, g->gpu.ctx);
+    gpu_wait(&g->gpu);
+    for (size_t i = 0; i < COUNT(g->slot); i++) if (g->slot[i]) CU(&g->gpu, MemFree, g->slot[i]);
     for (size_t i = 0; i < COUNT(g->graphs); i++)
-        if (g->graphs[i]) CU(d, GraphExecDestroy, g->graphs[i]);
-    for (int i = 0; i < g->n_owned; i++) CU(d, MemFree, g->owned[i]);
-    for (size_t i = 0; i < COUNT(pinned); i++) if (pinned[i]) CU(d, MemFreeHost, pinned[i]);
-    CU(d, EventDestroy, g->staged);
-    CU(d, StreamDestroy, g->stream);
-    CU(d, ModuleUnload, g->module);
-    free(g->owned);
+        if (g->graphs[i]) CU(&g->gpu, GraphExecDestroy, g->graphs[i]);
+    CU(&g->gpu, EventDestroy, g->staged);
+    gpu_stop(&g->gpu);
     free(g->layer);
     free(g);
     d->impl = NULL;
 }
 
 // ---------------------------------------------------------------------------
-// CUDA: the operations. Each is one to three launches; hc_post waits for the next kernel that reads the streams.
+// CUDA: the operations. Each is one to three launches; hc_post waits for the next kernel that reads
+// the streams.
 
 // Index keys that the rows of the batch see at most.
 static int gpu_keys(const Device *d) {
@@ -4338,7 +4122,10 @@ static int gpu_keys(const Device *d) {
     return keys;
 }
 
-// The graph for the batch's context: 0 if every key is chosen anyway, else the power of two that holds the keys.
+static bool graphs_on(const Cuda *g) { return cuda_graphs && g->T == 1 && !g->keep_floats; }
+
+// The graph for the batch's context: 0 if every key is chosen anyway, else the power of two that
+// holds the keys.
 static int graph_bucket(const Device *d) {
     int keys = gpu_keys(d), b = 0;
     if (keys <= d->c->index_topk) return 0;
@@ -4348,9 +4135,10 @@ static int graph_bucket(const Device *d) {
 
 static void graph_begin(Device *d) {
     Cuda *g = d->impl;
-    if (!cuda_graphs || g->T != 1) return;
+    if (!graphs_on(g)) return;
     g->graph = g->graphs[graph_bucket(d)] ? GRAPH_REPLAYS : GRAPH_RECORDS;
-    if (g->graph == GRAPH_RECORDS) CU(d, StreamBeginCapture, g->stream, 1);     // 1: calls of other threads go on
+    if (g->graph == GRAPH_RECORDS)                      // 1: calls of other threads go on
+        CU(&g->gpu, StreamBeginCapture, g->gpu.stream, 1);
 }
 
 // Runs the step that the operations since graph_begin() have described.
@@ -4360,22 +4148,22 @@ static void graph_end(Device *d) {
     if (g->graph == GRAPH_OFF) return;
     if (g->graph == GRAPH_RECORDS) {
         CuGraph graph;
-        CU(d, StreamEndCapture, g->stream, &graph);
-        CU(d, GraphInstantiate, exec, graph, 0);
-        CU(d, GraphDestroy, graph);
+        CU(&g->gpu, StreamEndCapture, g->gpu.stream, &graph);
+        CU(&g->gpu, GraphInstantiate, exec, graph, 0);
+        CU(&g->gpu, GraphDestroy, graph);
     }
-    CU(d, GraphLaunch, *exec, g->stream);
+    CU(&g->gpu, GraphLaunch, *exec, g->gpu.stream);
     g->graph = GRAPH_OFF;
 }
 
 static void cuda_begin(Device *d, const Row *rows, int T) {
     Cuda *g = d->impl;
-    CU(d, CtxSetCurrent, g->ctx);
+    CU(&g->gpu, CtxSetCurrent, g->gpu.ctx);
     graph_end(d);               // of a batch whose results nobody wanted
-    CU(d, EventSynchronize, g->staged);
+    CU(&g->gpu, EventSynchronize, g->staged);
     memcpy(g->host_rows, rows, sizeof *rows * (size_t)T);
-    gpu_copy_in(d, g->rows, g->host_rows, sizeof *rows * (size_t)T);
-    CU(d, EventRecord, g->staged, g->stream);
+    gpu_copy_in(&g->gpu, g->rows, g->host_rows, sizeof *rows * (size_t)T);
+    CU(&g->gpu, EventRecord, g->staged, g->gpu.stream);
     g->T = T;
     g->post = false;
 }
@@ -4388,15 +4176,17 @@ static void cuda_embed(Device *d) {
     LAUNCH(d, embed, g->T, 1, 1, 256, 0, &table, &wide, &g->rows, &g->X);
 }
 
-static size_t gpu_streams(const Device *d) { return 4 * (size_t)((Cuda *)d->impl)->T * d->c->hc_mult * d->c->dim; }
-
+// X is pinned: the copy runs while the host goes on.
 static void cuda_streams_in(Device *d, const float *X) {
     Cuda *g = d->impl;
-    CU(d, EventSynchronize, g->staged);
-    memcpy(g->host_X, X, gpu_streams(d));
-    gpu_copy_in(d, g->X, g->host_X, gpu_streams(d));
-    CU(d, EventRecord, g->staged, g->stream);
+    gpu_copy_in(&g->gpu, g->X, X, streams_bytes(d, g->T));
+    CU(&g->gpu, EventRecord, g->staged, g->gpu.stream);
     graph_begin(d);
+}
+
+static void cuda_settle(Device *d) {
+    const Cuda *g = d->impl;
+    CU(&g->gpu, EventSynchronize, g->staged);
 }
 
 // The hc_post that is due, and fn . X for the hyper-connection `h` (NULL: none).
@@ -4412,25 +4202,26 @@ static void gpu_mix(Device *d, const Hyper *h) {
 
 static void gpu_norm(Device *d, const Hyper *h, const float *norm, int full) {
     Cuda *g = d->impl;
-    LAUNCH(d, hc_norm, g->T, full ? 2 : 1, 1, 256, 0, &g->X, &g->part, (void *)&h->base, (void *)&h->scale, &norm, &full,
-           &g->post_c, &g->comb, &g->x.x, &g->x.q, &g->x.s, &g->r.bad);
+    LAUNCH(d, hc_norm, g->T, full ? 2 : 1, 1, 256, 0, &g->X, &g->part, &h->base, &h->scale, &norm,
+           &full, &g->post_c, &g->comb, &g->x.x, &g->x.q, &g->x.s, &g->r.bad);
 }
 
 // Waits for the stream; stops if a kernel met a number that is not finite.
 static void gpu_finish(Device *d) {
     Cuda *g = d->impl;
-    CU(d, MemcpyDtoHAsync, g->host_bad, g->r.bad, 4, g->stream);
-    gpu_wait(d);
-    if (*g->host_bad) die(1, "%s: a number is not finite in or before %s (run `dsv4 verify` on the checkpoint)", d->name, d->at);
+    gpu_copy_out(&g->gpu, g->host_bad, g->r.bad, 4);
+    gpu_wait(&g->gpu);
+    if (*g->host_bad)
+        die(1, "%s: a number is not finite in or before %s (run `dsv4 verify` on the checkpoint)",
+            d->name, d->at);
 }
 
 static void cuda_streams_out(Device *d, float *X) {
     Cuda *g = d->impl;
     graph_end(d);
     gpu_mix(d, NULL);
-    CU(d, MemcpyDtoHAsync, g->host_X, g->X, gpu_streams(d), g->stream);
+    gpu_copy_out(&g->gpu, X, g->X, streams_bytes(d, g->T));
     gpu_finish(d);
-    memcpy(X, g->host_X, gpu_streams(d));
 }
 
 static void cuda_hc_pre(Device *d, const Hyper *h, const float *norm) {
@@ -4447,14 +4238,10 @@ static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3;
 // more rows than tokens): a row's result must not depend on how many others there are.
 static void gpu_products(Device *d, const GpuProducts *p, int T) {
     Cuda *g = d->impl;
-    if (T > TILE && g->T > TILE) {
-        LAUNCH(d, gemm, p->tiles, (T + TILE_T - 1) / TILE_T, 1, 256, TILE_SHARED, (void *)&p->tasks, (void *)&p->n, &T,
-               &g->rows, &g->slots);
-        return;
-    }
-    int v = row_variant(T), B = 1 << v;
-    gpu_launch(d, K_gemv_1 + v, (unsigned)p->blocks, (unsigned)((T + B - 1) / B), 1, 256, 0,
-               (void *[]){ (void *)&p->tasks, (void *)&p->n, &T, &g->rows, &g->slots });
+    bool tiles = T > TILE && g->T > TILE;
+    int v = row_variant(T), B = tiles ? TILE_T : 1 << v;
+    LAUNCH_ID(d, tiles ? K_gemm : K_gemv_1 + v, tiles ? p->tiles : p->blocks, (T + B - 1) / B, 1,
+              256, tiles ? TILE_SHARED : 0, &p->tasks, &p->n, &T, &g->rows, &g->slots);
 }
 
 // The layer's tables: layers are found by their address.
@@ -4464,56 +4251,62 @@ static GpuLayer *gpu_layer(Device *d, const Layer *l) {
     die(1, "%s: %s is not a layer of this stage", d->name, l->name);
 }
 
-static void cuda_attn_project(Device *d, const Layer *l) { gpu_products(d, &gpu_layer(d, l)->project, ((Cuda *)d->impl)->T); }
+static void cuda_attn_project(Device *d, const Layer *l) {
+    gpu_products(d, &gpu_layer(d, l)->project, ((Cuda *)d->impl)->T);
+}
 
 static GpuPool gpu_pool(const Device *d, const Compressor *m, uint64_t in, uint64_t out) {
-    return (GpuPool){ (CuPtr)(uintptr_t)m->ape, (CuPtr)(uintptr_t)m->norm, in, out, d->cring[m->ratio], m->ratio };
+    return (GpuPool){ (CuPtr)(uintptr_t)m->ape, (CuPtr)(uintptr_t)m->norm, in, out,
+                      d->cring[m->ratio], m->ratio };
 }
 
 static void cuda_attn_latent(Device *d, const Layer *l, int i) {
     Cuda *g = d->impl;
     GpuLayer *gl = &g->layer[i];
-    GpuPool comp = gpu_pool(d, &l->comp, gl->cin, gl->comp), icomp = gpu_pool(d, &l->icomp, gl->icin, gl->ikeys);
+    GpuPool comp = gpu_pool(d, &l->comp, gl->cin, gl->comp);
+    GpuPool icomp = gpu_pool(d, &l->icomp, gl->icin, gl->ikeys);
     int roles = l->ratio == 4 ? 4 : l->ratio ? 3 : 2;
-    LAUNCH(d, attn_latent, g->T, roles, 1, 256, 0, &g->qr.x, (void *)&l->q_norm, &g->qr.q, &g->qr.s, &g->kv,
-           (void *)&l->kv_norm, &g->rows, &g->slots, &gl->win, &d->ring, &g->inv_freq[l->ratio != 0], &comp, &icomp);
+    LAUNCH(d, attn_latent, g->T, roles, 1, 256, 0, &g->qr.x, &l->q_norm, &g->qr.q, &g->qr.s, &g->kv,
+           &l->kv_norm, &g->rows, &g->slots, &gl->win, &d->ring, &g->inv_freq[l->ratio != 0], &comp,
+           &icomp);
 }
 
 static void cuda_attn_query(Device *d, const Layer *l) {
     Cuda *g = d->impl;
     int index = l->ratio == 4, heads = d->c->n_heads + (index ? d->c->index_heads : 0);
     gpu_products(d, &gpu_layer(d, l)->query, g->T);
-    LAUNCH(d, query_norm, g->T, (heads + 7) / 8, 1, 256, 0, &g->q, &g->iq, &g->rows, &g->inv_freq[l->ratio != 0], &g->qh,
-           &g->iqh, &index);
+    LAUNCH(d, query_norm, g->T, (heads + 7) / 8, 1, 256, 0, &g->q, &g->iq, &g->rows,
+           &g->inv_freq[l->ratio != 0], &g->qh, &g->iqh, &index);
 }
 
-// The choice for rows [t, t + n) whose scores are there. More than KEY_SLAB keys are thinned out by many blocks first: one
-// block reads its memory slowly.
+// The choice for rows [t, t + n) whose scores are there. More than KEY_SLAB keys are thinned out by
+// many blocks first: one block reads its memory slowly.
 static void gpu_choose(Device *d, int t, int n, int keys) {
     Cuda *g = d->impl;
     size_t ld = (size_t)g->score_ld, best_ld = (size_t)g->best_ld;
     int slab = keys > KEY_SLAB ? KEY_SLAB : 0;
     CuPtr from = g->scores;
     if (slab) {
-        LAUNCH(d, index_slab, (keys + slab - 1) / slab, n, 1, 1024, 0, &g->scores, &ld, &g->rows, &t, &slab, &g->best,
-               &g->best_key, &best_ld);
+        LAUNCH(d, index_slab, (keys + slab - 1) / slab, n, 1, 1024, 0, &g->scores, &ld, &g->rows,
+               &t, &slab, &g->best, &g->best_key, &best_ld);
         from = g->best;
         ld = best_ld;
     }
-    LAUNCH(d, index_topk, n, 1, 1, 1024, 0, &from, &ld, &g->best_key, &g->rows, &t, &slab, &g->chosen);
+    LAUNCH(d, index_topk, n, 1, 1, 1024, 0, &from, &ld, &g->best_key, &g->rows, &t, &slab,
+           &g->chosen);
 }
 
 // In slabs of rows, so that the scores of a long context stay in bounded memory.
 static void cuda_index_topk(Device *d, const Layer *l, int i) {
     Cuda *g = d->impl;
-    int keys = cuda_graphs && g->T == 1 ? 1 << graph_bucket(d) : gpu_keys(d);
+    int keys = graphs_on(g) ? 1 << graph_bucket(d) : gpu_keys(d);
     size_t ld = (size_t)g->score_ld;
     (void)l;
     if (keys <= d->c->index_topk) return;
     for (int t = 0; t < g->T; t += g->score_rows) {
         int n = g->T - t < g->score_rows ? g->T - t : g->score_rows;
-        LAUNCH(d, index_scores, (keys + 127) / 128, n, 1, 128, 0, &g->iqh, &g->iw, &g->rows, &g->slots,
-               &g->layer[i].ikeys, &t, &g->scores, &ld);
+        LAUNCH(d, index_scores, (keys + 127) / 128, n, 1, 128, 0, &g->iqh, &g->iw, &g->rows,
+               &g->slots, &g->layer[i].ikeys, &t, &g->scores, &ld);
         gpu_choose(d, t, n, keys);
     }
 }
@@ -4525,12 +4318,13 @@ static void cuda_attend(Device *d, const Layer *l, int i) {
     int splits = g->T <= TILE ? MAX_SPLITS : 1, ratio = l->ratio;
     int heads = c->n_heads > 16 && g->T > 2 ? 32 : 16;          // more blocks for few rows
     CuPtr ox = takes_int8(l->wo_a.fmt) && !g->keep_floats ? 0 : g->o.x;
-    gpu_launch(d, heads == 32 ? K_attend_32 : K_attend_16, (unsigned)splits, (unsigned)((c->n_heads + heads - 1) / heads),
-               (unsigned)g->T, 32 * ((unsigned)(c->head_dim + 63) / 64), attend_shared(c, (unsigned)heads),
-               (void *[]){ &g->qh, &g->rows, &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits,
-                           &g->o_part, &g->ml });
-    LAUNCH(d, attend_combine, c->n_heads, g->T, 1, (c->head_dim / 4 + 31) & ~31, 0, &g->o_part, &g->ml, &g->rows, &ratio,
-           &splits, (void *)&l->attn_sink, &g->inv_freq[ratio != 0], &ox, &g->o.q, &g->o.s);
+    LAUNCH_ID(d, heads == 32 ? K_attend_32 : K_attend_16, splits, (c->n_heads + heads - 1) / heads,
+              g->T, 32 * ((c->head_dim + 63) / 64), attend_shared(c, heads), &g->qh, &g->rows,
+              &g->slots, &gl->win, &d->ring, &gl->comp, &ratio, &g->chosen, &splits, &g->o_part,
+              &g->ml);
+    LAUNCH(d, attend_combine, c->n_heads, g->T, 1, (c->head_dim / 4 + 31) & ~31, 0, &g->o_part,
+           &g->ml, &g->rows, &ratio, &splits, &l->attn_sink, &g->inv_freq[ratio != 0], &ox, &g->o.q,
+           &g->o.s);
 }
 
 static void cuda_attn_out(Device *d, const Layer *l) {
@@ -4539,8 +4333,15 @@ static void cuda_attn_out(Device *d, const Layer *l) {
     gpu_products(d, &gl->wo_b, ((Cuda *)d->impl)->T);
 }
 
-// The router's product shares a launch with the shared expert when few rows stream: all of it happens in experts().
+// The router's product shares a launch with the shared expert when few rows stream: all of it
+// happens in experts().
 static void cuda_route(Device *d, const Layer *l) { (void)d, (void)l; }
+
+static void gpu_route(Device *d, const Layer *l, int blocks) {
+    Cuda *g = d->impl;
+    LAUNCH(d, route, blocks, 1, 1, 256, 0, &g->gate, &l->gate_bias, &l->tid2eid, &g->rows, &g->T,
+           &g->r);
+}
 
 static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     Cuda *g = d->impl;
@@ -4548,31 +4349,33 @@ static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     int T = g->T, E = c->n_experts, v = row_variant(T), zero = 0, place = T * c->n_active;
     int active = place < E ? place : E;
     CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
-    gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
-               (void *[]){ &shared, (void *)&gl->gate.tasks, &zero, &T, &g->h, &place });
+    LAUNCH_ID(d, K_ffn_in_1 + v, c->expert_dim / 32 + gl->gate.blocks, 1, 1, 256, 0, &shared,
+              &gl->gate.tasks, &zero, &T, &g->h, &place);
     if (T == 1) {
-        LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s,
-               &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &g->r, &g->h);
+        LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, &gl->experts, &g->x.x,
+               &g->x.q, &g->x.s, &g->gate, &l->gate_bias, &l->tid2eid, &g->rows, &g->r, &g->h);
     } else {
-        LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
-        LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s, &g->r, &g->h);
+        gpu_route(d, l, 1);
+        LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, &gl->experts, &g->x.x,
+               &g->x.q, &g->x.s, &g->r, &g->h);
     }
-    gpu_launch(d, T == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
-               (void *[]){ (void *)&gl->experts, &g->h, &g->r, &T, &g->y });
+    LAUNCH_ID(d, T == 1 ? K_expert_down_1 : K_expert_down_8, c->dim / 8, 1, 1, 256, 0, &gl->experts,
+              &g->h, &g->r, &T, &g->y);
 }
 
 static void experts_many(Device *d, const Layer *l, const GpuLayer *gl) {
     Cuda *g = d->impl;
     const Config *c = d->c;
-    int T = g->T, pairs = T * c->n_active, tiles = pairs / TILE_T + (pairs < c->n_experts ? pairs : c->n_experts);
+    int T = g->T, pairs = T * c->n_active;
+    int tiles = pairs / TILE_T + (pairs < c->n_experts ? pairs : c->n_experts);
     tiles += (T + TILE_T - 1) / TILE_T;
     gpu_products(d, &gl->gate, T);
-    LAUNCH(d, route, (T + 7) / 8, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
+    gpu_route(d, l, (T + 7) / 8);
     LAUNCH(d, group_rows, (c->n_experts + 7) / 8, 1, 1, 256, 0, &T, &g->r);
-    LAUNCH(d, expert_up, (c->expert_dim + 63) / 64, tiles, 1, 256, TILE_SHARED, (void *)&gl->experts, &g->x.x, &g->x.q,
-           &g->x.s, &T, &g->r, &g->h);
-    LAUNCH(d, expert_down, (c->dim + TILE_N - 1) / TILE_N, tiles, 1, 256, TILE_SHARED, (void *)&gl->experts, &g->h, &g->r,
-           &g->contribution);
+    LAUNCH(d, expert_up, (c->expert_dim + 63) / 64, tiles, 1, 256, TILE_SHARED, &gl->experts,
+           &g->x.x, &g->x.q, &g->x.s, &T, &g->r, &g->h);
+    LAUNCH(d, expert_down, (c->dim + TILE_N - 1) / TILE_N, tiles, 1, 256, TILE_SHARED, &gl->experts,
+           &g->h, &g->r, &g->contribution);
     LAUNCH(d, expert_sum, (c->dim + 1023) / 1024, T, 1, 256, 0, &g->contribution, &g->r, &T, &g->y);
 }
 
@@ -4584,28 +4387,30 @@ static void cuda_experts(Device *d, const Layer *l) {
 static void cuda_mtp_in(Device *d, const Mtp *m) {
     Cuda *g = d->impl;
     int S = d->c->hc_mult, rows = g->T * S, wide = d->w.embed.fmt == W_F32;
-    CuPtr table = (CuPtr)(uintptr_t)d->w.embed.w, e = g->ex + 4 * ((size_t)d->max_rows + TILE) * S * d->c->dim;
+    CuPtr table = (CuPtr)(uintptr_t)d->w.embed.w, next = gpu_next(d);
     gpu_mix(d, NULL);
-    LAUNCH(d, mtp_norm, g->T, S + 1, 1, 256, 0, &g->X, &table, &wide, &g->rows, (void *)&m->hnorm, (void *)&m->enorm, &g->ex, &e);
+    LAUNCH(d, mtp_norm, g->T, S + 1, 1, 256, 0, &g->X, &table, &wide, &g->rows, &m->hnorm,
+           &m->enorm, &g->ex, &next);
     gpu_products(d, &g->e_proj, g->T);
     gpu_products(d, &g->h_proj, rows);
     LAUNCH(d, mtp_add, rows, 1, 1, 256, 0, &g->X, &g->e);
 }
 
-static void cuda_head(Device *d, const Hyper *h, const float *norm, const int *want, int n, float *logits) {
+static void cuda_head(Device *d, const Hyper *h, const float *norm, const int *want, int n,
+                      float *logits) {
     Cuda *g = d->impl;
     size_t V = (size_t)d->c->vocab;
     graph_end(d);
     gpu_mix(d, h);
     gpu_norm(d, h, norm, 0);
     memcpy(g->host_want, want, sizeof *want * (size_t)n);
-    gpu_copy_in(d, g->want, g->host_want, sizeof *want * (size_t)n);
+    gpu_copy_in(&g->gpu, g->want, g->host_want, sizeof *want * (size_t)n);
     for (int i = 0; i < n; i += HEAD_TILE) {
         int m = n - i < HEAD_TILE ? n - i : HEAD_TILE;
         CuPtr from = g->want + 4 * (size_t)i;
         LAUNCH(d, gather_rows, m, 1, 1, 256, 0, &g->x.x, &from, &g->heads);
         gpu_products(d, &g->head, m);
-        CU(d, MemcpyDtoHAsync, g->host_logits, g->logits, 4 * (size_t)m * V, g->stream);
+        gpu_copy_out(&g->gpu, g->host_logits, g->logits, 4 * (size_t)m * V);
         gpu_finish(d);
         memcpy(logits + (size_t)i * V, g->host_logits, 4 * (size_t)m * V);
     }
@@ -4615,155 +4420,111 @@ static void cuda_head(Device *d, const Hyper *h, const float *norm, const int *w
 
 static void set_slot(Device *d, int slot, CuPtr p) {
     Cuda *g = d->impl;
-    g->slot[slot] = p;
-    g->host_slots[slot] = p;
-    gpu_copy_in(d, g->slots + 8 * (size_t)slot, g->host_slots + slot, 8);
-    gpu_wait(d);
+    g->slot[slot] = g->host_slots[slot] = p;
+    gpu_copy_in(&g->gpu, g->slots + 8 * (size_t)slot, g->host_slots + slot, 8);
+    gpu_wait(&g->gpu);
 }
 
 static void cuda_cache_new(Device *d, int slot) {
     Cuda *g = d->impl;
-    CU(d, CtxSetCurrent, g->ctx);
-    set_slot(d, slot, g->slot_bytes ? gpu_alloc(d, g->slot_bytes, "the caches of a session") : 0);
+    CU(&g->gpu, CtxSetCurrent, g->gpu.ctx);
+    set_slot(d, slot, g->slot_bytes ? gpu_alloc(&g->gpu, g->slot_bytes, "the caches of a session")
+                                    : 0);
 }
 
 static void cuda_cache_free(Device *d, int slot) {
     Cuda *g = d->impl;
     CuPtr p = g->slot[slot];
-    CU(d, CtxSetCurrent, g->ctx);
+    CU(&g->gpu, CtxSetCurrent, g->gpu.ctx);
     set_slot(d, slot, 0);
-    if (p) CU(d, MemFree, p);
+    if (p) CU(&g->gpu, MemFree, p);
 }
 
-// The slots of positions [from, to) of a ring at `ring`: in one or two pieces, to or from buf (NULL only counts).
-static size_t gpu_ring_copy(Device *d, CuPtr ring, size_t row, int slots, int from, int to, char *buf, bool save) {
-    CuStream s = ((Cuda *)d->impl)->stream;
-    for (int p = from; buf && p < to;) {
-        int at = p % slots, n = to - p < slots - at ? to - p : slots - at;
-        CuPtr dev = ring + row * (size_t)at;
-        char *host = buf + row * (size_t)(p - from);
-        if (save) CU(d, MemcpyDtoHAsync, host, dev, row * (size_t)n, s);
-        else CU(d, MemcpyHtoDAsync, dev, host, row * (size_t)n, s);
-        p += n;
-    }
-    return row * (size_t)(to > from ? to - from : 0);
-}
-
-// As cache_copy() on the CPU: the window, and the compressors' open windows.
-static size_t gpu_cache_copy(Device *d, int slot, int pos, char *buf, bool save) {
+static void cuda_cache_copy(Device *d, int slot, int i, int part, size_t at, void *host,
+                            size_t bytes, bool save) {
     Cuda *g = d->impl;
-    CuPtr base = g->slot[slot];
-    size_t n = 0;
-    CU(d, CtxSetCurrent, g->ctx);
-    for (int i = 0; i < stage_caches(d); i++) {
-        const Layer *l = stage_layer(d, i);
-        const GpuLayer *gl = &g->layer[i];
-        int M = l->ratio, from = pos > d->c->window ? pos - d->c->window : 0;
-        n += gpu_ring_copy(d, base + gl->win, kv_bytes(d, d->c->head_dim), d->ring, from, pos, buf ? buf + n : NULL, save);
-        if (!M) continue;
-        from = pos / M * M;
-        if (M == 4 && from) from -= M;
-        n += gpu_ring_copy(d, base + gl->cin, 8 * (size_t)l->comp.wkv.n, d->cring[M], from, pos, buf ? buf + n : NULL, save);
-        if (M == 4)
-            n += gpu_ring_copy(d, base + gl->icin, 8 * (size_t)l->icomp.wkv.n, d->cring[4], from, pos, buf ? buf + n : NULL, save);
-    }
-    gpu_wait(d);
-    return n;
-}
-
-static size_t cuda_cache_save(Device *d, int slot, int pos, void *to) { return gpu_cache_copy(d, slot, pos, to, true); }
-static void cuda_cache_load(Device *d, int slot, int pos, const void *from) {
-    gpu_cache_copy(d, slot, pos, (char *)(uintptr_t)from, false);
+    CuPtr dev = g->slot[slot] + g->layer[i].part[part] + at;
+    CU(&g->gpu, CtxSetCurrent, g->gpu.ctx);
+    if (save) gpu_copy_out(&g->gpu, host, dev, bytes);
+    else gpu_copy_in(&g->gpu, dev, host, bytes);
+    gpu_wait(&g->gpu);
 }
 
 static const Ops cuda_ops = {
-    .begin = cuda_begin, .embed = cuda_embed, .streams_in = cuda_streams_in, .streams_out = cuda_streams_out,
-    .hc_pre = cuda_hc_pre, .hc_post = cuda_hc_post, .attn_project = cuda_attn_project, .attn_latent = cuda_attn_latent,
-    .attn_query = cuda_attn_query, .index_topk = cuda_index_topk, .attend = cuda_attend, .attn_out = cuda_attn_out,
-    .route = cuda_route, .experts = cuda_experts, .mtp_in = cuda_mtp_in, .head = cuda_head,
-    .cache_new = cuda_cache_new, .cache_free = cuda_cache_free,
-    .cache_save = cuda_cache_save, .cache_load = cuda_cache_load,
+    .begin = cuda_begin, .embed = cuda_embed, .streams_in = cuda_streams_in, .settle = cuda_settle,
+    .streams_out = cuda_streams_out, .hc_pre = cuda_hc_pre, .hc_post = cuda_hc_post,
+    .attn_project = cuda_attn_project, .attn_latent = cuda_attn_latent,
+    .attn_query = cuda_attn_query, .index_topk = cuda_index_topk, .attend = cuda_attend,
+    .attn_out = cuda_attn_out, .route = cuda_route, .experts = cuda_experts, .mtp_in = cuda_mtp_in,
+    .head = cuda_head, .cache_new = cuda_cache_new, .cache_free = cuda_cache_free,
+    .cache_copy = cuda_cache_copy,
 };
+
 // ---------------------------------------------------------------------------
 // CUDA: the self-test. A GPU and the CPU run the same layers operation by operation; what each one
-// wrote is compared, then the GPU goes on from the CPU's numbers.
+// wrote is compared (apps/selftest.c), then the GPU goes on from the CPU's numbers.
 
-// The operations, with the kernels behind them where the names differ.
-#define CHECKS(X) \
-    X(EMBED, "embed") X(POST, "hc_post (hc_mix)") X(PRE, "hc_pre (hc_mix, hc_norm)") \
-    X(QUANTISE, "quantise") X(PROJECT, "attn_project (gemv, gemm)") X(LATENT, "attn_latent") \
-    X(COMPRESS, "compress (attn_latent)") X(QUERY, "attn_query (gemv, gemm, query_norm)") \
-    X(SCORES, "index_scores") X(TOPK, "index_topk") X(ATTEND, "attend (attend_combine)") \
-    X(OUT, "attn_out (gemv, gemm)") X(ROUTE, "route (gemv, gemm)") \
-    X(EXPERTS, "experts (ffn_in, expert_up, expert_down)") X(HEAD, "head (hc_norm, gemv, gemm)") \
-    X(MTP, "mtp_in (mtp_norm, gemv, gemm)")
-#define CHECK_ID(id, name) C_##id,
-#define CHECK_NAME(id, name) name,
-enum { CHECKS(CHECK_ID) N_CHECKS };
-static const char *const check_names[] = { CHECKS(CHECK_NAME) };
+// What an operation writes: fields of Cuda and Run, the letters of shape_of() for what a row has,
+// and how far it may be off.
+typedef enum { FLOATS, HALVES, FLOATS_AND_INTS } Stored;        // on the GPU; the last: a GpuAct
+typedef struct {
+    const char *op;
+    Stored as;
+    size_t gpu, cpu;
+    const char *shape;
+    double limit;
+} Output;
+#define G(field) offsetof(Cuda, field)
+#define R(field) offsetof(Run, field)
+static const Output outputs[] = {
+    { "embed", FLOATS, G(X), R(X), "s", 0 },
+    { "hc_post", FLOATS, G(X), R(X), "s", 5e-6 },
+    { "hc_pre", FLOATS_AND_INTS, G(x), R(x), "D", 1e-5 },
+    { "hc_pre", FLOATS, G(post_c), R(post), "S", 1e-5 },
+    { "hc_pre", FLOATS, G(comb), R(comb), "SS", 1e-5 },
+    { "attn_project", FLOATS, G(qr), R(qr), "Q", 3e-5 },
+    { "attn_project", FLOATS, G(kv), R(kv), "K", 3e-5 },
+    { "attn_project", FLOATS, G(iw), R(iw), "I", 3e-5 },
+    { "attn_latent", FLOATS_AND_INTS, G(qr), R(qr), "Q", 5e-6 },
+    { "attn_query", HALVES, G(qh), R(q), "h", 2e-5 },
+    { "attn_query", HALVES, G(iqh), R(iq), "i", 2e-5 },
+    { "attend", FLOATS_AND_INTS, G(o), R(o), "h", 2e-2 },     // P is rounded against other maxima
+    { "attn_out", FLOATS, G(y), R(y), "D", 3e-5 },
+    { "route", FLOATS, G(r.weights), R(weight), "A", 1e-5 },
+    { "experts", FLOATS, G(y), R(y), "D", 3e-3 },
+    { "mtp_in", FLOATS, G(X), R(X), "s", 5e-5 },
+};
+#undef G
+#undef R
+static const double int8_limit = 5e-3;      // of y, if a rounding of the inner values may flip
 
 typedef struct {
     Device cpu, *gpu;
     Run *r;
     Cuda *g;
     int T;
+    const Layer *lc, *lg;       // the layer that runs, on the CPU and the GPU
+    int i;                      // its cache
     uint64_t state;             // of the random numbers
-    GpuCheck *list;               // [N_CHECKS]
+    Trial trial;
     void *tmp;
 } Twin;
 
 // Uniform in (-1, 1).
 static float random_signed(uint64_t *state) { return (float)(2 * random_unit(state) - 1); }
 
+// Good until the next call.
 static void *twin_read(Twin *w, CuPtr from, size_t bytes) {
     free(w->tmp);
     w->tmp = xalloc(bytes, 1);
-    CU(w->gpu, MemcpyDtoHAsync, w->tmp, from, bytes, w->g->stream);
-    gpu_wait(w->gpu);
+    gpu_copy_out(&w->g->gpu, w->tmp, from, bytes);
+    gpu_wait(&w->g->gpu);
     return w->tmp;
 }
 
 static void twin_give(Twin *w, CuPtr to, const void *from, size_t bytes) {
-    gpu_copy_in(w->gpu, to, from, bytes);
-    gpu_wait(w->gpu);
-}
-
-static void twin_note(Twin *w, int check, double error, double limit) {
-    GpuCheck *p = &w->list[check];
-    if (!(error < 1e30)) error = 1e30;                  // NaN too
-    double share = error / fmax(limit, 1e-30);
-    if (!p->n++ || share > p->share)
-        *p = (GpuCheck){ check_names[check], error, limit, share, w->cpu.at, w->T, p->n };
-}
-
-// The largest of n differences over the root mean square of the CPU's values.
-static double deviation(const float *gpu, const float *cpu, size_t n, double slack) {
-    double worst = 0, square = 1e-30;
-    for (size_t i = 0; i < n; i++) {
-        double diff = fabs((double)gpu[i] - cpu[i]) - slack * fabs((double)gpu[i]);
-        worst = diff <= worst ? worst : diff;
-        square += (double)cpu[i] * cpu[i];
-    }
-    return worst / sqrt(square / n);
-}
-
-static void twin_floats(Twin *w, int check, CuPtr gpu, const float *cpu, size_t n, double limit) {
-    twin_note(w, check, deviation(twin_read(w, gpu, 4 * n), cpu, n, 0), limit);
-    twin_give(w, gpu, cpu, 4 * n);
-}
-
-// The GPU has BF16: what is off by more than one step of rounding counts in full.
-static void twin_halves(Twin *w, int check, CuPtr gpu, const float *cpu, size_t n) {
-    const bf16 *h = twin_read(w, gpu, 2 * n);
-    float *x = xalloc(n, sizeof *x);
-    bf16 *own = xalloc(n, sizeof *own);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = f32_of_bf16(h[i]);
-        own[i] = bf16_of_f32(cpu[i]);
-    }
-    twin_note(w, check, deviation(x, cpu, n, 0x1p-7), 2e-5);
-    twin_give(w, gpu, own, 2 * n);
-    free(x), free(own);
+    gpu_copy_in(&w->g->gpu, to, from, bytes);
+    gpu_wait(&w->g->gpu);
 }
 
 static void twin_give_ints(Twin *w, const GpuAct *gpu, const Act *cpu) {
@@ -4772,36 +4533,47 @@ static void twin_give_ints(Twin *w, const GpuAct *gpu, const Act *cpu) {
 }
 
 // INT8 without the floats they came from: a last-bit difference there may flip a rounding.
-static void twin_ints(Twin *w, int check, const GpuAct *gpu, const Act *cpu) {
+static void twin_ints(Twin *w, const char *op, const GpuAct *gpu, const Act *cpu) {
     size_t n = cpu->ldq * (size_t)w->T, wrong = 0;
     const int8_t *q = twin_read(w, gpu->q, n);
     for (size_t i = 0; i < n; i++) wrong += abs(q[i] - cpu->q[i]) > 1 ? n : q[i] != cpu->q[i];
-    twin_note(w, check, (double)wrong / n, 2e-3);
+    trial_note(&w->trial, op, (double)wrong / n, 2e-3);
     twin_give_ints(w, gpu, cpu);
 }
 
-// The floats within `limit`; the GPU's integers and scales exactly what the CPU makes of the GPU's
-// floats (dimensions are multiples of 32: all rows are one sequence of groups).
-static void twin_act(Twin *w, int check, const GpuAct *gpu, const Act *cpu, double limit) {
+// Are the GPU's integers and scales exactly what the CPU makes of the GPU's floats? (Dimensions are
+// multiples of 32: all rows are one sequence of groups.)
+static void twin_quantised(Twin *w, const GpuAct *gpu, const Act *cpu) {
     size_t n = cpu->ldq * (size_t)w->T, groups = cpu->lds * (size_t)w->T;
     float *s = xalloc(groups, sizeof *s);
     int8_t *q = xalloc(n, 1);
     quantise(twin_read(w, gpu->x, 4 * n), (int)n, q, s);
     bool same = !memcmp(q, twin_read(w, gpu->q, n), n);
     same = !memcmp(s, twin_read(w, gpu->s, 4 * groups), 4 * groups) && same;
-    twin_note(w, C_QUANTISE, !same, 0);
-    twin_floats(w, check, gpu->x, cpu->x, n, limit);
-    twin_give_ints(w, gpu, cpu);
+    trial_note(&w->trial, "quantise", !same, 0);
     free(q), free(s);
+}
+
+// What an operation has just written on both. The indexer's is there in some layers only.
+static void twin_outputs(Twin *w, const char *op, bool int8) {
+    for (const Output *o = outputs; o < outputs + COUNT(outputs); o++) {
+        const void *gpu = (char *)w->g + o->gpu, *cpu = (char *)w->r + o->cpu;
+        CuPtr dev = *(const CuPtr *)gpu;                // of a GpuAct: the floats, as of an Act
+        const float *host = *(float *const *)cpu;
+        size_t n = (size_t)w->T;
+        if (strcmp(o->op, op) || (strpbrk(o->shape, "Ii") && w->lc->ratio != 4)) continue;
+        for (const char *p = o->shape; *p; p++) n *= (size_t)shape_of(*p, w->cpu.c, 0);
+        if (o->as == FLOATS_AND_INTS) twin_quantised(w, gpu, cpu);
+        trial_compare(&w->trial, op, dev, o->as == HALVES, host, n, int8 ? int8_limit : o->limit);
+        if (o->as == FLOATS_AND_INTS) twin_give_ints(w, gpu, cpu);
+    }
 }
 
 // A random past of `pos` positions: window, compressed rows, index keys and compressor inputs.
 static void twin_past(Twin *w, const Layer *l, int i, int pos) {
     Device *d = &w->cpu;
     const Cache *c = d->cache[0] + i;
-    const GpuLayer *gl = &w->g->layer[i];
     const Compressor *comp[] = { &l->comp, &l->icomp };
-    const uint64_t at[] = { gl->win, gl->comp, gl->ikeys, gl->cin, gl->icin };
     void *part[] = { c->win, c->comp, c->ikeys, c->cin, c->icin };
     int slots = d->cring[l->ratio];
     size_t size[5];
@@ -4809,13 +4581,17 @@ static void twin_past(Twin *w, const Layer *l, int i, int pos) {
     for (int j = 1; j < 3 && l->ratio; j++)             // of the compressed rows those that exist
         size[j] = size[j] / ((size_t)d->ctx / l->ratio) * (size_t)(pos / l->ratio);
     for (int j = 0; j < 5; j++) {
-        bf16 *h = part[j];
-        float *x = j < 3 ? NULL : xalloc(size[j], 1);
-        for (size_t k = 0; j < 3 && k < size[j] / 2; k++)
-            h[k] = bf16_of_f32(random_signed(&w->state));
-        for (size_t k = 0; j >= 3 && k < size[j] / 4; k++) x[k] = random_signed(&w->state);
-        if (size[j]) twin_give(w, w->g->slot[0] + at[j], x ? (void *)x : h, size[j]);
-        for (int p = pos > slots ? pos - slots : 0; x && size[j] && p < pos; p++) {
+        bool halves = j < 3;
+        size_t n = size[j] / (halves ? 2 : 4);
+        float *x = halves ? NULL : xalloc(n, sizeof *x);
+        for (size_t k = 0; k < n; k++) {
+            float v = random_signed(&w->state);
+            if (halves) ((bf16 *)part[j])[k] = bf16_of_f32(v);
+            else x[k] = v;
+        }
+        CuPtr to = w->g->slot[0] + w->g->layer[i].part[j];
+        if (n) twin_give(w, to, halves ? part[j] : x, size[j]);
+        for (int p = pos > slots ? pos - slots : 0; x && n && p < pos; p++) {
             const float *in = x + (size_t)(p % slots) * 2 * comp[j - 3]->wkv.n;
             compress_store(comp[j - 3], part[j], slots, in, p);     // the CPU keeps gate + ape
         }
@@ -4823,63 +4599,41 @@ static void twin_past(Twin *w, const Layer *l, int i, int pos) {
     }
 }
 
-// Row `at` of a cache; then both go on from the CPU's.
-static void twin_row(Twin *w, int check, uint64_t gpu, void *rows, int at, int n) {
-    float *x = xalloc((size_t)n, sizeof *x);
-    row_get(&w->cpu, rows, (size_t)at, n, x);
-    twin_halves(w, check, w->g->slot[0] + gpu + 2 * (size_t)at * (size_t)n, x, (size_t)n);
+// The compressor inputs of the batch: [T, 2, n] on the CPU, in part `j` of the GPU's cache.
+static void twin_ring(Twin *w, int j, const float *cpu, int n, int slots) {
+    CuPtr ring = w->g->slot[0] + w->g->layer[w->i].part[j];
+    for (int t = 0; t < w->T; t++) {
+        CuPtr row = ring + 8 * (size_t)n * (size_t)(w->r->rows[t].pos % slots);
+        trial_compare(&w->trial, "attn_project", row, false, cpu + (size_t)t * 2 * n,
+                      2 * (size_t)n, 3e-5);
+    }
+}
+
+// The rows of the cache that the batch has written, parts 0 to 2; then both go on from the CPU's.
+static void twin_rows(Twin *w) {
+    const Cache *own = w->cpu.cache[0] + w->i;
+    const void *part[] = { own->win, own->comp, own->ikeys };
+    int M = w->lc->ratio, K = w->cpu.c->head_dim, n[] = { K, K, w->cpu.c->index_dim };
+    float *x = xalloc(MAX_HEAD_DIM, sizeof *x);
+    for (int t = 0; t < w->T; t++) {
+        int pos = w->r->rows[t].pos, parts = !M || (pos + 1) % M ? 1 : M == 4 ? 3 : 2;
+        for (int j = 0; j < parts; j++) {
+            size_t at = (size_t)(j ? pos / M : pos % w->cpu.ring);
+            CuPtr row = w->g->slot[0] + w->g->layer[w->i].part[j] + 2 * at * (size_t)n[j];
+            row_get(&w->cpu, part[j], at, n[j], x);
+            trial_compare(&w->trial, j ? "compress" : "attn_latent", row, true, x, (size_t)n[j],
+                          2e-5);
+        }
+    }
     free(x);
 }
 
-// The compressor inputs of the batch: [T, 2, n] on the CPU, in the ring on the GPU.
-static void twin_ring(Twin *w, uint64_t at, const float *cpu, int n, int slots) {
-    for (int t = 0; t < w->T; t++) {
-        size_t slot = (size_t)(w->r->rows[t].pos % slots);
-        CuPtr row = w->g->slot[0] + at + 8 * (size_t)n * slot;
-        twin_floats(w, C_PROJECT, row, cpu + (size_t)t * 2 * n, 2 * (size_t)n, 3e-5);
-    }
-}
-
-static void twin_attention(Twin *w, const Layer *lc, const Layer *lg, int i) {
-    Run *r = w->r;
-    Cuda *g = w->g;
-    Device *c = &w->cpu, *d = w->gpu;
-    const Config *k = c->c;
-    GpuLayer *gl = &g->layer[i];
-    const Cache *own = c->cache[0] + i;
-    size_t T = (size_t)w->T;
-    int M = lc->ratio;
-    c->op->attn_project(c, lc);
-    d->op->attn_project(d, lg);
-    twin_floats(w, C_PROJECT, g->qr.x, r->qr.x, T * k->q_lora_rank, 3e-5);
-    twin_floats(w, C_PROJECT, g->kv, r->kv, T * k->head_dim, 3e-5);
-    if (M) twin_ring(w, gl->cin, r->cin, lc->comp.wkv.n, c->cring[M]);
-    if (M == 4) twin_ring(w, gl->icin, r->icin, lc->icomp.wkv.n, c->cring[4]);
-    if (M == 4) twin_floats(w, C_PROJECT, g->iw, r->iw, T * k->index_heads, 3e-5);
-    c->op->attn_latent(c, lc, i);
-    d->op->attn_latent(d, lg, i);
-    twin_act(w, C_LATENT, &g->qr, &r->qr, 5e-6);
-    for (int t = 0; t < w->T; t++) {
-        int pos = r->rows[t].pos;
-        twin_row(w, C_LATENT, gl->win, own->win, pos % c->ring, k->head_dim);
-        if (!M || (pos + 1) % M) continue;
-        twin_row(w, C_COMPRESS, gl->comp, own->comp, pos / M, k->head_dim);
-        if (M == 4) twin_row(w, C_COMPRESS, gl->ikeys, own->ikeys, pos / 4, k->index_dim);
-    }
-    c->op->attn_query(c, lc);
-    d->op->attn_query(d, lg);
-    twin_halves(w, C_QUERY, g->qh, r->q, T * k->n_heads * k->head_dim);
-    if (M == 4) twin_halves(w, C_QUERY, g->iqh, r->iq, T * k->index_heads * k->index_dim);
-}
-
 // The scores within rounding; then the choice among the CPU's own scores, made coarse, exactly.
-static void twin_index(Twin *w, const Layer *lc, const Layer *lg, int i) {
+static void twin_index(Twin *w) {
     Run *r = w->r;
     Cuda *g = w->g;
     const Config *c = w->cpu.c;
     int topk = c->index_topk, keys = n_visible(r->rows[w->T - 1].pos, 4), wrong = 0;
-    w->cpu.op->index_topk(&w->cpu, lc, i);
-    w->gpu->op->index_topk(w->gpu, lg, i);
     if (keys <= topk || g->score_rows < w->T) return;
     float scale = 1.0f / sqrtf((float)c->index_dim) / sqrtf((float)c->index_heads);
     for (int t = 0; t < w->T; t++) {
@@ -4888,7 +4642,7 @@ static void twin_index(Twin *w, const Layer *lc, const Layer *lg, int i) {
         CuPtr row = g->scores + 4 * (size_t)g->score_ld * (size_t)t;
         if (n <= topk) continue;
         for (int j = 0; j < n; j++) s[j] /= scale;      // the GPU leaves out the common factor
-        twin_floats(w, C_SCORES, row, s, (size_t)n, 1e-5);
+        trial_compare(&w->trial, "index_scores", row, false, s, (size_t)n, 1e-5);
         for (int j = 0; j < n; j++) s[j] = rintf(2 * s[j]) / 2;     // many ties
         twin_give(w, row, s, 4 * (size_t)n);
         top_k(s, n, topk, r->top + (size_t)t * topk);
@@ -4900,77 +4654,81 @@ static void twin_index(Twin *w, const Layer *lc, const Layer *lg, int i) {
         if (n_visible(r->rows[t].pos, 4) <= topk) continue;
         wrong += memcmp(chosen + at, r->top + at, sizeof *chosen * topk) != 0;
     }
-    twin_note(w, C_TOPK, wrong, 0);
+    trial_note(&w->trial, "index_topk", wrong, 0);
 }
 
-static void twin_streams(Twin *w, int check, double limit) {
-    twin_floats(w, check, w->g->X, w->r->X, streams_bytes(&w->cpu, w->T) / 4, limit);
-}
+// One operation on both: its arguments there, after the device.
+#define BOTH(w, op_, on_cpu, on_gpu) do { \
+    (w)->cpu.op->op_(&(w)->cpu, on_cpu); \
+    (w)->gpu->op->op_((w)->gpu, on_gpu); \
+} while (0)
+#define ARGS(...) __VA_ARGS__
 
 static void twin_pre(Twin *w, const Hyper *hc, const Hyper *hg, const float *nc, const float *ng) {
-    size_t T = (size_t)w->T, S = (size_t)w->cpu.c->hc_mult;
-    w->cpu.op->hc_pre(&w->cpu, hc, nc);
-    w->gpu->op->hc_pre(w->gpu, hg, ng);
-    twin_streams(w, C_POST, 5e-6);
-    twin_act(w, C_PRE, &w->g->x, &w->r->x, 1e-5);
-    twin_floats(w, C_PRE, w->g->post_c, w->r->post, T * S, 1e-5);
-    twin_floats(w, C_PRE, w->g->comb, w->r->comb, T * S * S, 1e-5);
+    BOTH(w, hc_pre, ARGS(hc, nc), ARGS(hg, ng));
+    twin_outputs(w, "hc_post", false);
+    twin_outputs(w, "hc_pre", false);
 }
 
-static void twin_layer(Twin *w, const Layer *lc, const Layer *lg, int i) {
-    Run *r = w->r;
-    Cuda *g = w->g;
-    Device *c = &w->cpu, *d = w->gpu;
-    size_t T = (size_t)w->T, D = (size_t)c->c->dim, A = (size_t)c->c->n_active;
+static void twin_post(Twin *w) {
+    w->cpu.op->hc_post(&w->cpu);
+    w->gpu->op->hc_post(w->gpu);
+}
+
+// The operations of forward_layer().
+static void twin_layer(Twin *w) {
+    const Layer *lc = w->lc, *lg = w->lg;
+    int i = w->i, M = lc->ratio;
+    size_t chosen = (size_t)w->T * w->cpu.c->n_active;
     bool int8 = takes_int8(lc->wo_b.fmt);
-    c->at = d->at = lc->name;
+    w->cpu.at = w->gpu->at = lc->name;
     twin_pre(w, &lc->hc_attn, &lg->hc_attn, lc->attn_norm, lg->attn_norm);
-    twin_attention(w, lc, lg, i);
-    if (lc->ratio == 4) twin_index(w, lc, lg, i);
-    c->op->attend(c, lc, i);
-    d->op->attend(d, lg, i);
-    twin_act(w, C_ATTEND, &g->o, &r->o, 2e-2);          // P is rounded to BF16 against other maxima
-    c->op->attn_out(c, lc);
-    d->op->attn_out(d, lg);
-    if (int8) twin_ints(w, C_OUT, &g->u, &r->u);
-    twin_floats(w, C_OUT, g->y, r->y, T * D, int8 ? 5e-3 : 3e-5);
-    c->op->hc_post(c);
-    d->op->hc_post(d);
+    BOTH(w, attn_project, lc, lg);
+    twin_outputs(w, "attn_project", false);
+    if (M) twin_ring(w, 3, w->r->cin, lc->comp.wkv.n, w->cpu.cring[M]);
+    if (M == 4) twin_ring(w, 4, w->r->icin, lc->icomp.wkv.n, w->cpu.cring[4]);
+    BOTH(w, attn_latent, ARGS(lc, i), ARGS(lg, i));
+    twin_outputs(w, "attn_latent", false);
+    twin_rows(w);
+    BOTH(w, attn_query, lc, lg);
+    twin_outputs(w, "attn_query", false);
+    if (M == 4) {
+        BOTH(w, index_topk, ARGS(lc, i), ARGS(lg, i));
+        twin_index(w);
+    }
+    BOTH(w, attend, ARGS(lc, i), ARGS(lg, i));
+    twin_outputs(w, "attend", false);
+    BOTH(w, attn_out, lc, lg);
+    if (int8) twin_ints(w, "attn_out", &w->g->u, &w->r->u);
+    twin_outputs(w, "attn_out", int8);
+    twin_post(w);
     twin_pre(w, &lc->hc_ffn, &lg->hc_ffn, lc->ffn_norm, lg->ffn_norm);
-    c->op->route(c, lc);
-    d->op->route(d, lg);
-    c->op->experts(c, lc);
-    d->op->experts(d, lg);
-    bool same = !memcmp(twin_read(w, g->r.ids, 4 * T * A), r->expert, 4 * T * A);
-    twin_note(w, C_ROUTE, !same, 0);
-    twin_floats(w, C_ROUTE, g->r.weights, r->weight, T * A, 1e-5);
-    twin_floats(w, C_EXPERTS, g->y, r->y, T * D, takes_int8(lc->sw2.fmt) ? 5e-3 : 3e-3);
-    c->op->hc_post(c);
-    d->op->hc_post(d);
+    BOTH(w, route, lc, lg);
+    BOTH(w, experts, lc, lg);
+    const void *ids = twin_read(w, w->g->r.ids, 4 * chosen);
+    trial_note(&w->trial, "route", memcmp(ids, w->r->expert, 4 * chosen) != 0, 0);
+    twin_outputs(w, "route", false);
+    twin_outputs(w, "experts", takes_int8(lc->sw2.fmt));
+    twin_post(w);
 }
 
 static void twin_head(Twin *w) {
-    Device *c = &w->cpu, *d = w->gpu;
-    size_t n = (size_t)w->T * c->c->vocab;
+    const Weights *wc = &w->cpu.w, *wg = &w->gpu->w;
+    size_t n = (size_t)w->T * w->cpu.c->vocab;
     float *lc = xalloc(n, sizeof *lc), *lg = xalloc(n, sizeof *lg);
     int *want = xalloc((size_t)w->T, sizeof *want);
     for (int t = 0; t < w->T; t++) want[t] = t;
-    c->at = d->at = "head";
-    c->op->head(c, &c->w.hc_head, c->w.norm, want, w->T, lc);
-    d->op->head(d, &d->w.hc_head, d->w.norm, want, w->T, lg);
-    twin_note(w, C_HEAD, deviation(lg, lc, n, 0), 5e-5);
-    twin_streams(w, C_POST, 5e-6);
+    w->cpu.at = w->gpu->at = "head";
+    BOTH(w, head, ARGS(&wc->hc_head, wc->norm, want, w->T, lc),
+         ARGS(&wg->hc_head, wg->norm, want, w->T, lg));
+    trial_note(&w->trial, "head", deviation(lg, lc, n, 0), 5e-5);
+    twin_outputs(w, "hc_post", false);
     free(want), free(lc), free(lg);
 }
 
-// Does a later layer of the stage test the same kernels?
-static bool tested_later(const Device *d, int i) {
-    const Layer *l = &d->w.layers[i];
-    for (int j = i + 1; j < d->last; j++) {
-        const Layer *m = &d->w.layers[j];
-        if (m->ratio == l->ratio && !m->tid2eid == !l->tid2eid) return true;
-    }
-    return false;
+// The kernels that a layer needs: the same for layers of one kind.
+static int layer_kind(const Layer *l) {
+    return (l->ratio == 4 ? 1 : l->ratio ? 2 : 4) << (l->tid2eid ? 3 : 0);
 }
 
 // Runs every operation of stage `gpu` (layers: the last of each kind) there and on the CPU with
@@ -4978,41 +4736,46 @@ static bool tested_later(const Device *d, int i) {
 // [N_CHECKS] gathers the worst deviations.
 static void cuda_parity(Device *gpu, const Weights *host, Pool *pool, int T, int pos, uint64_t seed,
                         GpuCheck *list) {
-    Twin w = { .cpu = *gpu, .gpu = gpu, .g = gpu->impl, .T = T, .state = seed, .list = list };
+    Twin w = { .cpu = *gpu, .gpu = gpu, .g = gpu->impl, .T = T, .state = seed };
     Device *c = &w.cpu;
-    const Config *k = gpu->c;
+    int V = gpu->c->vocab;
     c->w = *host;
     if (!gpu->w.mtp) c->w.mtp = NULL;
     c->max_rows = T;
     c->at = gpu->at = "self-test";
     cpu_device(c, pool);
     w.r = c->impl;
+    w.trial = (Trial){ &w.g->gpu, T, list };
     w.g->keep_floats = true;
     c->op->cache_new(c, 0);
     gpu->op->cache_new(gpu, 0);
     Row *rows = xalloc((size_t)T, sizeof *rows);
     for (int t = 0; t < T; t++)
-        rows[t] = (Row){ (t * 7 + 3) % k->vocab, 0, pos + t, (t * 5 + 1) % k->vocab };
-    c->op->begin(c, rows, T);
-    gpu->op->begin(gpu, rows, T);
+        rows[t] = (Row){ (t * 7 + 3) % V, 0, pos + t, (t * 5 + 1) % V };
+    BOTH(&w, begin, ARGS(rows, T), ARGS(rows, T));
     if (gpu->first == 0) {
         c->op->embed(c);
         gpu->op->embed(gpu);
-        twin_streams(&w, C_EMBED, 0);
+        twin_outputs(&w, "embed", false);
     }
-    size_t n = streams_bytes(c, T) / 4;
-    for (size_t i = 0; i < n; i++) w.r->X[i] = random_signed(&w.state);
-    twin_give(&w, w.g->X, w.r->X, 4 * n);
+    size_t bytes = streams_bytes(c, T);
+    for (size_t i = 0; i < bytes / 4; i++) w.r->X[i] = random_signed(&w.state);
+    twin_give(&w, w.g->X, w.r->X, bytes);
     for (int i = gpu->first; i < gpu->last; i++) {
-        if (tested_later(c, i)) continue;
-        twin_past(&w, &c->w.layers[i], i - gpu->first, pos);
-        twin_layer(&w, &c->w.layers[i], &gpu->w.layers[i], i - gpu->first);
+        bool again = false;
+        for (int j = i + 1; j < gpu->last; j++)
+            again |= layer_kind(&host->layers[j]) == layer_kind(&host->layers[i]);
+        if (again) continue;
+        w.lc = &c->w.layers[i];
+        w.lg = &gpu->w.layers[i];
+        w.i = i - gpu->first;
+        twin_past(&w, w.lc, w.i, pos);
+        twin_layer(&w);
     }
     if (gpu->has_head) twin_head(&w);
     if (c->w.mtp) {
-        c->op->mtp_in(c, c->w.mtp);
-        gpu->op->mtp_in(gpu, gpu->w.mtp);
-        twin_streams(&w, C_MTP, 5e-5);
+        BOTH(&w, mtp_in, c->w.mtp, gpu->w.mtp);
+        twin_outputs(&w, "mtp_in", false);
     }
     gpu_finish(gpu);            // what is not finite has a message of its own
     w.g->keep_floats = false;
@@ -5028,119 +4791,50 @@ static int selftest_pos(const Device *d, int T) {
     return pos < 0 ? 0 : pos;
 }
 
-enum { SELFTEST_MARGIN = 10 };     // real shapes sum more; what is broken is off by far more
-
-// Tests a stage that has just started, unless this GPU has passed with this driver and these
-// kernels before: that is remembered beside the kernels. Ends the process if an operation is wrong.
-// A near tie in the router can fall differently: what fails is tried with other numbers.
-static void cuda_selftest(Device *d, const Weights *host) {
-    Cuda *g = d->impl;
-    GpuCheck list[N_CHECKS], *wrong = NULL;
-    int T = d->max_rows < TILE + 1 ? d->max_rows : TILE + 1, driver = 0, bad = 0, kinds = 0;
-    int pos = selftest_pos(d, T);
-    char uuid[16] = "", name[100] = "";
-    for (int i = d->first; i < d->last; i++) {
-        const Layer *l = &host->layers[i];
-        kinds |= (l->ratio == 4 ? 1 : l->ratio ? 2 : 4) << (l->tid2eid ? 3 : 0);
-    }
-    CU(d, DriverGetVersion, &driver);
-    CU(d, DeviceGetUuid, uuid, g->dev);
-    CU(d, DeviceGetName, name, sizeof name, g->dev);
-    int what[] = { driver, T, pos, kinds, d->first == 0, d->has_head, d->w.mtp != NULL };
-    uint64_t key = hash64(hash64(g->ptx, uuid, sizeof uuid), what, sizeof what);
-    char *before = cache_get("passed", key);
+// Tests a stage that has just started, unless this GPU has passed the same before. Ends the process
+// if an operation is wrong. A near tie in the router can fall differently: what fails is tried with
+// other numbers.
+static void cuda_selftest(Device *d, const Weights *host, int threads) {
+    int T = d->max_rows < TILE + 1 ? d->max_rows : TILE + 1, batch[] = { T, 1 }, kinds = 0;
+    bool passed = false;
     double start = now();
-    bool graphs = cuda_graphs;
-    Pool *pool = before ? NULL : pool_new(0);
-    cuda_graphs = false;
-    for (uint64_t seed = 1; seed <= 2 && !before && (seed == 1 || wrong); seed++) {
-        memset(list, 0, sizeof list);
-        cuda_parity(d, host, pool, T, pos, seed, list);
-        if (T > 1) cuda_parity(d, host, pool, 1, selftest_pos(d, 1), seed, list);
-        for (bad = 0; bad < N_CHECKS && list[bad].share <= SELFTEST_MARGIN; bad++) continue;
-        wrong = bad < N_CHECKS ? &list[bad] : NULL;
+    for (int i = d->first; i < d->last; i++) kinds |= layer_kind(&host->layers[i]);
+    int what[] = { T, selftest_pos(d, T), kinds, d->first == 0, d->has_head, d->w.mtp != NULL };
+    uint64_t key = hash64(HASH_START, what, sizeof what);
+    if (gpu_passed(d->impl, &key)) return;
+    Pool *pool = pool_new(threads);
+    for (uint64_t seed = 1; seed <= 2 && !passed; seed++) {
+        GpuCheck list[N_CHECKS] = { 0 };
+        for (int i = 0; i < 1 + (T > 1); i++)
+            cuda_parity(d, host, pool, batch[i], selftest_pos(d, batch[i]), seed, list);
+        passed = gpu_verdict(d->impl, key, list, seed == 2, start);
     }
-    cuda_graphs = graphs;
-    if (wrong)
-        die(1, "%s: self-test: %s is off by %.1e of its size in %s at %d rows (limit %.0e): do not "
-            "trust this GPU (%s) with this driver", d->name, wrong->name, wrong->error, wrong->at,
-            wrong->rows, wrong->limit * SELFTEST_MARGIN, name);
-    if (!before) {
-        note("%s: self-test passed in %.2f s", d->name, now() - start);
-        cache_put("passed", key, name);
-        pool_free(pool);
-    }
-    free(before);
+    pool_free(pool);
 }
 
 // --- what `dsv4 devices` measures (apps/devices.c)
 
-enum { TIMES = 10 };
-
-// Seconds of TIMES products of T rows, or (p NULL) copies between host and dev, to the host if T,
-// by the GPU's clock.
-static double gpu_time(Device *d, const GpuProducts *p, int T, void *host, CuPtr dev,
-                       size_t bytes) {
-    CuEvent e[2];
-    CuStream s = ((Cuda *)d->impl)->stream;
-    float ms = 0;
-    for (int i = 0; i < 2; i++) CU(d, EventCreate, &e[i], 0);
-    CU(d, EventRecord, e[0], s);
-    for (int i = 0; i < TIMES; i++) {
-        if (p) gpu_products(d, p, T);
-        else if (T) CU(d, MemcpyDtoHAsync, host, dev, bytes, s);
-        else CU(d, MemcpyHtoDAsync, dev, host, bytes, s);
-    }
-    CU(d, EventRecord, e[1], s);
-    CU(d, EventSynchronize, e[1]);
-    CU(d, EventElapsedTime, &ms, e[0], e[1]);
-    for (int i = 0; i < 2; i++) CU(d, EventDestroy, e[i]);
-    return ms * 1e-3;
-}
-
-double gpu_copy_rate(Device *d, bool to_host) {
-    size_t bytes = 64 << 20;
-    CuPtr dev = gpu_alloc(d, bytes, "test data");
-    void *host = memset(host_pinned(d, bytes), 0, bytes);
-    double t = gpu_time(d, NULL, to_host, host, dev, bytes);
-    CU(d, MemFreeHost, host);
-    CU(d, MemFree, dev);
-    return (double)bytes * TIMES / t;
-}
-
 double gpu_product_time(Device *d, int bytes, int n, int k, int rows) {
+    enum { TIMES = 10 };
+    Gpu *g = d->impl;
     Mat m = { .n = n, .k = k, .fmt = bytes == 1 ? W_INT8 : W_BF16 };
-    size_t weights = row_bytes(&m) * (size_t)n;
-    CuPtr w = gpu_alloc(d, weights + weights / 64 + 65536, "test weights");     // and scales
+    size_t weights = row_bytes(&m) * (size_t)n, in = TILE * (size_t)k;
+    CuPtr w = gpu_alloc(g, weights + weights / 64 + 65536, "test weights");     // and scales
+    CuPtr x = gpu_alloc(g, 6 * in, "test rows"), y = gpu_alloc(g, 4 * TILE * (size_t)n, "results");
     m.w = (const void *)(uintptr_t)w;
     m.s = (const void *)(uintptr_t)(w + weights);
-    GpuAct in = gpu_act(d, TILE, k);
-    GpuProducts p = one_product(d, &m, &in, gpu_keep(d, 4 * (size_t)TILE * (size_t)n, "results"));
-    double t = gpu_time(d, &p, rows, NULL, 0, 0) / TIMES;
-    CU(d, MemFree, w);
+    GpuAct act = { x, x + 4 * in, x + 5 * in };
+    GpuProducts p = one_product(d, &m, &act, y);
+    gpu_lap(g);
+    for (int i = 0; i < TIMES; i++) gpu_products(d, &p, rows);
+    double t = gpu_lap(g) / TIMES;
+    CU(g, MemFree, w);
+    CU(g, MemFree, x);
+    CU(g, MemFree, y);
     return t;
 }
 
-double gpu_hop(Device *a, Device *b, bool *whole) {
-    Row row = { 0 };
-    size_t n = streams_bytes(a, 1) / 4;
-    uint64_t state = 1;
-    float *X = xalloc(n, sizeof *X), *Y = xalloc(n, sizeof *Y);
-    for (size_t i = 0; i < n; i++) Y[i] = X[i] = random_signed(&state);
-    double start = now();
-    for (int i = 0; i < 4 * TIMES; i++) {
-        Device *d = i % 2 ? b : a;
-        d->op->begin(d, &row, 1);
-        d->op->streams_in(d, Y);
-        memset(Y, 0, n * sizeof *Y);
-        d->op->streams_out(d, Y);
-    }
-    double t = (now() - start) / (2 * TIMES);
-    *whole = !memcmp(X, Y, n * sizeof *X);
-    free(X), free(Y);
-    return t;
-}
-
+Gpu *gpu_of(Device *d) { return d->impl; }
 void gpu_close(Device *d) { cuda_close(d); }
 // ---------------------------------------------------------------------------
 // command line: one table of options prints --help and checks every value
@@ -5385,8 +5079,9 @@ struct Model {
     bool slot_used[MAX_SLOTS];
     Batch flight[MAX_STAGES + 1];       // [n_flight] chunks of a prompt on their way
     int n_flight;
-    pthread_mutex_t lock;       // guards the queues
-    pthread_cond_t moved;       // a batch changed its stage
+    pthread_mutex_t lock;       // guards n_started and the queues
+    pthread_cond_t moved;       // a stage started, or a batch changed its stage
+    int n_started;
     Batch *queue[MAX_STAGES];   // first in, first out
 };
 
@@ -5450,13 +5145,14 @@ static void forward_stage(Device *d, Batch *j) {
         return;
     }
     if (j->n_want) d->op->head(d, &d->w.hc_head, d->w.norm, j->want, j->n_want, j->logits);
+    else d->op->settle(d);      // nobody waits for results, but j->X is somebody else's soon
     if (j->n_want) check_logits(j->logits, j->n_want, d->c->vocab);
     if (j->mtp) forward_mtp(d, j);
 }
 
 // --- stages as threads: batches follow each other, so all devices work at once
 
-typedef struct { Model *m; int stage; } StageArg;
+typedef struct { Model *m; int stage, threads; } StageArg;
 
 static void queue_add(Batch **queue, Batch *j) {
     while (*queue) queue = &(*queue)->next;
@@ -5464,11 +5160,25 @@ static void queue_add(Batch **queue, Batch *j) {
     *queue = j;
 }
 
+// Brings a stage's weights to its device. threads: of a CPU, and for testing a GPU.
+static void start_stage(const StageArg *a) {
+    Device *d = &a->m->stage[a->stage];
+    if (d->ordinal < 0) {
+        cpu_device(d, pool_new(a->threads));
+    } else {
+        cuda_device(d, d->ordinal);
+        cuda_selftest(d, &a->m->w, a->threads);
+    }
+}
+
 __attribute__((noreturn)) static void *stage_main(void *arg) {
     StageArg a = *(StageArg *)arg;
     Model *m = a.m;
     free(arg);
+    start_stage(&a);
     pthread_mutex_lock(&m->lock);
+    m->n_started++;
+    pthread_cond_broadcast(&m->moved);
     for (;;) {
         while (!m->queue[a.stage]) pthread_cond_wait(&m->moved, &m->lock);
         Batch *j = m->queue[a.stage];
@@ -5482,16 +5192,26 @@ __attribute__((noreturn)) static void *stage_main(void *arg) {
     }
 }
 
-static void start_stages(Model *m) {
+// All stages at once; returns when they are ready. One alone needs no thread. cpus: stages on the
+// CPU, which share its `threads`; without them those test the GPUs.
+static void start_stages(Model *m, int cpus, int threads) {
+    int share = cpus ? cpus : m->n_stages;
+    StageArg each = { m, 0, (threads + share - 1) / share };
     pthread_mutex_init(&m->lock, NULL);
     pthread_cond_init(&m->moved, NULL);
-    for (int i = 0; m->n_stages > 1 && i < m->n_stages; i++) {
-        StageArg *a = xalloc(1, sizeof *a);
-        *a = (StageArg){ m, i };
+    if (m->n_stages == 1) {
+        start_stage(&each);
+        return;
+    }
+    for (; each.stage < m->n_stages; each.stage++) {
+        StageArg *a = memcpy(xalloc(1, sizeof *a), &each, sizeof each);
         pthread_t thread;
         if (pthread_create(&thread, NULL, stage_main, a)) die(1, "cannot start a thread");
         pthread_detach(thread);
     }
+    pthread_mutex_lock(&m->lock);
+    while (m->n_started < m->n_stages) pthread_cond_wait(&m->moved, &m->lock);
+    pthread_mutex_unlock(&m->lock);
 }
 
 // Hands a batch to the first stage; one stage computes it here and now. Batches are finished in
@@ -5523,6 +5243,39 @@ struct Snapshot {
     int pos;
     void *rings[MAX_STAGES];    // per stage
 };
+
+// Copies the slots of positions [from, to) of a ring, in one or two pieces, to or from a flat
+// buffer (NULL only counts). Returns bytes.
+static size_t ring_copy(Device *d, int slot, int i, int part, size_t row, int slots, int from,
+                        int to, char *buf, bool save) {
+    for (int p = from, n; buf && p < to; p += n) {
+        int at = p % slots;
+        n = to - p < slots - at ? to - p : slots - at;
+        d->op->cache_copy(d, slot, i, part, row * (size_t)at, buf + row * (size_t)(p - from),
+                          row * (size_t)n, save);
+    }
+    return row * (size_t)(to > from ? to - from : 0);
+}
+
+// What a stage's rings must hold for the next row to be at `pos`: the window, and the compressors'
+// open windows.
+static size_t rings_copy(Device *d, int slot, int pos, char *buf, bool save) {
+    size_t n = 0;
+    for (int i = 0; i < stage_caches(d); i++) {
+        const Layer *l = stage_layer(d, i);
+        int M = l->ratio, open = M ? pos / M * M : 0, window = d->c->window;
+        const struct { bool there; size_t row; int slots, from; } ring[5] = {
+            [0] = { true, kv_bytes(d, d->c->head_dim), d->ring, pos > window ? pos - window : 0 },
+            [3] = { M, 8 * (size_t)l->comp.wkv.n, d->cring[M], M == 4 && open ? open - M : open },
+            [4] = { M == 4, 8 * (size_t)l->icomp.wkv.n, d->cring[M], open ? open - M : 0 },
+        };
+        for (int j = 0; j < 5; j++)
+            if (ring[j].there)
+                n += ring_copy(d, slot, i, j, ring[j].row, ring[j].slots, ring[j].from, pos,
+                               buf ? buf + n : NULL, save);
+    }
+    return n;
+}
 
 Session *session_new(Model *m) {
     int slot = 0;
@@ -5558,8 +5311,8 @@ Snapshot *session_snapshot(const Session *s) {
     p->pos = s->n;
     for (int i = 0; i < s->m->n_stages; i++) {
         Device *d = &s->m->stage[i];
-        p->rings[i] = xalloc(d->op->cache_save(d, s->slot, s->n, NULL), 1);
-        d->op->cache_save(d, s->slot, s->n, p->rings[i]);
+        p->rings[i] = xalloc(rings_copy(d, s->slot, s->n, NULL, true), 1);
+        rings_copy(d, s->slot, s->n, p->rings[i], true);
     }
     return p;
 }
@@ -5567,7 +5320,7 @@ Snapshot *session_snapshot(const Session *s) {
 // Back to the snapshot's position. Its tokens must still be the session's first ones.
 static void session_restore(Session *s, const Snapshot *p) {
     for (int i = 0; i < s->m->n_stages; i++)
-        s->m->stage[i].op->cache_load(&s->m->stage[i], s->slot, p->pos, p->rings[i]);
+        rings_copy(&s->m->stage[i], s->slot, p->pos, p->rings[i], false);
     s->n = s->kept = p->pos;
 }
 
@@ -5651,6 +5404,17 @@ int session_feed(Session *s, const int *tokens, int n, const Feed *f) {
     return done;
 }
 
+// Hand-off between stages: pinned if one is a GPU, which then reads and writes it directly.
+static float *hand_off(Model *m, size_t bytes) {
+    for (Device *d = m->stage; d < m->stage + m->n_stages; d++) {
+        Gpu *g = d->impl;
+        if (d->ordinal < 0) continue;
+        CU(g, CtxSetCurrent, g->ctx);
+        return gpu_pinned(g, bytes);
+    }
+    return reserve(bytes);
+}
+
 // Memory for the chunks of a prompt; pages are taken as they are touched.
 static void model_buffers(Model *m) {
     size_t T = (size_t)m->chunk, logits = T * (size_t)m->c.vocab * sizeof(float);
@@ -5660,7 +5424,7 @@ static void model_buffers(Model *m) {
         b->want = xalloc(T, sizeof *b->want);
         b->logits = reserve(logits);
         if (m->w.mtp) b->mtp_logits = reserve(logits);
-        if (m->n_stages > 1) b->X = reserve(T * m->c.hc_mult * m->c.dim * sizeof(float));
+        if (m->n_stages > 1) b->X = hand_off(m, T * m->c.hc_mult * m->c.dim * sizeof(float));
     }
 }
 
@@ -5973,15 +5737,10 @@ void model_start(Model *m, const Opening *o) {
              "from the disk, slowly", (double)weights / 1e9, (double)memory / 1e9);
     Pool *all = pool_new(o->threads);
     if (cpus == m->n_stages && (fits || o->mlock)) load_weights(&m->store, all, o->mlock);
-    int threads = cpus > 1 ? (all->n_threads + cpus - 1) / cpus : all->n_threads;
+    int threads = all->n_threads;
     pool_free(all);
-    for (Device *d = m->stage; d < m->stage + m->n_stages; d++) {
-        if (d->ordinal >= 0) cuda_device(d, d->ordinal);
-        else cpu_device(d, pool_new(threads));
-        if (d->ordinal >= 0) cuda_selftest(d, &m->w);
-    }
+    start_stages(m, cpus, threads);
     model_buffers(m);
-    start_stages(m);
 }
 // --- the text side of a checkpoint
 
@@ -6063,44 +5822,29 @@ double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
 
 // --- dsv4 devices (apps/devices.c)
 
-Model *gpu_model(const char *dir) {
-    enum { ROWS = 72, CTX = 4096 };
-    Model *m = xalloc(1, sizeof *m);
-    Err e;
-    if (!model_bind(m, dir, &e)) die(1, "%s", e.text);
-    set_context(m, m->c.max_ctx < CTX ? m->c.max_ctx : CTX, ROWS);
-    return m;
-}
-
 Device *gpu_open(const Model *m, int ordinal) {
-    enum { LAYERS = 5 };            // of the real model: one of each kind
+    enum { LAYERS = 5, CTX = 4096 };        // of the real model: one of each kind
     Device *d = xalloc(1, sizeof *d);
-    stage_init(m, d);
-    d->last = m->c.n_layers < LAYERS ? m->c.n_layers : LAYERS;
-    d->has_head = true;
-    d->ordinal = ordinal;
-    for (int i = 0; i < 2; i++) d->inv_freq[i] = rope_frequencies(&m->c, i);
+    *d = *m->stage;
+    if (d->last > LAYERS) d->last = LAYERS;
+    if (d->ctx > CTX) d->ctx = CTX;
     snprintf(d->name, sizeof d->name, "cuda:%d", ordinal);
     cuda_device(d, ordinal);
     return d;
 }
 
-int gpu_check(const Model *m, Device *d, GpuCheck **list) {
+void gpu_check(const Model *m, Device *d, GpuCheck *list) {
     static const int batch[] = { 1, 5, 70 };        // rows: a kernel variant each
     Pool *pool = pool_new(0);
-    *list = xalloc(N_CHECKS, sizeof **list);
     for (size_t i = 0; i < COUNT(batch); i++)
-        cuda_parity(d, &m->w, pool, batch[i], selftest_pos(d, batch[i]), 1, *list);
+        cuda_parity(d, &m->w, pool, batch[i], selftest_pos(d, batch[i]), 1, list);
     pool_free(pool);
-    return N_CHECKS;
 }
 
 char *gpu_kernels(const Model *m, int cc) {
-    Formats f = model_formats(&m->w, &m->c);
-    Str flags = { 0 };
+    Str flags = kernel_options("kernels", &m->c, model_formats(&m->w, &m->c), cc);
     char *path;
     const char *from;
-    kernel_options(&m->c, &f, cc, &flags);
     free(kernel_ptx(str_span(&flags), &from, &path));
     free(flags.p);
     return path;

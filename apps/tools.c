@@ -23,13 +23,15 @@ bool fail(Err *e, const char *fmt, ...) {
     return one_line(e->text), false;
 }
 
+static atomic_bool dying;           // a thread has the last word
+static atomic_bool bar_shown;       // a progress bar is on the terminal's line
+
 // One line `dsv4: ...` on stderr, then exit. Code 1: it failed, 2: usage. Of several threads that
 // fail, one speaks.
 void die(int code, const char *fmt, ...) {
-    static atomic_flag dying = ATOMIC_FLAG_INIT;
     char line[2048];
     va_list ap;
-    while (atomic_flag_test_and_set(&dying)) pause();
+    while (atomic_exchange(&dying, true)) pause();
     va_start(ap, fmt);
     vsnprintf(line, sizeof line, fmt, ap);
     va_end(ap);
@@ -41,10 +43,13 @@ void die(int code, const char *fmt, ...) {
 // One fact `# ...` on stderr.
 void note(const char *fmt, ...) {
     va_list ap;
+    if (dying) return;
     va_start(ap, fmt);
-    fputs("# ", stderr);
+    flockfile(stderr);
+    fputs(atomic_exchange(&bar_shown, false) ? "\r\033[K# " : "# ", stderr);
     vfprintf(stderr, fmt, ap);
     fputc('\n', stderr);
+    funlockfile(stderr);
     va_end(ap);
 }
 
@@ -230,8 +235,9 @@ double now(void) {
 
 // A progress line that overwrites itself; only where a person is watching.
 void progress(const char *what, int64_t done, int64_t total) {
-    if (!isatty(2)) return;
+    if (!isatty(2) || dying) return;
     int width = 30, full = total ? (int)(width * done / total) : width;
+    bar_shown = done < total;
     fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################",
             width - full, "", total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
     fflush(stderr);

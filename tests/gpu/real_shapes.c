@@ -19,7 +19,7 @@ static int (*write_report)(const char *path);
 
 static void save(Device *d, const char *dir, const char *what, int T, int ctx) {
     char path[4096];
-    gpu_wait(d);
+    gpu_wait(d->impl);
     snprintf(path, sizeof path, "%s/%s-%d-%d.json", dir, what, T, ctx);
     if (write_report(path)) die(1, "cannot write %s", path);
 }
@@ -33,7 +33,7 @@ static void layer(Device *d, Toy *m, int i, int T, int ctx, const char *dir) {
     for (int t = 0; t < T; t++) rows[t] = (Row){ t, 0, ctx - T + t, 0 };
     d->op->begin(d, rows, T);
     d->op->streams_in(d, X);
-    gpu_wait(d);
+    gpu_wait(d->impl);
     reset_counters();
     g->post = true;             // as in the middle of the model
     d->op->hc_pre(d, &l->hc_attn, l->attn_norm);

@@ -6,7 +6,10 @@
 import argparse
 import glob
 import os
+import pty
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -52,6 +55,68 @@ def changed_source(work):
     with open(path, "w") as f:
         f.write(open(os.path.join(ROOT, "kernels.cu")).read() + "\n")
     return path
+
+
+def other_compiler(gpu, t, work):
+    """A library that is the real NVRTC but for its version."""
+    cache, lib = os.path.join(work, "versions"), os.path.join(work, "nvrtc-other.so")
+    real = next((os.path.join(d, "libnvrtc.so.13") for d in gpu.libs.split(":")
+                 if os.path.exists(os.path.join(d, "libnvrtc.so.13"))), None)
+    source = os.path.join(work, "other.c")
+    with open(source, "w") as f:
+        f.write("int nvrtcVersion(int *a, int *b) { *a = 13; *b = 99; return 0; }\n")
+    made = real and run(["gcc", "-shared", "-fPIC", "-o", lib, source, "-Wl,--no-as-needed", real])
+    if not t.check(made and made.code == 0, "another NVRTC", made.tail() if made else "no libnvrtc.so.13"):
+        return
+    start = lambda **env: gpu.run(ARGS, DSV4_CACHE=cache, **env)
+    first, again = start(), start()
+    t.check("compiled" in first.err and "from the cache" in again.err, "compiled, then kept", again.tail())
+    t.check(again.seconds < 1, "a second start is quick", f"{again.seconds:.2f} s")
+    for what, env, how in (("another version compiles again", {"DSV4_NVRTC": lib}, "compiled"),
+                           ("and keeps that", {"DSV4_NVRTC": lib}, "from the cache"),
+                           ("without NVRTC what is kept is used", {"libs": gpu.sim, **NO_NVRTC}, "from the cache"),
+                           ("the first one compiles again", {}, "compiled")):
+        r = start(**env)
+        t.check(r.code == 0 and r.out == first.out and how in r.err, what, r.tail())
+    t.check(len(kept(cache)) == 1, "one file, whatever the version", str(kept(cache)))
+
+
+def side_by_side(gpu, t, work):
+    cache = os.path.join(work, "three")
+    three = [*ARGS[:2], "--devices", "cuda:0,cuda:1,cuda:2", "--layers", "1,1,1", *ARGS[4:]]
+    go = lambda **env: gpu.run(three, SIM_DEVICES=3, DSV4_CACHE=cache, **env)
+    first, again = go(), go()
+    t.check(first.code == 0 and first.out == gpu.run(ARGS).out, "three GPUs start", first.tail())
+    t.check(first.err.count("compiled") == 1 and first.err.count("shared with another GPU") == 2 and
+            first.err.count("self-test passed") == 3, "one of them compiles for all", first.tail())
+    t.check(again.err.count("from the cache") == 1 and "self-test" not in again.err and again.out == first.out,
+            "and again", again.tail())
+    ids = ",".join(str(i * 37 % 200 + 5) for i in range(120))
+    long = lambda args, seed: gpu.run([*args, "--ids", ids, "--chunk", 5], SIM_DEVICES=3, SIM_SEED=seed, DSV4_CACHE=cache)
+    alone = long(ARGS, 0)
+    for seed in range(4):
+        r = long(three, seed)
+        t.check(r.code == 0 and r.out == alone.out, f"many chunks on their way at once, order {seed}", r.tail())
+    one_line(t, "one of three has too little memory", go(SIM_MEM="24G,1M,24G"), "cuda:1: out of memory")
+    one_line(t, "all of three have", go(SIM_MEM="1M"), "out of memory")
+    one_line(t, "one of three is lost", go(SIM_FAULT="lost:2:12=999"), "cuda:2: ")
+    one_line(t, "a call fails on one of three", go(SIM_FAULT="cuDeviceGetAttribute:3=999"), "cuDeviceGetAttribute")
+    one_line(t, "no memory to pin", go(SIM_FAULT="cuMemHostAlloc:7=2"), "cannot pin")
+    env = {**os.environ, "LD_LIBRARY_PATH": gpu.libs, "DSV4_CACHE": cache, "SIM_DEVICES": "3"}
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen([gpu.binary, *map(str, three)], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            text += chunk
+    except OSError:             # the other end is closed
+        pass
+    p.wait()
+    percent = [int(x) for x in re.findall(rb"# loading \[[# ]*\] +(\d+) %", text)]
+    t.check(p.returncode == 0 and percent and percent == sorted(percent) and percent[-1] == 100,
+            "one progress bar for all three", str(percent[-20:]))
+    t.check(not re.search(rb"%# ", text), "what is said does not run into the bar", str(text[-300:]))
 
 
 def damaged_files(gpu, t, work):
@@ -125,6 +190,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         gpu = Gpu(a, work)
         ready_kernels(gpu, t, work)
+        other_compiler(gpu, t, work)
+        side_by_side(gpu, t, work)
         damaged_files(gpu, t, work)
         self_test(gpu, t, work)
         report(gpu, t, work)
