@@ -396,13 +396,14 @@ void snapshot_free(Snapshot *p);
 // snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
 int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap);
 
-// --- its text side (dsv4.c)
+// --- its text side (apps/tokenizer.c, the sampler in dsv4.c)
 
 typedef struct { int *p; size_t n; } Ids;           // release with free(ids.p)
 void ids_add(Ids *ids, int id);
 
 typedef struct Tokenizer Tokenizer;
 typedef struct { int n, bos, eos, user, assistant, think, end_think; } Control;     // n: of all tokens
+Tokenizer *tok_load(Span file, const char *name, Err *e);   // tokenizer.json; name: its path, for errors
 Tokenizer *tokenizer_open(const char *dir, bool needed);    // NULL: none there; errors end the process
 void tokenizer_close(Tokenizer *t);
 Control tokenizer_control(const Tokenizer *t);

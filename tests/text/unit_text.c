@@ -4,6 +4,7 @@
 #define DSV4_NO_MAIN
 #include "../../dsv4.c"
 #include "../../apps/chat.c"
+#include "../../apps/tokenizer.c"
 
 #include "../check.h"
 
