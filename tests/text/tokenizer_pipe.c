@@ -34,7 +34,7 @@ int main(int argc, char **argv) {
             for (uint32_t i = 0; i < frame[1]; i++) {
                 int id;
                 memcpy(&id, in + i * sizeof id, sizeof id);
-                if (id < 0 || id >= t->n) die(1, "id %d out of range", id);
+                if (id < 0 || id >= tokenizer_control(t).n) die(1, "id %d out of range", id);
                 tok_decode(t, id, frame[0] == 3, &u, &text);
             }
             utf8_finish(&u, &text);
