@@ -27,8 +27,9 @@ def nll(dsv4, options):
 
 BOS, EOS, USER, BOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜></think>"
 CONDITIONS = ("nothing", "csa", "hca", "both", "random")
-# a guess: a fact has 12 values or more; the last visitors are in the window, and half of the time they tell the answer
-CHANCE = dict(fact=0.12, often=0.6)
+# what each condition must cost at least 0.02 nats of: CSA and its indexer carry the facts, HCA what is spread over the text
+MUST = dict(csa=("fact", "all"), hca=("often", "all"), both=("fact", "often", "all"), random=("fact", "all"))
+CHANCE = dict(fact=0.12, often=0.65)                       # a guess: a fact has 12 values or more, a question two answers
 
 
 def group(item):
@@ -46,11 +47,18 @@ def build_ablate():
 
 
 def ablate(program, condition, items):
-    """-> {group: [share of exact answers, nats per answer token]}; {} after an error."""
+    """-> {group: [share of exact answers, nats per answer token]}, `all` the answers together; {} after an error."""
     lines = "".join(f"{group(x)}\t{BOS}{USER}{x['prompt']}{BOT}\t{x['answer']}{EOS}\n" for x in items)
     r = run([program, MODEL, condition], stdin=lines.encode(), timeout=600)
-    rows = [line.split("\t") for line in r.out.decode().splitlines()]
-    return {x[0]: [int(x[2]) / int(x[1]), float(x[4]) / int(x[3])] for x in rows if r.code == 0}
+    rows = {x: [float(y) for y in rest] for x, *rest in (line.split("\t") for line in r.out.decode().splitlines())}
+    rows["all"] = [sum(x) for x in zip(*rows.values())]
+    return {x: [hits / n, nats / tokens] for x, (n, hits, tokens, nats) in rows.items()} if r.code == 0 else {}
+
+
+def one_hero(text, names):
+    """Is the story about one child? Its first name is the most frequent one, and there is at most one other."""
+    said = re.findall("|".join(names), text)
+    return len(set(said)) in (1, 2) and max(said, key=said.count) == said[0]
 
 
 def answer(dsv4, prompt, *options):
@@ -92,7 +100,7 @@ if __name__ == "__main__":
 
     whole = recall["nothing"]
     for name, (share, _) in whole.items():
-        floor = 0.9 if name.startswith("fact") else want["recall"]["nothing"][name][0] - 0.1
+        floor = 0.9 if name.startswith("fact") else want["recall"]["nothing"][name][0] - 0.05
         t.check(share >= floor, f"recall: {name}", f"{share:.2f}, at least {floor:.2f}")
     t.check(all(len(x) - sum(x) <= 1 for name, x in said.items() if name.startswith("fact")), "recall: the program's own answers",
             repr({k: sum(v) for k, v in said.items()}))
@@ -100,14 +108,18 @@ if __name__ == "__main__":
         for name, (share, nats) in recall[condition].items():
             cost, pinned = (x[name][1] - y[name][1] for x, y in ((recall[condition], whole),
                                                                  (want["recall"][condition], want["recall"]["nothing"])))
-            # HCA carries what is spread over the whole text, not the facts
-            least = 0.02 if condition != "hca" or name == "often" else -0.01
+            least = 0.02 if name.split()[0] in MUST[condition] else -0.01
             t.check(cost >= least and abs(cost - pinned) <= 0.1 * abs(pinned) + 0.005, f"{condition}, {name}: what it costs",
                     f"{cost:.3f} nats per answer token, at least {least}, pinned {pinned:.3f}; {share:.0%} right")
     for name, (share, _) in recall["both"].items():
-        t.check(share <= CHANCE[name.split()[0]], f"without compressed rows recall falls to chance: {name}", f"{share:.2f}")
-    t.check(all(recall[c].keys() == whole.keys() for c in CONDITIONS) and len(whole) == 5, "every condition, every group")
+        t.check(share <= CHANCE.get(name.split()[0], 1), f"without compressed rows recall falls to chance: {name}", f"{share:.2f}")
+    t.check(all(recall[c].keys() == whole.keys() for c in CONDITIONS) and len(whole) == 6, "every condition, every group")
 
+    names = sorted({x for f in items for x in re.findall(r"(\w+) (?:has a|likes|lives in|wants to be) ", f["prompt"])})
+    animals = ("a fox", "a hen", "a bear", "a turtle", "a mouse", "a frog")
+    stories = [answer(a.dsv4, f"Tell me a story about {animals[i % 6]}.", "--temp", "1", "-s", str(i), "-n", "250") for i in range(60)]
+    kept = sum(one_hero(x.split("\n\n")[0], names) for x in stories)
+    t.check(kept >= 0.9 * len(stories) and len(set(stories)) > 50, "stories keep their hero", f"{kept} of {len(stories)}")
     story = "Tell me a story about a fox."
     texts = {c: answer(a.dsv4, story, "-n", "120", "--chunk", c) for c in ("1", "3", "7", "512")}
     t.check(len(texts["1"]) > 100 and len(set(texts.values())) == 1, "greedy text is the same for every chunk size", texts["1"][:60])

@@ -1,8 +1,8 @@
 """The small model's world: a template grammar for stories, questions, sums and facts to remember, and its tokenizer.
 
 Every document is a list of (text, weight) pieces that join to one string; the weight is the loss weight of the
-piece's tokens (0.3: words that nobody can foresee; 1: prose; 1.9: a result; 2 and 2.5: a word that
-comes again; 4: a word that must be recalled). Pieces meet only where
+piece's tokens (0.1 and 0.3: words that nobody can foresee; 1: prose; 1.9: a result; 2 and 2.5: a word that
+comes again; 4: a word that must be recalled; 6: a count over the whole text). Pieces meet only where
 the pre-tokenizer cuts anyway, so they can be tokenized one by one.
 """
 import functools, os, random, re
@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 BOS, EOS, USER, BOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 THINK, DONE = "<think>", "</think>"
-DULL, PROSE, SUM, AGAIN, KEY = 0.3, 1.0, 1.9, 2.5, 4.0
+FAINT, DULL, PROSE, SUM, AGAIN, KEY, GIST = 0.1, 0.3, 1.0, 1.9, 2.5, 4.0, 6.0
 
 GIRLS = "Mia Anna Lily Rosa Ella Nora Zoe Ivy Ruby Cleo Ada Greta".split()
 BOYS = "Tom Ben Leo Sam Max Finn Jack Oscar Hugo Theo Emil Otto".split()
@@ -288,10 +288,15 @@ def visitors(r):
     return kinds + kinds[:1] * r.choice((1, 1, 2))
 
 
-def often(animal):
-    """The turn that asks for the most frequent animal."""
-    return [(USER + "Which animal came most often?", DULL), (BOT + DONE + "It was the", PROSE), (" " + animal, KEY),
-            ("." + EOS, PROSE)]
+def compare(r, count, n):
+    """Up to n turns that ask which of two animals came more often, or which of all; count: {animal: how often}."""
+    turn = lambda q, x: [(USER + q, DULL), (BOT + DONE + "The", PROSE), (" " + x, GIST), ("." + EOS, PROSE)]
+    out = [turn(f"Who came more often, the {x} or the {y}?", max(x, y, key=count.get))
+           for x in count for y in count if count[x] * 1.15 < count[y] or count[y] * 1.15 < count[x]]
+    first, second = sorted(count.values())[:-3:-1]
+    if second * 1.15 < first:
+        out.append(turn("Which animal came most often?", max(count, key=count.get)))
+    return r.sample(out, min(n, len(out)))
 
 
 def repeat(r, n):
@@ -324,9 +329,9 @@ def recall(r, size, names=None):
     r.shuffle(asked)
     turns = [ask(f, r.random() < 0.1) for f in asked]
     if not isinstance(scene, str):
-        count = sorted(((sum(f" {x} " in t for t in seen), x) for x in set(scene)), reverse=True)
-        if fill > 12 and count[0][0] > count[1][0]:
-            turns.insert(r.randint(0, len(turns)), often(count[0][1]))
+        if fill > 20:
+            for t in compare(r, {x: sum(f" {x} " in t for t in seen) for x in set(scene)}, 2):
+                turns.insert(r.randint(0, len(turns)), t)
     elif fill > 3 and r.random() < 0.5:
         turns.insert(r.randint(0, len(turns)), [(USER + "Where does this happen?", DULL),
                                                 (BOT + DONE + PLACE_OF[scene][0], PROSE), (PLACE_OF[scene][1], KEY),
@@ -343,18 +348,26 @@ PLACE_OF = dict(sea=("This happens by the", " sea"), forest=("This happens in th
                 town=("This happens in the", " town"), farm=("This happens on the", " farm"))
 
 
-def parade(r, size):
-    """Only visitors, and who came most often."""
-    while True:
-        kinds, seen = visitors(r), []
-        for _ in range(int(min(size, r.choice((170, 250, 400, 800))) / 5.2) - 4):
-            seen.append(r.choice(kinds))
-        count = sorted(((seen.count(x), x) for x in set(kinds)), reverse=True)
-        if count[0][0] > count[1][0]:
-            break
-    head, key, *rest = often(count[0][1])
-    out = [(USER + "Listen.", DULL)] + [(scene_filler(r, [x]), DULL) for x in seen]
-    return out + [(" " + head[0][len(USER):], DULL), key, *rest]
+def parade(r, size, ask=6, animals=None):
+    """Visitors, then who came more often. Each comes 1.3 to 2 times as often as the next, earlier or later on the whole, and
+    the last visitors lie outside the window: a few of the mentions tell little, their sum over the whole text tells all.
+    Animals are taken out of `animals`, so that parades in one row never mix."""
+    animals, tail = ANIMALS[:] if animals is None else animals, r.randint(4, 8)
+    r.shuffle(animals)
+    kinds = [animals.pop() for _ in range(r.choice((2, 2, 3, 4)))]
+    ask = min(ask, 2 * len(kinds))
+    n = max(16, int((min(size, r.choice((300, 400, 600, 1000))) - 12 * tail - 18 * ask) / 5.2))
+    share = [1.0]
+    for _ in kinds[1:]:
+        share.append(share[-1] / r.uniform(1.3, 2))
+    count = {x: round(n * y / sum(share)) for x, y in zip(kinds, share)}
+    late = {x: r.random() for x in kinds}
+    seen = sorted((late[x] + r.random(), x) for x in kinds for _ in range(count[x]))
+    scene, turns = r.choice(list(SCENES)), compare(r, dict(r.sample(list(count.items()), len(count))), ask)
+    out = [(USER + "Listen.", DULL)] + [(scene_filler(r, [x]), FAINT) for _, x in seen]
+    out += [(scene_filler(r, scene), FAINT) for _ in range(tail)]
+    (head, weight), *rest = turns[0]                       # the first question belongs to the same message
+    return out + [(" " + head[len(USER):], weight), *rest] + [x for t in turns[1:] for x in t]
 
 
 def told_facts(r, size, names=None):
@@ -376,11 +389,11 @@ def told_facts(r, size, names=None):
     return out
 
 
-def document(r, size, mix, names=None):
+def document(r, size, mix, names=None, animals=None):
     """One document of at most about `size` tokens; mix: weights of repeat, recall, told_facts, story reading, chat, story,
     and parade (may be left out)."""
     k = r.choices(range(len(mix)), mix)[0]
-    if k == 6 and size < 150:
+    if k == 6 and (size < 300 or animals is not None and len(animals) < 4):
         k = 4
     if names is not None and len(names) < 8 and k in (1, 2):
         k = 4
@@ -390,7 +403,7 @@ def document(r, size, mix, names=None):
             story_questions(r) if k == 3 else
             chat(r) if k == 4 else
             raw_stories(r, r.randint(1, max(1, size // 150))) if k == 5 else
-            parade(r, size))
+            parade(r, size, animals=animals))
     return [(BOS, 0.0)] + body
 
 

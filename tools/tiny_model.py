@@ -393,8 +393,7 @@ class Model(nn.Module):
         """tokens [B, S] -> logits [B, S, V], MTP logits (row t predicts t+2; row S-1 is void), index loss, loads.
         mode: sparse (a bool tensor; False: CSA sees every entry), source [B, S] (the position of the word that position t
         has to recall, or -1) with guide (the weight of the loss that pulls attention there), blind [B] (rows in which CSA
-        sees nothing, so that HCA learns to recall too) and, for ablations,
-        hide4 / hide128 / random."""
+        sees nothing, so that HCA learns to count) and, for ablations, hide4 / hide128 / random."""
         B, S = tokens.shape
         X = self.embed.weight[tokens].to(dtype)[:, :, None].expand(-1, -1, self.c["hc_mult"], -1)
         loss, loads = 0, []

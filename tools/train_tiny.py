@@ -11,13 +11,13 @@ import tiny_corpus as corpus
 from tiny_model import CONFIG, Model, load, save
 
 # steps, rows, row length, mixture (repeat, recall, told facts, story reading, chat, story, parade), CSA sparse?, MTP?,
-# rows in which CSA is hidden, weight of the guide, learning rate from and to
-PLAN = [(356, 16, 256, (1, 10, 2, 1, 1, 1), False, False, 0, 0.2, 1.0, 1.0),
-        (120, 4, 1024, (1, 8, 3, 1, 1, 1), False, False, 0, 0.2, 0.8, 0.8),
-        (340, 4, 1024, (0, 6, 3, 2, 4, 2), True, False, 0, 0.1, 0.8, 0.7),
-        (341, 4, 1024, (0, 5, 3, 2, 4, 2), True, True, 1, 0.1, 0.75, 0.335),
-        (460, 4, 1024, (0, 5, 2, 2, 3, 2, 5), True, True, 1, 0.1, 0.4, 0.01),
-        (150, 4, 1024, (0, 4, 1, 1, 3, 6, 2), True, True, 0, 0.15, 0.35, 0.01)]
+# rows of parades in which CSA is hidden, weight of the guide, learning rate from and to
+PLAN = [(380, 16, 256, (1, 10, 2, 1, 1, 1), False, False, 0, 0.2, 1.0, 1.0),
+        (160, 4, 1024, (1, 8, 3, 1, 1, 1), False, False, 1, 0.2, 0.9, 0.8),
+        (460, 4, 1024, (0, 6, 3, 2, 3, 2, 1), True, False, 1, 0.1, 0.8, 0.8),
+        (450, 4, 1024, (0, 6, 3, 2, 3, 3, 1), True, True, 1, 0.1, 0.8, 0.65),
+        (650, 4, 1024, (0, 4, 2, 2, 3, 4, 5), True, True, 1, 0.1, 0.65, 0.2),
+        (500, 4, 1024, (0, 3, 2, 3, 14, 6, 2), True, True, 1, 0.1, 0.4, 0.01)]
 MUON_LR, ADAM_LR, WARMUP = 0.012, 3e-3, 60
 
 
@@ -38,13 +38,14 @@ class Data:
             self.cache.clear()
         return ids, weights
 
-    def batch(self, rows, S, mix):
-        """-> tokens and weights [rows, S + 2], sources [rows, S]."""
-        out = []
-        for _ in range(rows):
-            i, w, names = [], [], corpus.NAMES[:]
+    def batch(self, rows, S, mix, parades=0):
+        """-> tokens and weights [rows, S + 2], sources [rows, S]. The first `parades` rows begin with one and have no facts."""
+        out, only = [], (0, 0, 0, 0, 1, 0, 40)
+        for row in range(rows):
+            i, w, names, animals = [], [], corpus.NAMES[:], corpus.ANIMALS[:]
             while len(i) < S + 2:
-                a, b = self.encode(corpus.document(self.r, S + 2 - len(i), mix, names))
+                some = only if row < parades else mix
+                a, b = self.encode(corpus.document(self.r, S + 2 - len(i), some, names, animals))
                 i += a
                 w += b
             out.append((i[:S + 2], w[:S + 2], sources(i, w, S)))
@@ -57,7 +58,7 @@ def sources(ids, weights, S):
     for t in range(S):
         for n in (3, 2, 1, 0):
             key = tuple(ids[max(0, t - n + 1):t + 2])
-            if weights[t + 1] >= 2 and out[t] < 0:
+            if 2 <= weights[t + 1] <= corpus.KEY and out[t] < 0:
                 out[t] = last.get(key, -1)
         for n in (3, 2, 1, 0):
             last[tuple(ids[max(0, t - n + 1):t + 2])] = t + 1
@@ -155,13 +156,15 @@ def recall_set(tok, n=25, seed=10 ** 9 + 1):
     return out
 
 
-def often_set(n=48, seed=10 ** 9 + 2):
-    """Chat prompts about the most frequent visitor; the evidence is spread over the text. [{distance: its length, ...}]"""
+def often_set(n=96, seed=10 ** 9 + 2):
+    """Chat prompts that ask which of two visitors came more often: [{distance: the whole length, prompt, answer}]."""
     r, out = random.Random(seed), []
-    for i in range(n):
-        text = corpus.text_of(corpus.parade(r, (250, 400, 800)[i % 3]))[len(corpus.USER):]
+    while len(out) < n:
+        size = (300, 500, 850)[len(out) % 3]
+        text = corpus.text_of(corpus.parade(r, size, 1))[len(corpus.USER):]
         prompt, answer = text.split(corpus.BOT + corpus.DONE)
-        out.append(dict(distance=(250, 400, 800)[i % 3], prompt=prompt, answer=answer.replace(corpus.EOS, "")))
+        if "Who came more often" in prompt and abs(len(prompt) / 4 - size) < size / 4:
+            out.append(dict(distance=size, prompt=prompt, answer=answer.replace(corpus.EOS, "")))
     return out
 
 
@@ -261,7 +264,7 @@ def main():
     else:
         loss_of = weighted_loss
     tok = corpus.tokenizer(CONFIG["vocab_size"])
-    items, saved_at, data = recall_set(tok, 10), time.time(), Data(0)
+    sets, saved_at, data = (recall_set(tok, 10), often_set(48)), time.time(), Data(0)
     log = open(os.path.join(o.dir, "log.txt"), "a", buffering=1)
     stop = []                                              # SIGTERM: finish the step, save, end
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -272,7 +275,7 @@ def main():
             if step <= start:
                 continue
             data.r.seed(step)                              # so a resumed run sees the same documents
-            ids, w, source = data.batch(rows, S, mix)
+            ids, w, source = data.batch(rows, S, mix, blind)
             mode = dict(sparse=torch.tensor(sparse), source=source, guide=torch.tensor(guide),
                         blind=torch.arange(rows) < blind)
             logits, draft, kl, loads = model(ids[:, :S], mode, torch.bfloat16, mtp)
@@ -300,9 +303,10 @@ def main():
                 model.eval()
                 with torch.compiler.set_stance("force_eager"):
                     for sparse_now in {sparse, True}:
-                        got = recall_score(model, items, tok, dict(sparse=torch.tensor(sparse_now)))
-                        log.write(f"   sparse {sparse_now} " +
-                                  " ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in got.items()) + "\n")
+                        for items in sets:
+                            got = recall_score(model, items, tok, dict(sparse=torch.tensor(sparse_now)))
+                            log.write(f"   sparse {sparse_now} " +
+                                      " ".join(f"{d}: {s:.0%} {l:.3f}" for d, (s, l) in got.items()) + "\n")
                 clock = time.time()
                 model.train()
             if time.time() - saved_at > 600 or stop or step == o.steps or step == total:
