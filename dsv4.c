@@ -4211,11 +4211,10 @@ static void cpu_device(Device *d, Pool *pool) {
 
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
-    X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) \
-    X(query_norm) X(index_scores) X(index_slab) X(index_topk) X(attend_16) X(attend_32) \
-    X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) \
-    X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) X(gather_rows) X(gemm) \
-    X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
+    X(gemv) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) X(query_norm) X(index_scores) \
+    X(index_slab) X(index_topk) X(attend_16) X(attend_32) X(attend_combine) X(route) \
+    X(expert_up_1) X(expert_up_8) X(ffn_in) X(expert_down_1) X(expert_down_8) X(mtp_norm) \
+    X(mtp_add) X(gather_rows) X(gemm) X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
 #define KERNEL_ID(name) K_##name,
 #define KERNEL_NAME(name) #name,
 enum { KERNELS(KERNEL_ID) N_KERNELS };
@@ -4479,7 +4478,7 @@ static void upload_walk(Upload *u) {
         upload_layer(u, &w->mtp[i].block);
         upload_list(u, mtp_table, COUNT(mtp_table), 0, &w->mtp[i]);
     }
-    u->at += 1 << 20;           // the products read up to three rows past a matrix
+    u->at += 8 << 20;           // the products read up to 31 rows past a matrix
 }
 
 static void *copy_of(const void *p, size_t n, size_t size) {
@@ -4562,12 +4561,10 @@ static GpuMat gpu_mat(const Mat *m) {
     return (GpuMat){ (CuPtr)(uintptr_t)m->w, (CuPtr)(uintptr_t)m->s, m->n, m->k, (int)m->fmt, 0 };
 }
 
-// Warps that share a row, so that a matrix with few rows still fills the device. Depends on the
-// shape alone.
-static int split_columns(const Mat *m, int seg_n) {
-    static const int per_chunk[N_FORMATS] = { 4, 8, 16, 32, 16, 32 };   // columns in 16 bytes
-    int chunks = m->k / per_chunk[m->fmt], warps = m->n / seg_n * ((seg_n + 31) / 32), split = 1;
-    while (split < 8 && warps * split < 512 && chunks >= 64 * split) split *= 2;
+// Warps that share a row in decode: as many as leave each 512 columns. Depends on the shape alone.
+static int split_columns(const Mat *m) {
+    int split = 1;
+    while (split < 8 && m->k >= 1024 * split) split *= 2;
     return split;
 }
 
@@ -4575,10 +4572,10 @@ static int split_columns(const Mat *m, int seg_n) {
 static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuAct *in,
                          int segments) {
     GpuTask *t = list + p->n++;
-    int seg_n = m->n / segments, split = split_columns(m, seg_n);
+    int seg_n = m->n / segments, split = split_columns(m), per = 256 / split;
     *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = in->k,
                     .ldo = m->n, .seg_n = seg_n, .ksplit = split, .block0 = p->blocks,
-                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .tile0 = p->tiles,
+                    .seg_blocks = (seg_n + per - 1) / per, .tile0 = p->tiles,
                     .seg_tiles = (seg_n + TILE_N - 1) / TILE_N };
     p->tiles += t->seg_tiles * segments;
     p->blocks += t->seg_blocks * segments;
@@ -4632,10 +4629,7 @@ static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
     if (l->ratio == 4) task_add(t, &gl->query, &l->iwq_b, &g->qr, 1)->out = g->iq;
     products_done(d, &gl->query, t);
     GpuTask *a = task_add(t, &gl->wo_a, &l->wo_a, &g->o, c->o_groups);
-    if (takes_int8(l->wo_b.fmt)) {      // a block must own whole groups of 32 to quantise them
-        a->ksplit = 1;
-        a->seg_blocks = c->o_lora_rank / 32;
-        gl->wo_a.blocks = a->seg_blocks * c->o_groups;
+    if (takes_int8(l->wo_b.fmt)) {
         a->out_q = g->u.q;
         a->out_s = g->u.s;
     } else {
@@ -5045,9 +5039,6 @@ static void cuda_hc_pre(Device *d, const Hyper *h, const float *norm) {
 
 static void cuda_hc_post(Device *d) { ((Cuda *)d->impl)->post = true; }
 
-// The kernel variant for T rows: 0, 1, 2, 3 for 1, 2, 4, 8 rows a block.
-static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3; }
-
 // Products of a launch for T rows. A batch of few rows never takes the tiles (its draft layer has
 // more rows than tokens): a row's result must not depend on how many others there are.
 static void gpu_products(Device *d, const GpuProducts *p, int T) {
@@ -5057,9 +5048,8 @@ static void gpu_products(Device *d, const GpuProducts *p, int T) {
                &g->rows, &g->slots);
         return;
     }
-    int v = row_variant(T), B = 1 << v;
-    gpu_launch(d, K_gemv_1 + v, (unsigned)p->blocks, (unsigned)((T + B - 1) / B), 1, 256, 0,
-               (void *[]){ (void *)&p->tasks, (void *)&p->n, &T, &g->rows, &g->slots });
+    LAUNCH(d, gemv, p->blocks, (T + TILE - 1) / TILE, 1, 256, 0, (void *)&p->tasks, (void *)&p->n, &T,
+           &g->rows, &g->slots);
 }
 
 // The layer's tables: layers are found by their address.
@@ -5150,11 +5140,11 @@ static void cuda_route(Device *d, const Layer *l) { (void)d, (void)l; }
 static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     Cuda *g = d->impl;
     const Config *c = d->c;
-    int T = g->T, E = c->n_experts, v = row_variant(T), zero = 0, place = T * c->n_active;
+    int T = g->T, E = c->n_experts, place = T * c->n_active;
     int active = place < E ? place : E;
     CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
-    gpu_launch(d, K_ffn_in_1 + v, (unsigned)(c->expert_dim / 32 + gl->gate.blocks), 1, 1, 256, 0,
-               (void *[]){ &shared, (void *)&gl->gate.tasks, &zero, &T, &g->h, &place });
+    LAUNCH(d, ffn_in, c->expert_dim / 32 + gl->gate.blocks, 1, 1, 256, 0, &shared, (void *)&gl->gate.tasks, &T,
+           &g->h, &place);
     if (T == 1) {
         LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s,
                &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &g->r, &g->h);
@@ -5162,7 +5152,7 @@ static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
         LAUNCH(d, route, 1, 1, 1, 256, 0, &g->gate, (void *)&l->gate_bias, (void *)&l->tid2eid, &g->rows, &T, &g->r);
         LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, (void *)&gl->experts, &g->x.x, &g->x.q, &g->x.s, &g->r, &g->h);
     }
-    gpu_launch(d, T == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 8), 1, 1, 256, 0,
+    gpu_launch(d, T == 1 ? K_expert_down_1 : K_expert_down_8, (unsigned)(c->dim / 32), 1, 1, 256, 0,
                (void *[]){ (void *)&gl->experts, &g->h, &g->r, &T, &g->y });
 }
 
