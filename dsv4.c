@@ -3105,11 +3105,10 @@ static void cpu_device(Device *d, Pool *pool) {
 
 // The kernels, in the order of kernels.cu.
 #define KERNELS(X) \
-    X(gemv_1) X(gemv_2) X(gemv_4) X(gemv_8) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) \
-    X(query_norm) X(index_scores) X(index_slab) X(index_topk) X(attend_16) X(attend_32) \
-    X(attend_combine) X(route) X(expert_up_1) X(expert_up_8) X(ffn_in_1) X(ffn_in_2) X(ffn_in_4) \
-    X(ffn_in_8) X(expert_down_1) X(expert_down_8) X(mtp_norm) X(mtp_add) X(gather_rows) X(gemm) \
-    X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
+    X(gemv) X(embed) X(hc_mix) X(hc_norm) X(attn_latent) X(query_norm) X(index_scores) \
+    X(index_slab) X(index_topk) X(attend_16) X(attend_32) X(attend_combine) X(route) \
+    X(expert_up_1) X(expert_up_8) X(ffn_in) X(expert_down_1) X(expert_down_8) X(mtp_norm) \
+    X(mtp_add) X(gather_rows) X(gemm) X(group_rows) X(expert_up) X(expert_down) X(expert_sum)
 #define KERNEL_ID(name) K_##name,
 #define KERNEL_NAME(name) #name,
 enum { KERNELS(KERNEL_ID) N_KERNELS };
@@ -3376,7 +3375,7 @@ static Freight stage_freight(Device *d) {
         freight_layer(&f, &w->mtp[i].block);
         freight_list(&f, mtp_table, COUNT(mtp_table), 0, &w->mtp[i]);
     }
-    f.bytes += 1 << 20;         // the products read up to three rows past a matrix
+    f.bytes += 8 << 20;         // the products read up to 31 rows past a matrix
     return f;
 }
 
@@ -3396,12 +3395,10 @@ static GpuMat gpu_mat(const Mat *m) {
     return (GpuMat){ (CuPtr)(uintptr_t)m->w, (CuPtr)(uintptr_t)m->s, m->n, m->k, (int)m->fmt, 0 };
 }
 
-// Warps that share a row, so that a matrix with few rows still fills the device. Depends on the
-// shape alone.
-static int split_columns(const Mat *m, int seg_n) {
-    static const int per_chunk[N_FORMATS] = { 4, 8, 16, 32, 16, 32 };   // columns in 16 bytes
-    int chunks = m->k / per_chunk[m->fmt], warps = m->n / seg_n * ((seg_n + 31) / 32), split = 1;
-    while (split < 8 && warps * split < 512 && chunks >= 64 * split) split *= 2;
+// Warps that share a row in decode: as many as leave each 512 columns. Depends on the shape alone.
+static int split_columns(const Mat *m) {
+    int split = 1;
+    while (split < 8 && m->k >= 1024 * split) split *= 2;
     return split;
 }
 
@@ -3409,10 +3406,10 @@ static int split_columns(const Mat *m, int seg_n) {
 static GpuTask *task_add(GpuTask *list, GpuProducts *p, const Mat *m, const GpuAct *in,
                          int segments) {
     GpuTask *t = list + p->n++;
-    int seg_n = m->n / segments, split = split_columns(m, seg_n);
+    int seg_n = m->n / segments, split = split_columns(m), per = 256 / split;
     *t = (GpuTask){ .m = gpu_mat(m), .x = in->x, .q = in->q, .qs = in->s, .ldx = m->k * segments,
                     .ldo = m->n, .seg_n = seg_n, .ksplit = split, .block0 = p->blocks,
-                    .seg_blocks = (seg_n + 32 / split - 1) / (32 / split), .tile0 = p->tiles,
+                    .seg_blocks = (seg_n + per - 1) / per, .tile0 = p->tiles,
                     .seg_tiles = (seg_n + TILE_N - 1) / TILE_N };
     p->tiles += t->seg_tiles * segments;
     p->blocks += t->seg_blocks * segments;
@@ -3466,10 +3463,7 @@ static void layer_products(Device *d, const Layer *l, GpuLayer *gl) {
     if (l->ratio == 4) task_add(t, &gl->query, &l->iwq_b, &g->qr, 1)->out = g->iq;
     products_done(d, &gl->query, t);
     GpuTask *a = task_add(t, &gl->wo_a, &l->wo_a, &g->o, c->o_groups);
-    if (takes_int8(l->wo_b.fmt)) {      // a block must own whole groups of 32 to quantise them
-        a->ksplit = 1;
-        a->seg_blocks = c->o_lora_rank / 32;
-        gl->wo_a.blocks = a->seg_blocks * c->o_groups;
+    if (takes_int8(l->wo_b.fmt)) {
         a->out_q = g->u.q;
         a->out_s = g->u.s;
     } else {
@@ -3758,17 +3752,14 @@ static void cuda_hc_pre(Device *d, const Hyper *h, const float *norm) {
 
 static void cuda_hc_post(Device *d) { ((Cuda *)d->impl)->post = true; }
 
-// The kernel variant for T rows: 0, 1, 2, 3 for 1, 2, 4, 8 rows a block.
-static int row_variant(int T) { return T == 1 ? 0 : T == 2 ? 1 : T <= 4 ? 2 : 3; }
-
 // Products of a launch for T rows. A batch of few rows never takes the tiles (its draft layer has
 // more rows than tokens): a row's result must not depend on how many others there are.
 static void gpu_products(Device *d, const GpuProducts *p, int T) {
     Cuda *g = d->impl;
     bool tiles = T > TILE && g->T > TILE;
-    int v = row_variant(T), B = tiles ? TILE_T : 1 << v;
-    LAUNCH_ID(d, tiles ? K_gemm : K_gemv_1 + v, tiles ? p->tiles : p->blocks, (T + B - 1) / B, 1,
-              256, tiles ? TILE_SHARED : 0, &p->tasks, &p->n, &T, &g->rows, &g->slots);
+    int B = tiles ? TILE_T : TILE;
+    LAUNCH_ID(d, tiles ? K_gemm : K_gemv, tiles ? p->tiles : p->blocks, (T + B - 1) / B, 1, 256,
+              tiles ? TILE_SHARED : 0, &p->tasks, &p->n, &T, &g->rows, &g->slots);
 }
 
 // The layer's tables: layers are found by their address.
@@ -3873,11 +3864,11 @@ static void gpu_route(Device *d, const Layer *l, int blocks) {
 static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
     Cuda *g = d->impl;
     const Config *c = d->c;
-    int T = g->T, E = c->n_experts, v = row_variant(T), zero = 0, place = T * c->n_active;
+    int T = g->T, E = c->n_experts, place = T * c->n_active;
     int active = place < E ? place : E;
     CuPtr shared = gl->experts + sizeof(GpuMat) * 3 * (size_t)E;
-    LAUNCH_ID(d, K_ffn_in_1 + v, c->expert_dim / 32 + gl->gate.blocks, 1, 1, 256, 0, &shared,
-              &gl->gate.tasks, &zero, &T, &g->h, &place);
+    LAUNCH(d, ffn_in, c->expert_dim / 32 + gl->gate.blocks, 1, 1, 256, 0, &shared,
+           &gl->gate.tasks, &T, &g->h, &place);
     if (T == 1) {
         LAUNCH(d, expert_up_1, c->expert_dim / 32, c->n_active, 1, 256, 0, &gl->experts, &g->x.x,
                &g->x.q, &g->x.s, &g->gate, &l->gate_bias, &l->tid2eid, &g->rows, &g->r, &g->h);
@@ -3886,8 +3877,8 @@ static void experts_few(Device *d, const Layer *l, const GpuLayer *gl) {
         LAUNCH(d, expert_up_8, c->expert_dim / 32, active, 1, 256, 0, &gl->experts, &g->x.x,
                &g->x.q, &g->x.s, &g->r, &g->h);
     }
-    LAUNCH_ID(d, T == 1 ? K_expert_down_1 : K_expert_down_8, c->dim / 8, 1, 1, 256, 0, &gl->experts,
-              &g->h, &g->r, &T, &g->y);
+    LAUNCH_ID(d, T == 1 ? K_expert_down_1 : K_expert_down_8, c->dim / 32, 1, 1, 256, 0,
+              &gl->experts, &g->h, &g->r, &T, &g->y);
 }
 
 static void experts_many(Device *d, const Layer *l, const GpuLayer *gl) {

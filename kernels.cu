@@ -15,8 +15,9 @@
 // sums over groups of 32 columns, scaled and added in FP32. Compiled with -fmad=false: a fused
 // multiply-add is always written fmaf().
 //
-// Decode (1 to 8 rows) streams weights once through dp4a (gemv, ffn_in, expert_up_1/_8,
-// expert_down_1/_8); longer batches use tensor-core tiles (gemm, expert_up, expert_down).
+// Decode (1 to 8 rows) streams the weights once from memory to the tensor cores (gemv, ffn_in,
+// expert_up_1/_8, expert_down_1/_8); longer batches use tiles in shared memory (gemm, expert_up,
+// expert_down).
 
 typedef signed char s8;
 typedef unsigned char u8;
@@ -50,7 +51,7 @@ struct Task {
     int ring, ring_step;
     int ldx, ldo;
     int seg_n, seg_blocks;  // rows and blocks of a segment
-    int ksplit;             // warps that share a row: 1, 2, 4 or 8; a block has 32 / ksplit rows
+    int ksplit;             // warps that share a row: 1, 2, 4 or 8; a block has 256 / ksplit rows
     int block0;             // first block of this task in the grid
     int tile0, seg_tiles;   // the same for the tiles of long batches: tiles of 128 rows
 };
@@ -101,11 +102,11 @@ __device__ inline uint4 load_stream(const void *p) {
     return v;
 }
 
-__device__ inline int dot16(uint4 a, uint4 b) {
-    int sum = __dp4a((int)a.x, (int)b.x, 0);
-    sum = __dp4a((int)a.y, (int)b.y, sum);
-    sum = __dp4a((int)a.z, (int)b.z, sum);
-    return __dp4a((int)a.w, (int)b.w, sum);
+// p + n, in one register pair: the compiler shall not split it into a base and an index.
+template <class P> __device__ inline P advance(P p, int n) {
+    p += n;
+    asm("" : "+l"(p));
+    return p;
 }
 
 __device__ inline float warp_sum(float v) {
@@ -233,12 +234,19 @@ __device__ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// c = a b for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
-__device__ inline void mma_int8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+// c = a b + zero and c += a b for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
+__device__ inline void mma_int8(int (&c)[4], int zero, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
         : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(zero));
+}
+__device__ inline void mma_int8_add(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
@@ -258,9 +266,9 @@ __device__ inline void cp_async16(u32 to, const void *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from),
         "r"(valid ? 16 : 0) : "memory");
 }
-__device__ inline void cp_async4(u32 to, const void *from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(from),
-        "r"(valid ? 4 : 0) : "memory");
+template <int N> __device__ inline void cp_async(u32 to, const void *from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" :: "r"(to), "l"(from),
+        "r"(valid ? N : 0), "n"(N) : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void cp_async_wait() {
@@ -300,14 +308,26 @@ __device__ inline float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 // ---------------------------------------------------------------------------
 // products for 1 to 8 rows: weights stream through once, 16 bytes per lane and load
+//
+// A warp takes 32 rows of the matrix, or a fixed part of their columns, and up to 8 rows of the
+// batch: a tensor core multiplies 16 rows of weights by 8 columns of activations. Lane 4 g + q
+// loads its operands where they lie: of matrix row g (and g + 8, g + 16, g + 24) the q-th 16 bytes
+// of a step, of the batch the same columns. What one row of the batch gets does not depend on what
+// the tensor core makes beside it.
 
-// Rows of activations (columns of one segment).
+// A warp's sums [row of the batch][32 rows of the matrix]; the pad keeps writers on 32 banks.
+enum { PART = 40 };
+
+// Rows of activations (columns of one segment): row b of a product is list[b], or first + b.
 struct In {
     const float *x;
     const s8 *q;
     const float *qs;
-    int ld;
+    int ld, first;
+    const int *list;
 };
+// What lies past the last row of a matrix is read too (there is memory) and dropped.
+__device__ inline int row_of(const In &in, int b) { return in.list ? in.list[b] : in.first + b; }
 
 // Number i of a matrix's scales; 1/16 and 1/4 undo the factors in the integers of INT4 and FP4.
 template <int FMT> __device__ inline float scale_at(const u8 *s, size_t i) {
@@ -322,191 +342,324 @@ template <int FMT> __device__ inline size_t scale_index(int columns, int n, int 
     return (size_t)(n / 128) * ((columns + 127) / 128) + k / 128;
 }
 
-// The 16 bytes at v as signed integers, and in `hi` the second half of what 4-bit formats hold.
-// FP4: columns 0..15 and 16..31, 4 times their value. INT4: the even and the odd columns, 16 times
-// their value: (nibble - 8) * 16 is one LOP3 away from the packed bytes.
-template <int FMT> __device__ inline void unpack(uint4 &v, uint4 &hi) {
+// Eight columns of a 4-bit format as signed integers. FP4: the first four and the others, 4 times
+// their value. INT4: the even and the odd ones, 16 times their value, (nibble - 8) * 16 being one
+// LOP3 away from the packed bytes.
+template <int FMT> __device__ inline void unpack(u32 v, u32 &a, u32 &b) {
     if (FMT == W_FP4) {
-        hi = make_uint4(fp4_bytes(v.z), fp4_bytes(v.z >> 16), fp4_bytes(v.w), fp4_bytes(v.w >> 16));
-        v = make_uint4(fp4_bytes(v.x), fp4_bytes(v.x >> 16), fp4_bytes(v.y), fp4_bytes(v.y >> 16));
-    } else if (FMT == W_INT4) {
-        const u32 m = 0xf0f0f0f0u, x = 0x80808080u;
-        hi = make_uint4((v.x & m) ^ x, (v.y & m) ^ x, (v.z & m) ^ x, (v.w & m) ^ x);
-        v = make_uint4((v.x << 4 & m) ^ x, (v.y << 4 & m) ^ x, (v.z << 4 & m) ^ x,
-                       (v.w << 4 & m) ^ x);
+        a = fp4_bytes(v), b = fp4_bytes(v >> 16);
+    } else {                    // (v & 0xf0f0f0f0) ^ 0x80808080
+        asm("lop3.b32 %0, %1, 0xf0f0f0f0, 0x80808080, 0x6a;" : "=r"(a) : "r"(v << 4));
+        asm("lop3.b32 %0, %1, 0xf0f0f0f0, 0x80808080, 0x6a;" : "=r"(b) : "r"(v));
     }
 }
 
-// 32 columns of activations: the even ones to a, the odd ones to b.
-__device__ inline void sort_columns(uint4 &a, uint4 &b) {
-    const uint4 even = make_uint4(__byte_perm(a.x, a.y, 0x6420), __byte_perm(a.z, a.w, 0x6420),
-                                  __byte_perm(b.x, b.y, 0x6420), __byte_perm(b.z, b.w, 0x6420));
-    b = make_uint4(__byte_perm(a.x, a.y, 0x7531), __byte_perm(a.z, a.w, 0x7531),
-                   __byte_perm(b.x, b.y, 0x7531), __byte_perm(b.z, b.w, 0x7531));
+// The activations in that order: a, b are columns 0..3 and 4..7.
+template <int FMT> __device__ inline void sort_columns(u32 &a, u32 &b) {
+    if (FMT != W_INT4) return;
+    const u32 even = __byte_perm(a, b, 0x6420);
+    b = __byte_perm(a, b, 0x7531);
     a = even;
 }
 
-// dot_int and dot_float: acc[r * B + b] += W[n + r, :] . in[row[b], :], R rows of the matrix and B
-// of the input. A lane takes the 16-byte chunks c, c + step, ... of each row. Rows past the end of
-// a matrix or a batch are read too (memory is allocated for them) and dropped by the caller.
+// Integer sums come out of the tensor core as floats: they are added to the bits of 1.5 * 2^23,
+// whose last mantissa bit is worth 1. A group's sum is below 2^20.
+#define SUM_ZERO 0x4b400000
+__device__ inline float sum_to_float(int c) { return __int_as_float(c) - 12582912.f; }
 
-// Integer formats: exact sums of a chunk (32 columns of INT4 and FP4 = one group, 16 of INT8 = half
-// a group of the activations), scaled and added.
-template <int FMT, int R, int B>
-__device__ inline void dot_int(float (&acc)[R * B], const Matrix &m, int n, const In &in,
-                               const int (&row)[B], int c, int step) {
-    constexpr bool BYTES = FMT == W_INT8;
-    const int chunks = m.k / (BYTES ? 16 : 32), per_row = BYTES ? 0 : chunks;
-    const size_t pitch = (size_t)chunks * 16;
-    const u8 *w = m.w + n * pitch;
-    const size_t s = scale_index<FMT>(m.k, n, 0);
+// INT8, 128 columns a step, 64 at a time. A quad holds two groups of 32 columns, lanes 0 and 1 the
+// first, 2 and 3 the second. Rows g and g + 8 of the tensor core's first operand are both row g of
+// the batch, zero but for one of the groups; the second operand are 8 rows of weights. So a lane's
+// results are of row g of the batch and rows 2 q, 2 q + 1 of the matrix: sum[0], sum[1] of the
+// first group, sum[2], sum[3] of the second.
+__device__ inline void dot_int8(float (*part)[PART], const Matrix &m, int n, const In &in,
+                                int count, int k, int ksplit) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, columns = m.k;
+    const int b = row_of(in, min(g, count - 1)), step = ksplit * 128;
+    const s8 *act = in.q + (u32)(b * in.ld) + k * 128 + q * 16;
+    const float *as = in.qs + (u32)(b * (in.ld / 32)) + k * 4 + q;
+    const u16 *ws = (const u16 *)m.s + scale_index<W_INT8>(columns, n, k * 128);
+    const u8 *w = m.w + (size_t)(n + g) * columns + k * 128 + q * 16;
+    float acc[4][2] = {};
+    const bool first = q < 2;
 #pragma unroll 1
-    for (; c < chunks; c += step) {
-        uint4 v[R], hi[R];
-        float ws[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-#pragma unroll
-        for (int r = 0; r < R; r++)
-            ws[r] = scale_at<FMT>(m.s, s + r * per_row + (BYTES ? c >> 3 : c));
-#pragma unroll
-        for (int r = 0; r < R; r++) unpack<FMT>(v[r], hi[r]);
-#pragma unroll
-        for (int b = 0; b < B; b++) {
-            const uint4 *p = (const uint4 *)(in.q + (u32)(row[b] * in.ld)) + c * (BYTES ? 1 : 2);
-            uint4 a = __ldg(p), a_hi = BYTES ? a : __ldg(p + 1);
-            const float as = __ldg(in.qs + (u32)(row[b] * (in.ld >> 5) + (BYTES ? c >> 1 : c)));
-            if (FMT == W_INT4) sort_columns(a, a_hi);
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                const int sum = BYTES ? dot16(v[r], a) : dot16(v[r], a) + dot16(hi[r], a_hi);
-                acc[r * B + b] = fmaf((float)sum, as * ws[r], acc[r * B + b]);
-            }
-        }
-    }
-}
-
-// Columns 4 i .. 4 i + 3 of a chunk in a float format.
-template <int FMT> __device__ inline float4 unpack_float(const uint4 &v, int i, float scale) {
-    const u32 x = i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-    if (FMT == W_FP8) {
-        const float s = scale;
-        return make_float4(e4m3_raw(x, 0) * E4M3_SCALE * s, e4m3_raw(x, 1) * E4M3_SCALE * s,
-                           e4m3_raw(x, 2) * E4M3_SCALE * s, e4m3_raw(x, 3) * E4M3_SCALE * s);
-    }
-    if (FMT == W_F32)
-        return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                           __uint_as_float(v.w));
-    return i == 0 ? make_float4(lo_bf16(v.x), hi_bf16(v.x), lo_bf16(v.y), hi_bf16(v.y))
-                  : make_float4(lo_bf16(v.z), hi_bf16(v.z), lo_bf16(v.w), hi_bf16(v.w));
-}
-
-// Float formats with FP32 activations: FP32, BF16 and FP8, 4, 8 and 16 columns a chunk.
-template <int FMT, int R, int B>
-__device__ inline void dot_float(float (&acc)[R * B], const Matrix &m, int n, const In &in,
-                                 const int (&row)[B], int c, int step) {
-    constexpr int QUADS = FMT == W_F32 ? 1 : FMT == W_BF16 ? 2 : 4;
-    constexpr int UNROLL = QUADS * B > 16 ? 1 : QUADS;      // else registers run out
-    const int chunks = m.k / (4 * QUADS);
-    const size_t pitch = (size_t)chunks * 16;
-    const u8 *w = m.w + n * pitch, *s = m.s + (FMT == W_FP8 ? scale_index<FMT>(m.k, n, 0) : 0);
+    for (int left = columns - k * 128; left > 0; left -= step) {
+        // the scales of the step's four groups, one per lane
+        const float scale = q * 32 < left ? __ldg(as) * bf16_to_float(__ldg(ws)) : 0;
 #pragma unroll 1
-    for (; c < chunks; c += step) {
-        uint4 v[R];
+        for (int h = 0; h < 2; h++) {
+            uint4 v[4], x = make_uint4(0, 0, 0, 0);
+            // past the last column: what is there, times zero
 #pragma unroll
-        for (int r = 0; r < R; r++) v[r] = load_stream(w + r * pitch + (size_t)c * 16);
-        const float ws = FMT == W_FP8 ? scale_at<FMT>(s, c >> 3) : 1.f;
-#pragma unroll UNROLL
-        for (int i = 0; i < QUADS; i++) {
-            float4 u[R];
+            for (int r = 0; r < 4; r++)
+                v[r] = load_stream(w + (size_t)((u32)columns * 8 * r) + h * 64);
+            if (g < count && h * 64 + q * 16 < left) x = __ldg((const uint4 *)act + h * 4);
+            const u32 a[8] = { first ? x.x : 0, first ? 0 : x.x, first ? x.y : 0, first ? 0 : x.y,
+                               first ? x.z : 0, first ? 0 : x.z, first ? x.w : 0, first ? 0 : x.w };
+            const float s0 = __shfl_sync(~0u, scale, h * 2, 4),
+                        s1 = __shfl_sync(~0u, scale, h * 2 + 1, 4);
 #pragma unroll
-            for (int r = 0; r < R; r++) u[r] = unpack_float<FMT>(v[r], i, ws);
+            for (int r = 0; r < 4; r++) {
+                int sum[4];
+                mma_int8(sum, SUM_ZERO, a[0], a[1], a[2], a[3], v[r].x, v[r].y);
+                mma_int8_add(sum, a[4], a[5], a[6], a[7], v[r].z, v[r].w);
 #pragma unroll
-            for (int b = 0; b < B; b++) {
-                const float4 *p = (const float4 *)(in.x + (u32)(row[b] * in.ld)) + c * QUADS;
-                const float4 a = __ldg(p + i);
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    float &sum = acc[r * B + b];
-                    sum = fmaf(u[r].x, a.x, fmaf(u[r].y, a.y, sum));
-                    sum = fmaf(u[r].z, a.z, fmaf(u[r].w, a.w, sum));
+                for (int j = 0; j < 2; j++) {
+                    acc[r][j] = fmaf(sum_to_float(sum[j]), s0, acc[r][j]);
+                    acc[r][j] = fmaf(sum_to_float(sum[j + 2]), s1, acc[r][j]);
                 }
             }
         }
+        w = advance(w, step), ws = advance(ws, ksplit);
+        act = advance(act, step), as = advance(as, step / 32);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+        if (g < count)
+            *(float2 *)(part[g] + r * 8 + q * 2) = make_float2(acc[r][0], acc[r][1]);
+}
+
+// Starts the copy of four scales, of groups i .. i+3 of a row with 4-bit weights whose scales begin
+// at `s`, to shared memory; zeros past the row's end.
+template <int FMT> __device__ inline void copy_scales(uint2 *to, const u8 *s, int i, int groups) {
+    if (groups % 4 == 0) {
+        const bool valid = i < groups;
+        if (FMT == W_FP4) cp_async<4>(shared_address(to), s + (valid ? i : 0), valid);
+        else cp_async<8>(shared_address(to), s + (valid ? i * 2 : 0), valid);
+        return;
+    }
+    for (int j = i; j < i + 4; j++) {                   // not aligned
+        if (FMT == W_FP4) ((u8 *)to)[j - i] = j < groups ? s[j] : 0;
+        else ((u16 *)to)[j - i] = j < groups ? ((const u16 *)s)[j] : 0;
     }
 }
 
-// Rows n .. n+R-1 of m times B rows; one warp, or `ksplit` warps that each take a part k of the
-// columns. The sums go to part[r * B + b]. FORMATS: those that m can have.
-template <int FORMATS, int R, int B>
-__device__ inline void dot_rows(float *part, const Matrix &m, int n, const In &in,
-                                const int (&row)[B], int k, int ksplit) {
-    const int lane = threadIdx.x & 31, c = k * 32 + lane, step = ksplit * 32;
-    float acc[R * B] = {};
-#define HAS(f) (FORMATS == 1 << (f) || ((FORMATS >> (f) & 1) && m.fmt == (f)))
-    if (HAS(W_INT8)) dot_int<W_INT8, R, B>(acc, m, n, in, row, c, step);
-    else if (HAS(W_INT4)) dot_int<W_INT4, R, B>(acc, m, n, in, row, c, step);
-    else if (HAS(W_FP4)) dot_int<W_FP4, R, B>(acc, m, n, in, row, c, step);
-    else if (HAS(W_FP8)) dot_float<W_FP8, R, B>(acc, m, n, in, row, c, step);
-    else if (HAS(W_BF16)) dot_float<W_BF16, R, B>(acc, m, n, in, row, c, step);
-    else if (HAS(W_F32)) dot_float<W_F32, R, B>(acc, m, n, in, row, c, step);
-    const float v = reduce_many<R * B>(acc);
-    if (lane % (32 / (R * B)) == 0) part[lane / (32 / (R * B))] = v;
+// INT4 and FP4, 128 columns a step. A lane's 16 bytes are one group of 32 columns, a quad holds
+// four. So column c of the activations is group c % 4 of row c / 4 of two rows of the batch, zero
+// in all lanes but that group's; a lane's results are of two groups of row q / 2. The scales of
+// four steps come through shared memory.
+template <int FMT, int B>
+__device__ inline void dot_4bit(float (*part)[PART], const Matrix &m, int n, const In &in,
+                                int count, int k, int ksplit) {
+    constexpr int SETS = (B + 1) / 2, SIZE = FMT == W_FP4 ? 1 : 2;
+    __shared__ uint2 shared_scales[8][32 * 4];          // [warp][row][step], see below
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, groups = m.k / 32;
+    // the steps of rows 4 .. 7 (of 8) in another order, for the sake of the banks
+    uint2 *scales = shared_scales[threadIdx.x >> 5] + g * 4;
+    const int order = g >> 2;
+    const u8 *w = m.w + ((size_t)(n + g) * groups + k * 16 + q) * 16;
+    const u8 *s = m.s + (size_t)(n + g) * groups * SIZE;
+    u32 a[SETS], as[SETS];
+    bool mine[SETS];
+    float acc[SETS][4] = {};
+#pragma unroll
+    for (int p = 0; p < SETS; p++) {
+        const int b = p * 2 + g / 4;
+        mine[p] = b < count && q == g % 4;
+        a[p] = (u32)(row_of(in, min(b, count - 1)) * in.ld);
+        as[p] = (u32)(row_of(in, min(p * 2 + q / 2, count - 1)) * (in.ld / 32));
+    }
+#pragma unroll 1
+    for (int i = k * 16; i < groups;) {
+        uint4 v[4];
+        if (i % 16 == 0) {
+            __syncwarp();
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                copy_scales<FMT>(scales + r * 32 + (q ^ order),
+                                 s + (size_t)((u32)groups * 8 * SIZE * r), i + q * 4, groups);
+            cp_async_commit();
+        }
+        // past the last column: what is there, times zero
+#pragma unroll
+        for (int r = 0; r < 4; r++) v[r] = load_stream(w + (size_t)((u32)groups * 128 * r));
+        if (i % 16 == 0) {
+            cp_async_wait<0>();
+            __syncwarp();
+        }
+        const uint2 *four = scales + (i / 4 % 4 ^ order);
+#pragma unroll
+        for (int p = 0; p < SETS; p++) {
+            if (p * 2 >= count) break;
+            // unpacked anew for each set: registers are short
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                asm("" : "+r"(v[r].x), "+r"(v[r].y), "+r"(v[r].z), "+r"(v[r].w));
+            uint4 b[2] = {};
+            if (mine[p] && i + q < groups) {
+                const uint4 *from = (const uint4 *)(in.q + (a[p] + (i + q) * 32));
+                b[0] = __ldg(from), b[1] = __ldg(from + 1);
+            }
+            // half of the lanes load the scale of this lane's first group, half that of the second
+            const int j = i + (q & 1) * 2 + (g & 1);
+            const float own = j < groups ? __ldg(in.qs + (as[p] + j)) : 0,
+                        other = __shfl_xor_sync(~0u, own, 4);
+            const float s0 = g & 1 ? other : own, s1 = g & 1 ? own : other;
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                sort_columns<FMT>(b[h].x, b[h].y), sort_columns<FMT>(b[h].z, b[h].w);
+#pragma unroll
+            for (int t = 0; t < 4; t += 2) {
+                int sum[4];
+                u32 u[4];
+                unpack<FMT>(v[t].x, u[0], u[2]), unpack<FMT>(v[t + 1].x, u[1], u[3]);
+                mma_int8(sum, SUM_ZERO, u[0], u[1], u[2], u[3], b[0].x, b[0].y);
+                unpack<FMT>(v[t].y, u[0], u[2]), unpack<FMT>(v[t + 1].y, u[1], u[3]);
+                mma_int8_add(sum, u[0], u[1], u[2], u[3], b[0].z, b[0].w);
+                unpack<FMT>(v[t].z, u[0], u[2]), unpack<FMT>(v[t + 1].z, u[1], u[3]);
+                mma_int8_add(sum, u[0], u[1], u[2], u[3], b[1].x, b[1].y);
+                unpack<FMT>(v[t].w, u[0], u[2]), unpack<FMT>(v[t + 1].w, u[1], u[3]);
+                mma_int8_add(sum, u[0], u[1], u[2], u[3], b[1].z, b[1].w);
+#pragma unroll
+                for (int r = t; r < t + 2; r++) {
+                    const u32 ws = FMT == W_FP4 ? ((const u16 *)(four + r * 32))[q & 1]
+                                                : ((const u32 *)(four + r * 32))[q & 1];
+                    const float ws0 = FMT == W_FP4 ? e8m0_to_float((u8)ws) : lo_bf16(ws),
+                                ws1 = FMT == W_FP4 ? e8m0_to_float((u8)(ws >> 8)) : hi_bf16(ws);
+                    const int *c = sum + (r - t) * 2;
+                    acc[p][r] = fmaf(sum_to_float(c[0]), s0 * ws0, acc[p][r]);
+                    acc[p][r] = fmaf(sum_to_float(c[1]), s1 * ws1, acc[p][r]);
+                }
+            }
+        }
+        const int next = i % 16 < 12 ? 4 : ksplit * 16 - 12;
+        w = advance(w, next * 16), i += next;
+    }
+    const float factor = FMT == W_FP4 ? 0.25f : 0.0625f;        // of the integers
+#pragma unroll
+    for (int p = 0; p < SETS; p++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float sum = acc[p][r] + __shfl_xor_sync(~0u, acc[p][r], 1);
+            const int b = p * 2 + q / 2;
+            if (q % 2 == 0 && b < count) part[b][r * 8 + g] = sum * factor;
+        }
 }
 
-// matmul() of dsv4.c for B rows from t0 on. A block makes 32 / ksplit consecutive outputs of one
-// task for B rows: its 8 warps take 4 matrix rows each, or share them. Reads (32 / ksplit) * k
-// weights, writes (32 / ksplit) * B results.
+// x as a sum of three BF16 numbers, exactly; x0 in the low halves.
+__device__ inline void split_three(float x0, float x1, u32 (&to)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        to[i] = pack_bf16(x0, x1);
+        x0 -= lo_bf16(to[i]), x1 -= hi_bf16(to[i]);
+    }
+}
+
+// BF16, FP8 and FP32 with FP32 activations: the activations (and FP32 weights) as three BF16
+// numbers each, whose products are exact, summed by the tensor core in FP32. Row g of its first
+// operand is the largest of row g of the batch, then the smallest; row g + 8 the middle one. A step
+// is 64 bytes of a row.
+template <int FMT>
+__device__ inline void dot_float(float (*part)[PART], const Matrix &m, int n, const In &in,
+                                 int count, int k, int ksplit) {
+    constexpr int QUADS = FMT == W_F32 ? 1 : FMT == W_BF16 ? 2 : 4;     // of columns in 16 bytes
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, chunks = m.k / (4 * QUADS);
+    const u8 *s = m.s + (FMT == W_FP8 ? scale_index<FMT>(m.k, n, 0) : 0);
+    const float4 *act = (const float4 *)(in.x + (u32)(row_of(in, min(g, count - 1)) * in.ld));
+    const u8 *w = m.w + ((size_t)(n + g) * chunks + k * 4 + q) * 16;
+    float acc[4][4] = {};
+#pragma unroll 1
+    for (int i = k * 4 + q; i - q < chunks; i += ksplit * 4) {
+        uint4 v[4];
+        const bool valid = FMT != W_FP8 || i < chunks;      // the others have whole steps
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            v[r] = load_stream(w + (size_t)((u32)chunks * 128 * r) - (valid ? 0 : 32));
+        w = advance(w, ksplit * 64);
+        const float scale = FMT == W_FP8 ? scale_at<FMT>(s, i >> 3) * E4M3_SCALE : 1.f;
+#pragma unroll
+        for (int j = 0; j < QUADS; j++) {
+            float4 f = make_float4(0, 0, 0, 0);
+            u32 a0[3], a1[3];
+            if (g < count && valid) f = __ldg(act + i * QUADS + j);
+            split_three(f.x, f.y, a0), split_three(f.z, f.w, a1);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                u32 b0[3], b1[3];
+                const u32 e = j == 0 ? v[r].x : j == 1 ? v[r].y : j == 2 ? v[r].z : v[r].w;
+                if (FMT == W_F32) {
+                    split_three(__uint_as_float(v[r].x), __uint_as_float(v[r].y), b0);
+                    split_three(__uint_as_float(v[r].z), __uint_as_float(v[r].w), b1);
+                    mma_bf16(acc[r], a0[0], a0[1], a1[0], a1[1], b0[2], b1[2]);
+                    mma_bf16(acc[r], a0[0], a0[1], a1[0], a1[1], b0[1], b1[1]);
+                } else if (FMT == W_BF16) {
+                    b0[0] = j ? v[r].z : v[r].x, b1[0] = j ? v[r].w : v[r].y;
+                } else {
+                    b0[0] = pack_bf16(e4m3_raw(e, 0) * scale, e4m3_raw(e, 1) * scale);
+                    b1[0] = pack_bf16(e4m3_raw(e, 2) * scale, e4m3_raw(e, 3) * scale);
+                }
+                mma_bf16(acc[r], a0[2], 0, a1[2], 0, b0[0], b1[0]);
+                mma_bf16(acc[r], a0[0], a0[1], a1[0], a1[1], b0[0], b1[0]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+        if (g < count)
+            *(float2 *)(part[g] + r * 8 + q * 2) =
+                make_float2(acc[r][0] + acc[r][2], acc[r][1] + acc[r][3]);
+}
+
+// part[b][j] = rows n + j (32 of them) of m times row b of the batch, b < count <= B; or, of
+// `ksplit` parts of the columns, part k. FORMATS: those that m can have. Whole warps.
 template <int FORMATS, int B>
+__device__ inline void dot_rows(float (*part)[PART], const Matrix &m, int n, const In &in,
+                                int count, int k, int ksplit) {
+#define HAS(f) (FORMATS == 1 << (f) || ((FORMATS >> (f) & 1) && m.fmt == (f)))
+    if (HAS(W_INT8)) dot_int8(part, m, n, in, count, k, ksplit);
+    else if (HAS(W_INT4)) dot_4bit<W_INT4, B>(part, m, n, in, count, k, ksplit);
+    else if (HAS(W_FP4)) dot_4bit<W_FP4, B>(part, m, n, in, count, k, ksplit);
+    else if (HAS(W_FP8)) dot_float<W_FP8>(part, m, n, in, count, k, ksplit);
+    else if (HAS(W_BF16)) dot_float<W_BF16>(part, m, n, in, count, k, ksplit);
+    else if (HAS(W_F32)) dot_float<W_F32>(part, m, n, in, count, k, ksplit);
+}
+
+// matmul() of dsv4.c for up to 8 rows from t0 on. A block makes 256 / ksplit consecutive outputs
+// of one task: its 8 warps take 32 matrix rows each, or share them. Reads (256 / ksplit) * k
+// weights once and 8 / ksplit times the activations.
+template <int FORMATS>
 __device__ inline void gemv_block(const Task *tasks, int n_tasks, int block, int t0, int T,
                                   const Row *rows, const u64 *slots) {
-    constexpr int R = B > 2 ? 2 : 4;
-    __shared__ float part[8][4 * B];
+    __shared__ float part[8][8][PART];
+    __shared__ Task task;               // a copy: registers are short
     int i = n_tasks - 1;
     while (i > 0 && block < tasks[i].block0) i--;
-    const Task *t = tasks + i;
-    const int warp = threadIdx.x >> 5, ksplit = t->ksplit, per = 32 / ksplit, seg_n = t->seg_n;
-    const int seg = (block - t->block0) / t->seg_blocks;
-    const int base = (block - t->block0 - seg * t->seg_blocks) * per;
-    const int n = base + warp / ksplit * 4;
-    const Matrix m = t->m;
-    const In in = { t->x + (size_t)seg * m.k, t->q + (size_t)seg * m.k,
-                    t->qs + (size_t)seg * (m.k / 32), t->ldx };
-    int row[B];
-#pragma unroll
-    for (int b = 0; b < B; b++) row[b] = t0 + b;
-#pragma unroll 1
-    for (int r = 0; r < 4 && n + r < seg_n; r += R)
-        dot_rows<FORMATS, R, B>(part[warp] + r * B, m, seg * seg_n + n + r, in, row, warp % ksplit,
-                                ksplit);
+    if (threadIdx.x < sizeof task / 8)
+        ((u64 *)&task)[threadIdx.x] = ((const u64 *)(tasks + i))[threadIdx.x];
     __syncthreads();
-    const int j = threadIdx.x % per, b = threadIdx.x / per, row_t = t0 + b;
-    if (b >= B || base + j >= seg_n || row_t >= T) return;
-    float v = 0;
-    for (int k = 0; k < ksplit; k++) v += part[j / 4 * ksplit + k][(j & 3) * B + b];
-    const size_t at = (size_t)row_t * t->ldo + seg * seg_n + base + j;
-    if (t->ring) {
-        const Row r = rows[row_t];
-        float *ring = (float *)(slots[r.slot] + t->ring_at + (u64)(r.pos % t->ring) * t->ring_step);
-        ring[base + j] = v;
-    } else if (t->out) {
-        t->out[at] = v;
+    const int warp = threadIdx.x >> 5, per = 256 / task.ksplit, count = min(8, T - t0);
+    const int seg = (block - task.block0) / task.seg_blocks;
+    const int base = (block - task.block0 - seg * task.seg_blocks) * per;
+    const int first = seg * task.seg_n + base, rest = task.seg_n - base, k0 = seg * task.m.k;
+    const In in = { task.x + k0, task.q + k0, task.qs + k0 / 32, task.ldx, t0, 0 };
+    const int n = warp / task.ksplit * 32;
+    if (n < rest)
+        dot_rows<FORMATS, 8>(part[warp], task.m, first + n, in, count, warp % task.ksplit,
+                             task.ksplit);
+    __syncthreads();
+    for (int j = threadIdx.x; j < per * count; j += 256) {
+        const int b = j / per, o = j % per;
+        if (o >= rest) continue;
+        float v = 0;
+        for (int k = 0; k < task.ksplit; k++) v += part[o / 32 * task.ksplit + k][b][o % 32];
+        const size_t at = (size_t)(t0 + b) * task.ldo + first + o;
+        if (task.ring) {
+            const Row r = rows[t0 + b];
+            float *ring = (float *)(slots[r.slot] + task.ring_at +
+                                    (u64)(r.pos % task.ring) * task.ring_step);
+            ring[first + o] = v;
+        } else if (task.out) {
+            task.out[at] = v;
+        }
+        if (task.out_q) quantize1(v, task.out_q + at, task.out_s + at / 32);
     }
-    if (t->out_q) quantize1(v, t->out_q + at, t->out_s + at / 32);
 }
 
-// Blocks per multiprocessor that the registers must allow.
-#define ROW_BLOCKS(B) ((B) > 1 ? 2 : DENSE >> W_FP8 ? 3 : 4)
-#define EXPERT_BLOCKS(B) ((B) > 1 || ROUTED >> W_FP8 ? 2 : 4)
-#define GEMV(B) \
-extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
-gemv_##B(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) { \
-    gemv_block<DENSE, B>(tasks, n_tasks, blockIdx.x, blockIdx.y * B, T, rows, slots); \
+// Block (part of the outputs of all tasks, 8 rows).
+extern "C" __global__ void __launch_bounds__(256, 3)
+gemv(const Task *tasks, int n_tasks, int T, const Row *rows, const u64 *slots) {
+    gemv_block<DENSE>(tasks, n_tasks, blockIdx.x, blockIdx.y * 8, T, rows, slots);
 }
-GEMV(1)
-GEMV(2)
-GEMV(4)
-GEMV(8)
 
 // ---------------------------------------------------------------------------
 // products for more than 8 rows: tensor-core tiles of 128 matrix rows x 64 batch rows
@@ -561,9 +714,7 @@ __device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int
             ldmatrix4(b, weights + (rn + lane) * 32 + swizzle<32>(rn + lane, k) * 16);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const u32 v = b[i], m = 0xf0f0f0f0u, x = 0x80808080u;
-                a[i >> 1][i & 1] = FMT == W_FP4 ? fp4_bytes(v) : (v << 4 & m) ^ x;
-                a[i >> 1][(i & 1) + 2] = FMT == W_FP4 ? fp4_bytes(v >> 16) : (v & m) ^ x;
+                unpack<FMT>(b[i], a[i >> 1][i & 1], a[i >> 1][(i & 1) + 2]);
             }
         }
 #pragma unroll
@@ -580,18 +731,18 @@ __device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int
             } else {
                 const int t = rt + n * 8 + g, c = swizzle<64>(t, k * 2 + (q >> 1));
                 const uint2 v = *(const uint2 *)(stage + 8192 + t * 64 + c * 16 + (q & 1) * 8);
-                b0 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x6420) : v.x;
-                b1 = FMT == W_INT4 ? __byte_perm(v.x, v.y, 0x7531) : v.y;
+                b0 = v.x, b1 = v.y;
+                sort_columns<FMT>(b0, b1);
             }
             const float2 s = *(const float2 *)(as + k * TILE_T + rt + n * 8 + q * 2);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 int c[4];
-                mma_int8(c, a[m], b0, b1);
+                mma_int8(c, SUM_ZERO, a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    acc[m][n][i] =
-                        fmaf((float)c[i], (i & 1 ? s.y : s.x) * w[m][i >> 1], acc[m][n][i]);
+                    acc[m][n][i] = fmaf(sum_to_float(c[i]), (i & 1 ? s.y : s.x) * w[m][i >> 1],
+                                        acc[m][n][i]);
             }
         }
     }
@@ -697,7 +848,7 @@ __device__ inline void tile_product(const Pair &p, const In &in, const int *row,
         }
         if (INTEGER && tid < 2 * TILE_T) {
             const bool valid = step * 2 + (tid >> 6) < k_all / 32;
-            cp_async4(shared_address(shared) + to + 12288 + tid * 4,
+            cp_async<4>(shared_address(shared) + to + 12288 + tid * 4,
                       as_from + (valid ? step * 2 : 0), valid);
         }
         const int k = step * K + odd * 32;
@@ -1654,36 +1805,32 @@ __device__ inline float swiglu(float g, float u, float weight) {
     return g * sigmoid(g) * u * weight;
 }
 
-// Rows n0 .. n0+31 of w1 and w3 for `count` <= B activation rows; hidden row i goes to out row
-// place + i.
+// Rows n0 .. n0+31 of w1 and w3 for `count` <= B activation rows: four warps share each. Hidden row
+// i goes to out row place + i.
 template <int FORMATS, int B>
-__device__ inline void up_rows(float (*part)[8][36], const Matrix &w1, const Matrix &w3, int n0,
-                               const In &in, const int (&row)[B], int count, const float *weights,
-                               Hidden out, int place) {
-    constexpr int R = B > 2 ? 2 : 4;
+__device__ inline void up_rows(float (*part)[B][PART], const Matrix &w1, const Matrix &w3, int n0,
+                               const In &in, int count, const float *weights, Hidden out,
+                               int place) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll 1
-    for (int r = 0; r < 4; r += R) {
-        dot_rows<FORMATS, R, B>(part[0][warp] + r * B, w1, n0 + warp * 4 + r, in, row, 0, 1);
-        dot_rows<FORMATS, R, B>(part[1][warp] + r * B, w3, n0 + warp * 4 + r, in, row, 0, 1);
-    }
+    dot_rows<FORMATS, B>(part[warp], warp < 4 ? w1 : w3, n0, in, count, warp & 3, 4);
     __syncthreads();
     if (warp >= count) return;
-    const int at = (lane & 3) * B + warp;
-    const float h =
-        swiglu(part[0][lane >> 2][at], part[1][lane >> 2][at], weights ? weights[warp] : 1.f);
+    float g = 0, u = 0;
+    for (int k = 0; k < 4; k++) g += part[k][warp][lane], u += part[4 + k][warp][lane];
+    const float h = swiglu(g, u, weights ? weights[warp] : 1.f);
     const size_t to = (size_t)(place + warp) * EXPERT_DIM + n0 + lane;
     if (out.x) out.x[to] = h;
     quantize1(h, out.q + to, out.s + to / 32);
 }
 
 // The first half of experts() for one row: block (32 hidden rows, slot). Every block routes the
-// row for itself: that takes less time than a kernel in between.
-extern "C" __global__ void __launch_bounds__(256, EXPERT_BLOCKS(1))
+// row for itself: that takes less time than a kernel in between. Reads 32 rows of w1 and w3 once,
+// writes 32 hidden values.
+extern "C" __global__ void __launch_bounds__(256, ROUTED >> W_FP8 ? 3 : 4)
 expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs, const float *z,
             const float *bias, const long long *tid2eid, const Row *rows, Routing r,
             Hidden out) {
-    __shared__ float part[2][8][36], weight;
+    __shared__ float part[8][1][PART], weight;
     __shared__ int expert;
     const int slot = blockIdx.y, lane = threadIdx.x & 31;
     if (threadIdx.x < 32) {
@@ -1697,10 +1844,9 @@ expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs,
         __syncwarp();
     }
     __syncthreads();
-    const In in = { x, q, qs, DIM };
-    const int row[1] = { 0 };
-    up_rows<ROUTED, 1>(part, experts[expert * 3], experts[expert * 3 + 2], blockIdx.x * 32, in, row,
-                       1, &weight, out, slot);
+    const In in = { x, q, qs, DIM, 0, 0 };
+    up_rows<ROUTED, 1>(part, experts[expert * 3], experts[expert * 3 + 2], blockIdx.x * 32, in, 1,
+                       &weight, out, slot);
 }
 
 // The same for 2 to 8 rows: block (32 hidden rows, n-th active expert). An expert's weights are
@@ -1708,120 +1854,81 @@ expert_up_1(const Matrix *experts, const float *x, const s8 *q, const float *qs,
 extern "C" __global__ void __launch_bounds__(256, 2)
 expert_up_8(const Matrix *experts, const float *x, const s8 *q, const float *qs, Routing r,
             Hidden out) {
-    __shared__ float part[2][8][36], weights[8];
+    __shared__ float part[8][8][PART], weights[8];
+    __shared__ int row[8];
     if (blockIdx.y >= *r.n_active) return;
-    const int e = r.active[blockIdx.y], n0 = blockIdx.x * 32;
-    const Matrix w1 = experts[e * 3], w3 = experts[e * 3 + 2];
-    const In in = { x, q, qs, DIM };
+    const int e = r.active[blockIdx.y];
+    const In in = { x, q, qs, DIM, 0, row };
     // more than 8 pairs only where a table gives one token the same expert twice
     for (int place = r.start[e]; place < r.start[e + 1]; place += 8) {
         const int count = min(8, r.start[e + 1] - place);
-        int row[8];
-#pragma unroll
-        for (int b = 0; b < 8; b++) row[b] = r.order[place + min(b, count - 1)] / ACTIVE;
         __syncthreads();
-        if (threadIdx.x < count) weights[threadIdx.x] = r.weights[r.order[place + threadIdx.x]];
-        if (count == 1) {
-            const int one[1] = { row[0] };
-            up_rows<ROUTED, 1>(part, w1, w3, n0, in, one, count, weights, out, place);
-        } else if (count == 2) {
-            const int two[2] = { row[0], row[1] };
-            up_rows<ROUTED, 2>(part, w1, w3, n0, in, two, count, weights, out, place);
-        } else if (count <= 4) {
-            const int four[4] = { row[0], row[1], row[2], row[3] };
-            up_rows<ROUTED, 4>(part, w1, w3, n0, in, four, count, weights, out, place);
-        } else {
-            up_rows<ROUTED, 8>(part, w1, w3, n0, in, row, count, weights, out, place);
+        if (threadIdx.x < count) {
+            const int pair = r.order[place + threadIdx.x];
+            weights[threadIdx.x] = r.weights[pair], row[threadIdx.x] = pair / ACTIVE;
         }
+        __syncthreads();
+        up_rows<ROUTED, 8>(part, experts[e * 3], experts[e * 3 + 2], blockIdx.x * 32, in, count,
+                           weights, out, place);
     }
 }
 
-// The router's scores and the shared expert's first half, which need the same input: the first
-// `up` blocks make 32 hidden rows each, the others are gemv blocks of the gate.
-#define FFN_IN(B) \
-extern "C" __global__ void __launch_bounds__(256, ROW_BLOCKS(B)) \
-ffn_in_##B(const Matrix *shared, const Task *gate, int t0, int T, Hidden out, int place) { \
-    constexpr int up = EXPERT_DIM / 32; \
-    __shared__ float part[2][8][36]; \
-    if (blockIdx.x >= up) { \
-        gemv_block<GATE, B>(gate, 1, blockIdx.x - up, t0, T, 0, 0); \
-        return; \
-    } \
-    const In in = { gate->x, gate->q, gate->qs, DIM }; \
-    int row[B]; \
-    for (int b = 0; b < B; b++) row[b] = t0 + b; \
-    up_rows<SHARED, B>(part, shared[0], shared[2], blockIdx.x * 32, in, row, min(B, T - t0), 0, \
-                       out, place); \
-}
-FFN_IN(1)
-FFN_IN(2)
-FFN_IN(4)
-FFN_IN(8)
-
-// `count` <= B hidden rows from `place` on times rows n .. n+7 of w2: part[b][8].
-template <int FORMATS, int B>
-__device__ inline void down_rows(float *part, float *tmp, const Matrix &w2, int n, const In &in,
-                                 int place, int count) {
-    constexpr int R = B > 2 ? 2 : 4;
-    const int lane = threadIdx.x & 31;
-    int row[B];
-#pragma unroll
-    for (int b = 0; b < B; b++) row[b] = place + min(b, count - 1);
-#pragma unroll 1
-    for (int r = 0; r < 8; r += R) {
-        dot_rows<FORMATS, R, B>(tmp, w2, n + r, in, row, 0, 1);
-        __syncwarp();
-        if (lane < R * count)
-            part[lane / R * 8 + r + lane % R] = tmp[lane % R * B + lane / R];
-        __syncwarp();
+// The router's scores and the shared expert's first half, which need the same input, for 1 to 8
+// rows: the first EXPERT_DIM / 32 blocks make 32 hidden rows each, the others are gemv blocks of
+// the gate.
+extern "C" __global__ void __launch_bounds__(256, SHARED >> W_FP8 ? 3 : 4)
+ffn_in(const Matrix *w, const Task *gate, int T, Hidden out, int place) {
+    constexpr int up = EXPERT_DIM / 32;
+    __shared__ float part[8][8][PART];
+    if (blockIdx.x >= up) {
+        gemv_block<GATE>(gate, 1, blockIdx.x - up, 0, T, 0, 0);
+        return;
     }
+    const In in = { gate->x, gate->q, gate->qs, DIM, 0, 0 };
+    up_rows<SHARED, 8>(part, w[0], w[2], blockIdx.x * 32, in, T, 0, out, place);
 }
 
-// The second half of experts(): block = 8 rows of y for the whole batch. A warp takes one active
-// expert (or the shared one, the last) after the other, all its rows at once; then every y[t, n]
-// is the sum over the row's slots in order plus the shared. Reads 8 rows of each w2, writes 8 T
-// floats of y.
+// The second half of experts(): block = 32 rows of y for the whole batch. A warp takes one active
+// expert after the other, all its rows at once; the shared expert, whose weights are twice as
+// large, counts as two: the halves of its columns. Then every y[t, n] is the sum over the row's
+// slots in order plus the shared. Reads 32 rows of each w2 once, writes 32 T floats of y.
 template <int MAX>
 __device__ inline void expert_down_block(const Matrix *experts, Hidden h, const Routing &r, int T,
                                          float *y) {
     constexpr int FORMATS = SHARED | ROUTED;
-    __shared__ float part[MAX * (ACTIVE + 1) * 8], tmp[8][32];
-    const int warp = threadIdx.x >> 5, n = blockIdx.x * 8;
-    const int sources = (MAX == 1 ? ACTIVE : *r.n_active) + 1;
-    const In in = { h.x, h.q, h.s, EXPERT_DIM };
-    for (int i = warp; i < sources; i += 8) {
+    __shared__ float part[MAX * (ACTIVE + 2)][PART];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n = blockIdx.x * 32;
+    const int active = MAX == 1 ? ACTIVE : *r.n_active;
+    for (int i = warp; i < active + 2; i += 8) {
         int e = EXPERTS, place = T * ACTIVE, end = place + T;
-        if (i < sources - 1) {              // one row: in the order of its slots
+        if (i < active) {                   // one row: in the order of its slots
             e = MAX == 1 ? r.ids[i] : r.active[i];
             place = MAX == 1 ? i : r.start[e];
             end = MAX == 1 ? i + 1 : r.start[e + 1];
         }
-        const Matrix w2 = experts[e * 3 + 1];
+        const bool second = i == active + 1;
         for (; place < end; place += 8) {
-            const int count = min(8, end - place);
-            float *at = part + place * 8, *own = tmp[warp];
-            if (MAX == 1 || count == 1) down_rows<FORMATS, 1>(at, own, w2, n, in, place, count);
-            else if (count == 2) down_rows<FORMATS, 2>(at, own, w2, n, in, place, count);
-            else if (count <= 4) down_rows<FORMATS, 4>(at, own, w2, n, in, place, count);
-            else down_rows<FORMATS, 8>(at, own, w2, n, in, place, count);
+            const In in = { h.x, h.q, h.s, EXPERT_DIM, place, 0 };
+            dot_rows<FORMATS, MAX>(part + place + (second ? T : 0), experts[e * 3 + 1], n, in,
+                                   min(MAX, end - place), second, i < active ? 1 : 2);
         }
     }
     __syncthreads();
-    const int t = threadIdx.x / 8, j = threadIdx.x % 8;
-    if (t >= T || n + j >= DIM) return;
+    if (warp >= T) return;
     float v = 0;
     for (int slot = 0; slot < ACTIVE; slot++)
-        v += part[(MAX == 1 ? slot : r.place[t * ACTIVE + slot]) * 8 + j];
-    y[(size_t)t * DIM + n + j] = v + part[(T * ACTIVE + t) * 8 + j];
+        v += part[MAX == 1 ? slot : r.place[warp * ACTIVE + slot]][lane];
+    v += part[T * ACTIVE + warp][lane] + part[T * (ACTIVE + 1) + warp][lane];
+    y[(size_t)warp * DIM + n + lane] = v;
 }
 
-#define EXPERT_DOWN(B) \
-extern "C" __global__ void __launch_bounds__(256, EXPERT_BLOCKS(B)) \
-expert_down_##B(const Matrix *experts, Hidden h, Routing r, int T, float *y) { \
-    expert_down_block<B>(experts, h, r, T, y); \
+#define EXPERT_DOWN(MAX, BLOCKS) \
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) \
+expert_down_##MAX(const Matrix *experts, Hidden h, Routing r, int T, float *y) { \
+    expert_down_block<MAX>(experts, h, r, T, y); \
 }
-EXPERT_DOWN(1)
-EXPERT_DOWN(8)
+EXPERT_DOWN(1, 3)
+EXPERT_DOWN(8, 2)
 
 // ---------------------------------------------------------------------------
 // mixture of experts, more than 8 rows

@@ -169,26 +169,32 @@ def faults(gpu, t, work):
     t.check(all(o == good.out for o in outs), "two processes on one cache directory")
 
 
+# Registers that a kernel may have; 64: four blocks of 8 warps a multiprocessor, 80: three, 128: two. gpu_computed.md has the reasons.
+REGISTERS = {"gemv": 80, "ffn_in": 80, "expert_up_1": 80, "expert_down_1": 80, "expert_up_8": 128, "expert_down_8": 128,
+             "gemm": 128, "expert_up": 128, "expert_down": 128, "attend_16": 128, "attend_32": 168, "index_scores": 96, "hc_mix": 128}
+
+
 def kernels(gpu, t):
-    """Registers and spills of the compiled kernels, for every target that ptxas knows. Up to four numbers spill, outside of the
-    loops: on sm_86 only in kernels for 8 rows, so that two blocks fit."""
+    """Registers and spills of the compiled kernels, for every target that ptxas knows. At most three numbers spill, outside of the
+    loops; with the formats of one checkpoint none up to sm_90 (gpu_computed.md)."""
     ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
     if not os.path.exists(ptxas):
         print("# no ptxas: the compiled kernels are not looked at")
         return
-    tight = {"gemv_1": 84, "expert_up_1": 128, "expert_down_1": 128, "ffn_in_1": 84, "attend_16": 128, "attend_32": 168,
-             "index_scores": 96, "hc_mix": 128, "hc_norm": 64, "attn_latent": 64, "query_norm": 64, "index_topk": 64,
-             "attend_combine": 64, "group_rows": 64, "gemm": 128, "expert_up": 128, "expert_down": 128}
-    texts = [os.path.join(gpu.cache, f) for f in os.listdir(gpu.cache) if f.endswith(".ptx")]
-    t.check(bool(texts), "compiled kernels were kept")
-    for path in texts[:2]:
-        for sm in (86, 89, 90, 120):
-            r = run([ptxas, "-v", f"-arch=sm_{sm}", "-o", "/dev/null", path])
-            if not t.check(r.code == 0 and "warning" not in r.err, f"ptxas sm_{sm}", r.err[-300:]):
-                continue
-            for name, spill, regs in re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", r.err, re.S):
-                t.check(int(spill) <= (16 if name.endswith("_8") or sm > 89 else 0), f"sm_{sm} {name}: spills", spill)
-                t.check(int(regs) <= tight.get(name, 255), f"sm_{sm} {name}: registers", regs)
+    gpu.run(["-m", os.path.join(GOLDEN, "edge/int"), "--devices", "cuda:0", "--ids", "5", "-n", 0, "-c", 64], SIM_CC="8.0")
+    texts = {}
+    for name in sorted(os.listdir(gpu.cache)):
+        if name.endswith(".ptx"):
+            text = open(os.path.join(gpu.cache, name), errors="replace").read()
+            texts.setdefault(re.search(r"\.target sm_(\d+)", text)[1], []).append(os.path.join(gpu.cache, name))
+    t.check(set(texts) == {"80", "86"}, "compiled kernels were kept", str(texts))
+    for sm, path in [("80", p) for p in texts["80"]] + [(sm, p) for sm in ("86", "89", "90", "120") for p in texts["86"][:2]]:
+        r = run([ptxas, "-v", f"-arch=sm_{sm}", "-o", "/dev/null", path])
+        if not t.check(r.code == 0 and "warning" not in r.err, f"ptxas sm_{sm}", r.err[-300:]):
+            continue
+        for name, spill, regs in re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", r.err, re.S):
+            t.check(int(spill) <= 12, f"sm_{sm} {name}: spills", spill)
+            t.check(int(regs) <= REGISTERS.get(name, 64), f"sm_{sm} {name}: registers", regs)
 
 
 def main():
