@@ -234,13 +234,12 @@ __device__ inline void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// c = a b + zero and c += a b for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
-__device__ inline void mma_int8(int (&c)[4], int zero, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
-                                u32 b1) {
+// c = a b and c += a b for INT8: a 16 x 32, b 32 x 8, c in 32-bit integers.
+__device__ inline void mma_int8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
         : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(zero));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 __device__ inline void mma_int8_add(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
@@ -362,11 +361,6 @@ template <int FMT> __device__ inline void sort_columns(u32 &a, u32 &b) {
     a = even;
 }
 
-// Integer sums come out of the tensor core as floats: they are added to the bits of 1.5 * 2^23,
-// whose last mantissa bit is worth 1. A group's sum is below 2^20.
-#define SUM_ZERO 0x4b400000
-__device__ inline float sum_to_float(int c) { return __int_as_float(c) - 12582912.f; }
-
 // INT8, 128 columns a step, 64 at a time. A quad holds two groups of 32 columns, lanes 0 and 1 the
 // first, 2 and 3 the second. Rows g and g + 8 of the tensor core's first operand are both row g of
 // the batch, zero but for one of the groups; the second operand are 8 rows of weights. So a lane's
@@ -401,12 +395,12 @@ __device__ inline void dot_int8(float (*part)[PART], const Matrix &m, int n, con
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 int sum[4];
-                mma_int8(sum, SUM_ZERO, a[0], a[1], a[2], a[3], v[r].x, v[r].y);
+                mma_int8(sum, a[0], a[1], a[2], a[3], v[r].x, v[r].y);
                 mma_int8_add(sum, a[4], a[5], a[6], a[7], v[r].z, v[r].w);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    acc[r][j] = fmaf(sum_to_float(sum[j]), s0, acc[r][j]);
-                    acc[r][j] = fmaf(sum_to_float(sum[j + 2]), s1, acc[r][j]);
+                    acc[r][j] = fmaf((float)sum[j], s0, acc[r][j]);
+                    acc[r][j] = fmaf((float)sum[j + 2], s1, acc[r][j]);
                 }
             }
         }
@@ -503,7 +497,7 @@ __device__ inline void dot_4bit(float (*part)[PART], const Matrix &m, int n, con
                 int sum[4];
                 u32 u[4];
                 unpack<FMT>(v[t].x, u[0], u[2]), unpack<FMT>(v[t + 1].x, u[1], u[3]);
-                mma_int8(sum, SUM_ZERO, u[0], u[1], u[2], u[3], b[0].x, b[0].y);
+                mma_int8(sum, u[0], u[1], u[2], u[3], b[0].x, b[0].y);
                 unpack<FMT>(v[t].y, u[0], u[2]), unpack<FMT>(v[t + 1].y, u[1], u[3]);
                 mma_int8_add(sum, u[0], u[1], u[2], u[3], b[0].z, b[0].w);
                 unpack<FMT>(v[t].z, u[0], u[2]), unpack<FMT>(v[t + 1].z, u[1], u[3]);
@@ -517,8 +511,8 @@ __device__ inline void dot_4bit(float (*part)[PART], const Matrix &m, int n, con
                     const float ws0 = FMT == W_FP4 ? e8m0_to_float((u8)ws) : lo_bf16(ws),
                                 ws1 = FMT == W_FP4 ? e8m0_to_float((u8)(ws >> 8)) : hi_bf16(ws);
                     const int *c = sum + (r - t) * 2;
-                    acc[p][r] = fmaf(sum_to_float(c[0]), s0 * ws0, acc[p][r]);
-                    acc[p][r] = fmaf(sum_to_float(c[1]), s1 * ws1, acc[p][r]);
+                    acc[p][r] = fmaf((float)c[0], s0 * ws0, acc[p][r]);
+                    acc[p][r] = fmaf((float)c[1], s1 * ws1, acc[p][r]);
                 }
             }
         }
@@ -738,10 +732,10 @@ __device__ inline void tile_step_int(float (&acc)[2][4][4], const u8 *stage, int
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 int c[4];
-                mma_int8(c, SUM_ZERO, a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
+                mma_int8(c, a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    acc[m][n][i] = fmaf(sum_to_float(c[i]), (i & 1 ? s.y : s.x) * w[m][i >> 1],
+                    acc[m][n][i] = fmaf((float)c[i], (i & 1 ? s.y : s.x) * w[m][i >> 1],
                                         acc[m][n][i]);
             }
         }
