@@ -900,7 +900,7 @@ static const int8_t e4m3_tables[3][16] __attribute__((aligned(16))) = {
 // of a row is read from copies.
 typedef struct {
     const uint8_t *w[QUAD], *s[QUAD];
-    size_t ahead;                       // bytes from a row to the one that the next tile reads
+    const uint8_t *ahead;               // what the next tile reads, in the order of memory
     uint8_t end_w[QUAD][512], end_s[QUAD][8];
 } Quad;
 
@@ -913,7 +913,7 @@ INLINE void quad_open(Quad *q, const Tile *t, int r0) {
         q->w[i] = (const uint8_t *)m->w + row * bytes;
         q->s[i] = (const uint8_t *)m->s + row * scales;
     }
-    q->ahead = QUAD * bytes;
+    q->ahead = (const uint8_t *)m->w + ((size_t)t->row + (size_t)r0 + QUAD) * bytes;
 }
 
 // Of a row's last bytes, fewer than a block takes.
@@ -933,11 +933,12 @@ TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-// The next block of each row; what the next tile reads there is asked for.
+// The next block of each row. As much is asked for of what the next tile reads.
 TARGET_AVX2 INLINE void quad_next(Quad *q, size_t step, size_t scales) {
+    for (size_t at = 0; at < QUAD * step; at += 64)
+        _mm_prefetch((const char *)q->ahead + at, _MM_HINT_T1);
+    q->ahead += QUAD * step;
     for (int i = 0; i < QUAD; i++) {
-        for (size_t at = 0; at < step; at += 64)
-            _mm_prefetch((const char *)q->w[i] + q->ahead + at, _MM_HINT_T1);
         q->w[i] += step;
         q->s[i] += scales;
     }
