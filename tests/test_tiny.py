@@ -29,7 +29,7 @@ BOS, EOS, USER, BOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence�
 CONDITIONS = ("nothing", "csa", "hca", "both", "random")
 # what each condition must cost at least 0.02 nats of: CSA and its indexer carry the facts, HCA what is spread over the text
 MUST = dict(csa=("fact", "all"), hca=("often", "all"), both=("fact", "often", "all"), random=("fact", "all"))
-CHANCE = dict(fact=0.12, often=0.65)                       # a guess: a fact has 12 values or more, a question two answers
+CHANCE = dict(fact=0.2, often=0.65)    # at most, by guessing: 25 facts of 12 values or more, 96 questions of two answers
 
 
 def group(item):
