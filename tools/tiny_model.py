@@ -440,9 +440,11 @@ def save(model, path, fmt, tokenizer):
     text = lambda s: dict(__type="AddedToken", content=s, lstrip=False, normalized=True, rstrip=False,
                           single_word=False)
     bos, eos = text("<｜begin▁of▁sentence｜>"), text("<｜end▁of▁sentence｜>")
+    # an answer is one line; some stories would go on with a second one, or with a question nobody asked
+    ends = [1, tokenizer.encode("\n", add_special_tokens=False).ids[0], tokenizer.token_to_id("<｜User｜>")]
     files = dict(
         config=dict(formats.config(fmt), transformers_version="4.57.1", **model.c),
-        generation_config=dict(_from_model_config=True, bos_token_id=0, eos_token_id=1, do_sample=True, temperature=1.0,
+        generation_config=dict(_from_model_config=True, bos_token_id=0, eos_token_id=ends, do_sample=True, temperature=1.0,
                                top_p=1.0, transformers_version="4.57.1"),
         tokenizer_config=dict(add_bos_token=False, add_eos_token=False, bos_token=bos, eos_token=eos,
                               clean_up_tokenization_spaces=False, legacy=True, model_max_length=model.c["max_position_embeddings"],
