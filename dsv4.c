@@ -947,14 +947,20 @@ TARGET_AVX2 INLINE void quad_next(Quad *q, size_t step, size_t scales) {
 // BF16 bits of the scales of 4 groups of 4 rows: [group, row]
 TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4) {
     __m128i v[QUAD];
-    for (int i = 0; i < QUAD; i++)
-        v[i] = fp4 ? _mm_loadu_si32(q->s[i]) : _mm_loadl_epi64((const void *)q->s[i]);
-    if (fp4) {          // E8M0: the exponent; 0 is 2^-127
+    for (int i = 0; i < QUAD; i++) {
+        int32_t four;
+        memcpy(&four, q->s[i], 4);
+        v[i] = fp4 ? _mm_cvtsi32_si128(four) : _mm_loadl_epi64((const void *)q->s[i]);
+    }
+    if (fp4) {          // E8M0: the exponent; 0 is 2^-127, 255 a NaN
         const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         __m128i rows = _mm_unpacklo_epi64(_mm_unpacklo_epi32(v[0], v[1]),
                                           _mm_unpacklo_epi32(v[2], v[3]));
         __m256i exponent = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(rows, turn));
-        return _mm256_max_epu16(_mm256_slli_epi16(exponent, 7), _mm256_set1_epi16(0x40));
+        __m256i low = _mm256_set1_epi16(0x40);
+        __m256i nan = _mm256_cmpeq_epi16(exponent, _mm256_set1_epi16(255));
+        exponent = _mm256_max_epu16(_mm256_slli_epi16(exponent, 7), low);
+        return _mm256_or_si256(exponent, _mm256_and_si256(nan, low));
     }
     __m128i a = _mm_unpacklo_epi16(v[0], v[1]), b = _mm_unpacklo_epi16(v[2], v[3]);
     return _mm256_set_m128i(_mm_unpackhi_epi32(a, b), _mm_unpacklo_epi32(a, b));
@@ -1336,8 +1342,10 @@ TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) 
     __m512i v = s[fp4 ? g % 64 / 4 : g % 32 / 2];
     if (fp4) {
         v = _mm512_srlv_epi32(v, _mm512_set1_epi32(g % 4 * 8));
-        v = _mm512_slli_epi32(_mm512_and_si512(v, _mm512_set1_epi32(255)), 23);
-        return _mm512_castsi512_ps(_mm512_max_epu32(v, _mm512_set1_epi32(0x400000)));
+        v = _mm512_and_si512(v, _mm512_set1_epi32(255));
+        __mmask16 nan = _mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32(255));
+        v = _mm512_max_epu32(_mm512_slli_epi32(v, 23), _mm512_set1_epi32(0x400000));
+        return _mm512_castsi512_ps(_mm512_mask_set1_epi32(v, nan, 0x7fc00000));
     }
     if (g % 2) return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
@@ -4097,8 +4105,10 @@ static void twin_past(Twin *w, const Layer *l, int i, int pos) {
     int slots = d->cring[l->ratio];
     size_t size[5];
     cache_sizes(d, l, size);
-    for (int j = 1; j < 3 && l->ratio; j++)             // of the compressed rows those that exist
-        size[j] = size[j] / ((size_t)d->ctx / l->ratio) * (size_t)(pos / l->ratio);
+    for (int j = 1; j < 3 && l->ratio; j++) {           // of the compressed rows those that exist
+        size_t rows = (size_t)d->ctx / l->ratio;
+        size[j] = rows ? size[j] / rows * (size_t)(pos / l->ratio) : 0;
+    }
     for (int j = 0; j < 5; j++) {
         bool halves = j < 3;
         size_t n = size[j] / (halves ? 2 : 4);
@@ -5221,7 +5231,8 @@ static void load_weights(const Store *s, Pool *pool, bool lock) {
 
 // Opens a checkpoint: config, tensors, and where the layers go. Errors end the process.
 Model *model_read(const Opening *o) {
-    Model *m = xalloc(1, sizeof *m);
+    __attribute__((used)) static Model *last;   // it lives until the program ends: it is no leak
+    Model *m = last = xalloc(1, sizeof *m);
     Err e;
     if (!model_bind(m, o->dir, &e)) die(1, "%s", e.text);
     m->exact = o->exact;

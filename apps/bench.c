@@ -52,19 +52,21 @@ static double median(double *x) {   // [PARTS]
 static void report_product(const Model *m, Pool *pool, const MatBrief *list, int n, int together) {
     const Mat **mats = xalloc((size_t)n, sizeof *mats);
     double bytes = 0;
+    n -= n % together;
     for (int i = 0; i < n; i++) {
         mats[i] = list[i].mat;
         bytes += (double)list[i].bytes;
     }
     Parts p = parts_begin(pool);
-    while (p.n < PARTS) {
+    while (n && p.n < PARTS) {
         double t = 0;
-        for (int i = 0; i + together <= n; i += together)
+        for (int i = 0; i < n; i += together)
             t += product_time(m, pool, mats + i, together);
         parts_add(&p, bytes, t);
     }
-    printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", list->name, list->format, list->n,
-           list->k, median(p.rate) / 1e9, 100 * median(p.share));
+    if (n)
+        printf("  %-30s %-18s %6d x %-6d %8.1f GB/s  %3.0f %%\n", list->name, list->format, list->n,
+               list->k, median(p.rate) / 1e9, 100 * median(p.share));
     free(mats);
 }
 
@@ -99,7 +101,7 @@ static void report_products(const Model *m, Pool *pool) {
 // what lies before them is made up: a million positions would take hours to read, and the rates
 // depend on the number of rows alone.
 int run_bench(void) {
-    int steps = opt.tokens > 0 ? opt.tokens : 40;
+    int steps = opt.tokens > PARTS ? opt.tokens : opt.tokens > 0 ? PARTS : 40;
     Model *m = model_read(&opt.open);
     model_start(m, &opt.open);
     ModelBrief b = model_brief(m);

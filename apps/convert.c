@@ -1187,6 +1187,7 @@ static void job_free(Job *job) {
     free(job->kept);
     free(job->tables);
     free(job->identity.p);
+    config_free(&job->config);
     store_close(&job->store);
     pthread_mutex_destroy(&job->lock);
 }

@@ -525,9 +525,10 @@ static void *upload_thread(void *arg) {
         CU(g, MemcpyHtoDAsync, j->to, buf[turn], j->bytes, stream);
         CU(g, EventRecord, free_again[turn], stream);
         madvise((void *)page, j->bytes, MADV_COLD);
-        page = (uintptr_t)ahead->from & ~(uintptr_t)4095;
-        if (i + UPLOAD_THREADS < u->n) madvise((void *)page, ahead->bytes, MADV_WILLNEED);
         bar_move(j->bytes);
+        if (i + UPLOAD_THREADS >= u->n) continue;
+        page = (uintptr_t)ahead->from & ~(uintptr_t)4095;
+        madvise((void *)page, ahead->bytes, MADV_WILLNEED);
     }
     CU(g, StreamSynchronize, stream);
     for (int k = 0; k < 2; k++) {

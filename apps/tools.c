@@ -37,7 +37,7 @@ void die(int code, const char *fmt, ...) {
     va_end(ap);
     fflush(stdout);
     fprintf(stderr, "%sdsv4: %s\n", isatty(2) ? "\r\033[K" : "", one_line(line));
-    exit(code);
+    _exit(code);            // other threads may be inside libraries whose destructors exit() would run
 }
 
 // One fact `# ...` on stderr.
