@@ -276,7 +276,7 @@ def main():
         parts = {
             "tools": lambda: (reference_itself(tally), converter_yardstick(tally, work)),
             "golden": lambda: golden(eng, tally),
-            "made": lambda: made(eng, tally, work, ["odd"] if a.quick else list(M.PRESETS), ["int", "native", "bf16"], 150 if a.quick else 300),
+            "made": lambda: made(eng, tally, work, ["odd"] if a.quick else list(M.PRESETS), ["int", "native", "bf16"], 150 if a.quick else 600),
             "long": lambda: a.quick or made(eng, tally, work, ["odd", "hc2", "hca"], ["int"], 700),
             "identity": lambda: identity(eng, tally, a.quick),
             "isa": lambda: isa_levels(eng, tally, a.quick),
