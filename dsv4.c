@@ -724,7 +724,8 @@ static void quantise(const float *x, int k, int8_t *q, float *s) {
 
 // ---------------------------------------------------------------------------
 // products y = W x. The unit of work is a tile: a few rows of W times some tokens. Every output is
-// summed over its columns in ONE order, whatever the batch, the threads and the instruction set:
+// summed over its columns in ONE order, whatever the batch and the threads (the integer formats' are
+// the same bits with every instruction set, the others' where fused products are the same):
 //   INT8, INT4, FP4   an integer sum per group of 32 columns, scaled; groups 0, 1, 2, 3 mod 4 are
 //                     added up apart, then (0 + 1) + (2 + 3)
 //   FP8, BF16, F32    16 sums of every 16th column or so (float_place), then halved again and again
@@ -907,7 +908,8 @@ typedef struct {
 // Rows beyond the tile's repeat its first.
 INLINE void quad_open(Quad *q, const Tile *t, int r0) {
     const Mat *m = t->w;
-    size_t bytes = row_bytes(m), scales = m->fmt == W_INT4 ? (size_t)m->k / 16 : (size_t)m->k / 32;
+    size_t bytes = row_bytes(m), groups = (size_t)m->k / 32;
+    size_t scales = m->fmt == W_INT4 ? 2 * groups : m->fmt == W_FP4 ? groups : 0;   // bytes of a row
     for (int i = 0; i < QUAD; i++) {
         size_t row = (size_t)t->row + (size_t)(r0 + i < t->rows ? r0 + i : 0);
         q->w[i] = (const uint8_t *)m->w + row * bytes;
