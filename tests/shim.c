@@ -1,5 +1,6 @@
 // Preloaded into the program, this makes system calls fail. FAULT says which and how:
 //   CALL:N:ERRNO        call number N of CALL fails
+//   CALL:N:stop         the process stops itself (SIGSTOP) before it
 //   CALL@END:ERRNO      every call of CALL on a file whose path ends in END fails
 //   fstat@END:grown     such a file looks longer than it is: it has shrunk since
 //   short               reads and writes handle half, every third of them is interrupted
@@ -7,6 +8,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -35,7 +37,12 @@ static int fails(const char *call, const char *path, size_t *n) {
     }
     if (strncmp(f, call, len)) return 0;
     const char *colon = strchr(f, ':');
-    if (f[len] == ':') return ++calls == atoi(f + len + 1) ? (errno = atoi(strrchr(f, ':') + 1)) : 0;
+    if (f[len] == ':') {
+        const char *what = strrchr(f, ':') + 1;
+        if (++calls != atoi(f + len + 1)) return 0;
+        if (!strcmp(what, "stop")) return raise(SIGSTOP);       // 0 when it goes on
+        return errno = atoi(what);
+    }
     if (f[len] != '@' || !path || !ends_in(path, f + len + 1, (size_t)(colon - f) - len - 1)) return 0;
     return errno = atoi(colon + 1);
 }
