@@ -739,7 +739,7 @@ typedef struct {
     size_t ldy;
 } Product;
 
-enum { LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };     // FEW: tokens, see below
+enum { AHEAD = 16 << 10, LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };     // FEW: tokens, see below
 
 // Packed activations of 128 columns: 4 groups of 32, zero behind k. Of group g, q[0][g] holds the
 // columns that stand in the low half of its weights (INT8: the first 16, nibbles: the even ones).
@@ -897,13 +897,14 @@ static const int8_t e4m3_tables[3][16] __attribute__((aligned(16))) = {
     { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
     { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
 
-// Four rows on their way: w and s move forward with the blocks. What would be read behind the end
-// of a row is read from copies.
+// Four rows on their way, read from byte `at` on. What would be read behind the end of a row is read
+// from copies.
 typedef struct {
     const uint8_t *w[QUAD], *s[QUAD];
-    const uint8_t *ahead;               // what the next tile reads, in the order of memory
-    uint8_t end_w[QUAD][512], end_s[QUAD][8];
+    const uint8_t *ahead;       // asked for: what comes at least AHEAD bytes and a tile later
+    size_t at, s_at;
 } Quad;
+typedef struct { uint8_t w[QUAD][512], s[QUAD][8]; } QuadEnd;
 
 // Rows beyond the tile's repeat its first.
 INLINE void quad_open(Quad *q, const Tile *t, int r0) {
@@ -915,17 +916,24 @@ INLINE void quad_open(Quad *q, const Tile *t, int r0) {
         q->w[i] = (const uint8_t *)m->w + row * bytes;
         q->s[i] = (const uint8_t *)m->s + row * scales;
     }
-    q->ahead = (const uint8_t *)m->w + ((size_t)t->row + (size_t)r0 + QUAD) * bytes;
+    size_t rows = AHEAD / bytes > QUAD ? AHEAD / bytes : QUAD;
+    q->ahead = q->w[0] + rows * bytes;
+    q->at = q->s_at = 0;
+    for (size_t i = 0; i < QUAD * scales; i += 64)
+        _mm_prefetch((const char *)q->s[0] + rows * scales + i, _MM_HINT_T1);
 }
 
-// Of a row's last bytes, fewer than a block takes.
-INLINE void quad_end(Quad *q, size_t bytes, size_t scales) {
-    memset(q->end_w, 0, sizeof q->end_w);
-    memset(q->end_s, 0, sizeof q->end_s);
+// Moves on to the rows' last bytes, fewer than a block takes. False: there are none.
+INLINE bool quad_end(Quad *q, QuadEnd *end, const Tile *t, size_t scales) {
+    size_t left = row_bytes(t->w) - q->at;
+    if (!left) return false;
+    memset(end, 0, sizeof *end);
     for (int i = 0; i < QUAD; i++) {
-        q->w[i] = memcpy(q->end_w[i], q->w[i], bytes);
-        if (scales) q->s[i] = memcpy(q->end_s[i], q->s[i], scales);
+        q->w[i] = memcpy(end->w[i], q->w[i] + q->at, left);
+        if (scales) q->s[i] = memcpy(end->s[i], q->s[i] + q->s_at, left / 16 * (scales / 4));
     }
+    q->at = q->s_at = 0;
+    return true;
 }
 
 TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
@@ -935,15 +943,12 @@ TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-// The next block of each row. As much is asked for of what the next tile reads.
+// The next block of each row. As much is asked for of what comes later in the order of memory.
 TARGET_AVX2 INLINE void quad_next(Quad *q, size_t step, size_t scales) {
-    for (size_t at = 0; at < QUAD * step; at += 64)
-        _mm_prefetch((const char *)q->ahead + at, _MM_HINT_T1);
-    q->ahead += QUAD * step;
-    for (int i = 0; i < QUAD; i++) {
-        q->w[i] += step;
-        q->s[i] += scales;
-    }
+    for (size_t i = 0; i < QUAD * step; i += 64)
+        _mm_prefetch((const char *)q->ahead + QUAD * q->at + i, _MM_HINT_T1);
+    q->at += step;
+    q->s_at += scales;
 }
 
 // BF16 bits of the scales of 4 groups of 4 rows: [group, row]
@@ -951,8 +956,8 @@ TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4) {
     __m128i v[QUAD];
     for (int i = 0; i < QUAD; i++) {
         int32_t four;
-        memcpy(&four, q->s[i], 4);
-        v[i] = fp4 ? _mm_cvtsi32_si128(four) : _mm_loadl_epi64((const void *)q->s[i]);
+        memcpy(&four, q->s[i] + q->s_at, 4);
+        v[i] = fp4 ? _mm_cvtsi32_si128(four) : _mm_loadl_epi64((const void *)(q->s[i] + q->s_at));
     }
     if (fp4) {          // E8M0: the exponent; 0 is 2^-127, 255 a NaN
         const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -1008,44 +1013,47 @@ TARGET_AVX2 INLINE __m256i quad_sums_256(const __m256i v[QUAD]) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
+// sums [T][half of the groups] += block b of four rows times T tokens
+TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m256 (*sums)[2],
+                                       Format fmt) {
+    const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
+    const __m256i each[2] = { _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
+                              _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) };
+    const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
+    __m256i s16 = scales ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        __m128i half = h ? _mm256_extracti128_si256(s16, 1) : _mm256_castsi256_si128(s16);
+        __m256 s = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+        if (!scales) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
+        __m256i lo[QUAD], hi[QUAD], sum[QUAD];
+        for (int i = 0; i < QUAD; i++) quad_weights_256(q->w[i] + q->at, h, fmt, &lo[i], &hi[i]);
+        for (int k = 0; k < T; k++) {
+            __m256i ql = _mm256_loadu_si256((const void *)a[k].q[0][2 * h]);
+            __m256i qh = _mm256_loadu_si256((const void *)a[k].q[1][2 * h]);
+            __m256i c = _mm256_castsi128_si256(_mm_loadu_si128((const void *)a[k].c));
+            __m256 as = _mm256_castps128_ps256(_mm_loadu_ps(a[k].s));
+            for (int i = 0; i < QUAD; i++) sum[i] = dot_256(lo[i], ql, hi[i], qh, fmt == W_INT8);
+            c = _mm256_permutevar8x32_epi32(c, each[h]);
+            c = _mm256_add_epi32(quad_sums_256(sum), c);
+            as = _mm256_mul_ps(s, _mm256_permutevar8x32_ps(as, each[h]));
+            sums[k][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), as, sums[k][h]);
+        }
+    }
+    quad_next(q, step, scales);
+}
+
 // Rows r0 .. r0 + 3 of a tile. One token's sums stay in registers.
 TARGET_AVX2 INLINE void ints_256(const Tile *t, int r0, Format fmt, bool one) {
-    const Mat *m = t->w;
-    const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    const int T = one ? 1 : t->T;
-    __m256i each[2] = { _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
-                        _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) };
+    const int T = one ? 1 : t->T, whole = t->w->k / 128;
+    const size_t scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
     __m256 sums[T_BLOCK][2];
     Quad q;
+    QuadEnd end;
     quad_open(&q, t, r0);
     for (int k = 0; k < T; k++) sums[k][0] = sums[k][1] = _mm256_setzero_ps();
-    size_t left = row_bytes(m);
-    for (int b = 0; b < n_blocks(m); b++, left -= step) {
-        if (left < step) quad_end(&q, left, left / 16 * (scales / 4));
-        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
-        __m256i s16 = scales ? quad_scales(&q, fmt == W_FP4) : _mm256_setzero_si256();
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-            __m128i half = h ? _mm256_extracti128_si256(s16, 1) : _mm256_castsi256_si128(s16);
-            __m256 s = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-            if (!scales) s = _mm256_set1_ps(block_scale(m, t->row, 128 * b));
-            __m256i lo[QUAD], hi[QUAD], sum[QUAD];
-            for (int i = 0; i < QUAD; i++) quad_weights_256(q.w[i], h, fmt, &lo[i], &hi[i]);
-            for (int k = 0; k < T; k++) {
-                __m256i ql = _mm256_loadu_si256((const void *)a[k].q[0][2 * h]);
-                __m256i qh = _mm256_loadu_si256((const void *)a[k].q[1][2 * h]);
-                __m256i c = _mm256_castsi128_si256(_mm_loadu_si128((const void *)a[k].c));
-                __m256 as = _mm256_castps128_ps256(_mm_loadu_ps(a[k].s));
-                for (int i = 0; i < QUAD; i++)
-                    sum[i] = dot_256(lo[i], ql, hi[i], qh, fmt == W_INT8);
-                c = _mm256_permutevar8x32_epi32(c, each[h]);
-                c = _mm256_add_epi32(quad_sums_256(sum), c);
-                as = _mm256_mul_ps(s, _mm256_permutevar8x32_ps(as, each[h]));
-                sums[k][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), as, sums[k][h]);
-            }
-        }
-        quad_next(&q, step, scales);
-    }
+    for (int b = 0; b < whole; b++) ints_block_256(&q, t, b, T, sums, fmt);
+    if (quad_end(&q, &end, t, scales)) ints_block_256(&q, t, whole, T, sums, fmt);
     for (int k = 0; k < T; k++) {
         __m256 g01 = sums[k][0], g23 = sums[k][1];
         __m128 a = _mm_add_ps(_mm256_castps256_ps128(g01), _mm256_extractf128_ps(g01, 1));
@@ -1098,31 +1106,34 @@ TARGET_AVX2 INLINE void rows_256(__m256 (*sum)[2], __m256 (*w)[8][2], const floa
                                          : acc[i / 2][i % 2];
 }
 
+// sum [T][row] += block b of four rows times T tokens
+TARGET_AVX2 INLINE void floats_block_256(Quad *q, const Tile *t, int b, bool one,
+                                         __m256 (*sum)[QUAD][2], __m256i *top, Format fmt) {
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const float *x = (const float *)t->a + 128 * b;
+    __m256 w[QUAD][8][2], s = _mm256_set1_ps(fmt == W_FP8 ? block_scale(t->w, t->row, 128 * b) : 1);
+    for (int i = 0; i < QUAD; i++) {
+        for (int v = 0; v < 8; v += n)
+            unpack_256(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
+        if (one) rows_256(&sum[0][i], &w[i], x, 1, s, fmt);
+    }
+    for (int k = 0; k < t->T && !one; k++)
+        rows_256(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+    quad_next(q, 512 / (size_t)n, 0);
+}
+
 // Rows r0 .. r0 + 3 of a tile. One token's sums and weights stay in registers.
 TARGET_AVX2 INLINE void floats_256(const Tile *t, int r0, Format fmt, bool one) {
-    const Mat *m = t->w;
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
-    const int T = one ? 1 : t->T;
-    const size_t step = 512 / (size_t)n;
-    __m256 w[QUAD][8][2], sum[T_FLOATS][QUAD][2], s = _mm256_set1_ps(1);
+    const int T = one ? 1 : t->T, whole = t->w->k / 128;
+    __m256 sum[T_FLOATS][QUAD][2];
     __m256i top[QUAD];
     Quad q;
+    QuadEnd end;
     quad_open(&q, t, r0);
     for (int i = 0; i < QUAD; i++) top[i] = _mm256_setzero_si256();
     for (int i = 0; i < 2 * QUAD * T; i++) sum[i / 8][i / 2 % 4][i % 2] = _mm256_setzero_ps();
-    size_t left = row_bytes(m);
-    for (int b = 0; b < n_blocks(m); b++, left -= step) {
-        const float *x = (const float *)t->a + 128 * b;
-        if (left < step) quad_end(&q, left, 0);
-        if (fmt == W_FP8) s = _mm256_set1_ps(block_scale(m, t->row, 128 * b));
-        for (int i = 0; i < QUAD; i++) {
-            for (int v = 0; v < 8; v += n) unpack_256(q.w[i] + v / n * 64, fmt, w[i] + v, &top[i]);
-            if (one) rows_256(&sum[0][i], &w[i], x, 1, s, fmt);
-        }
-        for (int k = 0; k < T && !one; k++)
-            rows_256(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
-        quad_next(&q, step, 0);
-    }
+    for (int b = 0; b < whole; b++) floats_block_256(&q, t, b, one, sum, top, fmt);
+    if (quad_end(&q, &end, t, 0)) floats_block_256(&q, t, whole, one, sum, top, fmt);
     for (int i = 0; i < QUAD; i++) {
         __m256i nan = _mm256_cmpeq_epi8(top[i], _mm256_set1_epi8(127));
         bool bad = !_mm256_testz_si256(nan, nan);
@@ -1169,7 +1180,15 @@ TARGET_AVX512 INLINE __m512i dot_512(__m512i lo, __m512i ql, __m512i hi, __m512i
     return _mm512_madd_epi16(lo, _mm512_set1_epi16(1));
 }
 
-TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
+// Four rows' sums of four lanes each: [.., row]. Nibbles' lanes fit in 16 bits: 8 x 24 x 127.
+TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD], bool nibbles) {
+    if (nibbles) {
+        const __m512i ones = _mm512_set1_epi16(1);
+        __m512 a = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_packs_epi32(v[0], v[1]), ones));
+        __m512 b = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_packs_epi32(v[2], v[3]), ones));
+        return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+                                _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+    }
     __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
                                  _mm512_unpackhi_epi32(v[0], v[1]));
     __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
@@ -1177,36 +1196,56 @@ TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-TARGET_AVX512 INLINE void ints_512(const Tile *t, int r0, Format fmt, bool vnni, bool one) {
-    const Mat *m = t->w;
+// The scales of 4 groups of 4 rows: [group, row]
+TARGET_AVX512 INLINE __m512 quad_scales_512(const Quad *q, bool fp4) {
+    const __m512i turn = _mm512_setr_epi32(0, 4 << 16, 8 << 16, 12 << 16, 1 << 16, 5 << 16, 9 << 16,
+                                           13 << 16, 2 << 16, 6 << 16, 10 << 16, 14 << 16, 3 << 16,
+                                           7 << 16, 11 << 16, 15 << 16);
+    if (fp4) {
+        __m512i wide = _mm512_cvtepu16_epi32(quad_scales(q, true));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    __m128 row[2];
+    for (int i = 0; i < 2; i++) {
+        row[i] = _mm_loadl_pi(_mm_setzero_ps(), (const void *)(q->s[2 * i] + q->s_at));
+        row[i] = _mm_loadh_pi(row[i], (const void *)(q->s[2 * i + 1] + q->s_at));
+    }
+    __m512i v = _mm512_castsi256_si512(_mm256_castps_si256(_mm256_set_m128(row[1], row[0])));
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, turn, v));
+}
+
+TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, __m512 *sums,
+                                         Format fmt, bool vnni) {
     const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    const int T = one ? 1 : t->T;
     const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m512 sums[T_BLOCK], s;
+    const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
+    __m512i lo[QUAD], hi[QUAD], sum[QUAD];
+    __m512 s = scales ? quad_scales_512(q, fmt == W_FP4)
+                      : _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
+    for (int i = 0; i < QUAD; i++) quad_weights_512(q->w[i] + q->at, fmt, vnni, &lo[i], &hi[i]);
+    for (int k = 0; k < T; k++) {
+        __m512i ql = _mm512_loadu_si512(a[k].q[0]), qh = _mm512_loadu_si512(a[k].q[1]);
+        __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[k].c));
+        __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[k].s));
+        for (int i = 0; i < QUAD; i++) sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
+        c = _mm512_permutexvar_epi32(each, c);
+        c = _mm512_add_epi32(quad_sums_512(sum, fmt != W_INT8), c);
+        as = _mm512_mul_ps(s, _mm512_permutexvar_ps(each, as));
+        sums[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, sums[k]);
+    }
+    quad_next(q, step, scales);
+}
+
+TARGET_AVX512 INLINE void ints_512(const Tile *t, int r0, Format fmt, bool vnni, bool one) {
+    const int T = one ? 1 : t->T, whole = t->w->k / 128;
+    const size_t scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
+    __m512 sums[T_BLOCK];
     Quad q;
+    QuadEnd end;
     quad_open(&q, t, r0);
     for (int k = 0; k < T; k++) sums[k] = _mm512_setzero_ps();
-    size_t left = row_bytes(m);
-    for (int b = 0; b < n_blocks(m); b++, left -= step) {
-        if (left < step) quad_end(&q, left, left / 16 * (scales / 4));
-        const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
-        __m512i lo[QUAD], hi[QUAD], sum[QUAD];
-        __m256i s16 = scales ? quad_scales(&q, fmt == W_FP4) : _mm256_setzero_si256();
-        s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
-        if (!scales) s = _mm512_set1_ps(block_scale(m, t->row, 128 * b));
-        for (int i = 0; i < QUAD; i++) quad_weights_512(q.w[i], fmt, vnni, &lo[i], &hi[i]);
-        for (int k = 0; k < T; k++) {
-            __m512i ql = _mm512_loadu_si512(a[k].q[0]), qh = _mm512_loadu_si512(a[k].q[1]);
-            __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[k].c));
-            __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[k].s));
-            for (int i = 0; i < QUAD; i++)
-                sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
-            c = _mm512_add_epi32(quad_sums_512(sum), _mm512_permutexvar_epi32(each, c));
-            as = _mm512_mul_ps(s, _mm512_permutexvar_ps(each, as));
-            sums[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, sums[k]);
-        }
-        quad_next(&q, step, scales);
-    }
+    for (int b = 0; b < whole; b++) ints_block_512(&q, t, b, T, sums, fmt, vnni);
+    if (quad_end(&q, &end, t, scales)) ints_block_512(&q, t, whole, T, sums, fmt, vnni);
     for (int k = 0; k < T; k++) {
         __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 0),
                               _mm512_extractf32x4_ps(sums[k], 1));
@@ -1248,28 +1287,29 @@ TARGET_AVX512 INLINE void rows_512(__m512 *sum, __m512 (*w)[8], const float *x, 
         sum[i] = fmt == W_FP8 ? _mm512_fmadd_ps(acc[i], s, sum[i]) : acc[i];
 }
 
-TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one) {
-    const Mat *m = t->w;
+TARGET_AVX512 INLINE void floats_block_512(Quad *q, const Tile *t, int b, bool one,
+                                           __m512 (*sum)[QUAD], Format fmt) {
     const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
-    const int T = one ? 1 : t->T;
-    const size_t step = 512 / (size_t)n;
-    __m512 w[QUAD][8], sum[T_FLOATS][QUAD], s = _mm512_set1_ps(1);
+    const float *x = (const float *)t->a + 128 * b;
+    __m512 w[QUAD][8], s = _mm512_set1_ps(fmt == W_FP8 ? block_scale(t->w, t->row, 128 * b) : 1);
+    for (int i = 0; i < QUAD; i++) {
+        for (int v = 0; v < 8; v += n) unpack_512(q->w[i] + q->at + v / n * 64, fmt, w[i] + v);
+        if (one) rows_512(&sum[0][i], &w[i], x, 1, s, fmt);
+    }
+    for (int k = 0; k < t->T && !one; k++)
+        rows_512(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+    quad_next(q, 512 / (size_t)n, 0);
+}
+
+TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one) {
+    const int T = one ? 1 : t->T, whole = t->w->k / 128;
+    __m512 sum[T_FLOATS][QUAD];
     Quad q;
+    QuadEnd end;
     quad_open(&q, t, r0);
     for (int i = 0; i < QUAD * T; i++) sum[i / QUAD][i % QUAD] = _mm512_setzero_ps();
-    size_t left = row_bytes(m);
-    for (int b = 0; b < n_blocks(m); b++, left -= step) {
-        const float *x = (const float *)t->a + 128 * b;
-        if (left < step) quad_end(&q, left, 0);
-        if (fmt == W_FP8) s = _mm512_set1_ps(block_scale(m, t->row, 128 * b));
-        for (int i = 0; i < QUAD; i++) {
-            for (int v = 0; v < 8; v += n) unpack_512(q.w[i] + v / n * 64, fmt, w[i] + v);
-            if (one) rows_512(&sum[0][i], &w[i], x, 1, s, fmt);
-        }
-        for (int k = 0; k < T && !one; k++)
-            rows_512(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
-        quad_next(&q, step, 0);
-    }
+    for (int b = 0; b < whole; b++) floats_block_512(&q, t, b, one, sum, fmt);
+    if (quad_end(&q, &end, t, 0)) floats_block_512(&q, t, whole, one, sum, fmt);
     for (int i = 0; i < QUAD * T; i++) {
         __m512 v = sum[i / QUAD][i % QUAD];
         __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
