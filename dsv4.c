@@ -644,21 +644,8 @@ static int cpu_best(void) {
 
 static int cpu_level = -1;      // set by cpu_init; a test may lower it
 
-// BF16 of all magnitudes of e4m3: low bytes, high bytes. For AVX-512 VBMI.
-static uint8_t e4m3_bytes[2][128] __attribute__((aligned(64)));
-static bool cpu_vbmi;
-
 static void cpu_init(void) {
     if (cpu_level < 0) cpu_level = cpu_best();
-    if (e4m3_bytes[1][127]) return;
-    for (int i = 0; i < 128; i++) {
-        bf16 h = bf16_of_f32(f32_of_e4m3((uint8_t)i));
-        e4m3_bytes[0][i] = (uint8_t)h;
-        e4m3_bytes[1][i] = (uint8_t)(h >> 8);
-    }
-#if defined(__x86_64__)
-    cpu_vbmi = __builtin_cpu_supports("avx512vbmi");
-#endif
 }
 
 #if defined(__x86_64__)
@@ -752,7 +739,7 @@ typedef struct {
 typedef struct {
     const Mat *w;
     int row, rows;          // rows of W, 1 .. LANES; never across a multiple of LANES
-    const void *a;          // packed, first token: Packed [blocks, pitch] or float [T, pitch]
+    const void *a;          // packed, first token: Packed [blocks, pitch] or float [blocks, pitch, 128]
     size_t pitch;
     int T;
     float *acc;             // [T, LANES] the results
@@ -801,20 +788,24 @@ static void pack_int(const Product *p, int t, Packed *out) {
     }
 }
 
-// Where column c of a block of 64 stands in packed activations: in vector place / 16, lane
+// The SIMD kernels see FP8 weights times 2^-120, activations times 2^60.
+#define FP8_UP 0x1p60f
+
+// Where column c of a block of 32 stands in packed activations: in vector place / 16, lane
 // place % 16, as the instructions leave the weights that they unpack.
 static int float_place(Format f, int c) {
-    if (f == W_BF16) return c / 32 * 32 + c % 2 * 16 + c % 32 / 2;
-    if (f == W_FP8) return (c % 16 / 8 * 2 + c % 2) * 16 + c / 16 * 4 + c % 8 / 2;
-    return c;
+    return f == W_BF16 ? c % 2 * 16 + c / 2 : c;
 }
 
 static void pack_float(const Product *p, int t, float *out) {
     const float *x = p->a->x + (p->rows ? (size_t)p->rows[t] : (size_t)t) * p->a->ld;
     int k = p->w->k;
-    out += (size_t)t * 128 * (size_t)n_blocks(p->w);
-    for (int b = 0; b < 128 * n_blocks(p->w); b += 64)
-        for (int c = 0; c < 64; c++) out[b + float_place(p->w->fmt, c)] = b + c < k ? x[b + c] : 0;
+    float up = p->w->fmt == W_FP8 && cpu_level > CPU_PORTABLE ? FP8_UP : 1;
+    for (int b = 0; b < n_blocks(p->w); b++) {
+        float *o = out + ((size_t)b * (size_t)p->T + (size_t)t) * 128;
+        for (int c = 0; c < 128; c++)
+            o[c / 32 * 32 + float_place(p->w->fmt, c % 32)] = 128 * b + c < k ? x[128 * b + c] * up : 0;
+    }
 }
 
 static void pack_range(void *arg, int begin, int end) {
@@ -862,11 +853,11 @@ static void tile_float(const Tile *t) {
     for (int r = 0; r < t->rows; r++) {
         dequant_row(m, t->row + r, row);
         for (int j = 0; j < t->T; j++) {
-            const float *x = (const float *)t->a + (size_t)j * t->pitch;
             float sum[16] = { 0 };
             for (int i = 0; i < m->k; i++) {
-                int at = float_place(m->fmt, i % 64);
-                sum[at % 16] += row[i] * x[i / 64 * 64 + at];
+                const float *x = (const float *)t->a + ((size_t)(i / 128) * t->pitch + (size_t)j) * 128;
+                int at = float_place(m->fmt, i % 32);
+                sum[at % 16] += row[i] * x[i % 128 / 32 * 32 + at];
             }
             for (int w = 8; w; w /= 2)
                 for (int l = 0; l < w; l++) sum[l] += sum[l + w];
@@ -890,12 +881,6 @@ static void tile_portable(const Tile *t) {
 #if defined(__x86_64__)
 
 static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
-
-// For e4m3 -> BF16: the high byte from sign and upper exponent bits; where the exponent is 0, what
-// to add to that and the low byte: m * 2^-9 normalised
-static const int8_t e4m3_tables[3][16] __attribute__((aligned(16))) = {
-    { 60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61 },
-    { -60, -1, -1, -1 }, { 0, 0, -128, -64, 0, 32, 64, 96 } };
 
 // Four rows on their way, read from byte `at` on. What would be read behind the end of a row is read
 // from copies.
@@ -1062,12 +1047,11 @@ TARGET_AVX2 INLINE void ints_256(const Tile *t, int r0, Format fmt, bool one) {
     }
 }
 
-// 64 bytes of a row of weights as FP32: vectors of 16 columns in two halves
+// 64 bytes of a row of weights as FP32: vectors of 16 columns in two halves. FP8's bits, moved into
+// place, are its value times 2^-120; top: the largest magnitude seen.
 TARGET_AVX2 INLINE void unpack_256(const uint8_t *w, Format fmt, __m256 f[][2], __m256i *top) {
-    const __m256i upper = _mm256_set1_epi32((int)0xffff0000), low = _mm256_set1_epi8(15);
-    __m256i table[3];
-    for (int i = 0; i < 3 && fmt == W_FP8; i++)
-        table[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const void *)e4m3_tables[i]));
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+    const __m256i e4m3 = _mm256_set1_epi32((int)0x87f00000);
     for (int h = 0; h < 2; h++) {
         __m256i v = _mm256_loadu_si256((const void *)(w + 32 * h));
         if (fmt == W_F32) f[0][h] = _mm256_castsi256_ps(v);
@@ -1075,54 +1059,55 @@ TARGET_AVX2 INLINE void unpack_256(const uint8_t *w, Format fmt, __m256 f[][2], 
             f[0][h] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
             f[1][h] = _mm256_castsi256_ps(_mm256_and_si256(v, upper));
         }
-        if (fmt != W_FP8) continue;
-        *top = _mm256_max_epu8(*top, _mm256_and_si256(v, _mm256_set1_epi8(127)));
-        __m256i n = _mm256_and_si256(v, low);       // its low nibble is the low byte / 16
-        __m256i hi = _mm256_shuffle_epi8(table[0], _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
-        __m256i sub = _mm256_and_si256(v, _mm256_set1_epi8(0x78));
-        sub = _mm256_cmpeq_epi8(sub, _mm256_setzero_si256());
-        hi = _mm256_add_epi8(hi, _mm256_and_si256(sub, _mm256_shuffle_epi8(table[1], n)));
-        n = _mm256_blendv_epi8(_mm256_slli_epi16(n, 4), _mm256_shuffle_epi8(table[2], n), sub);
-        __m256i x = _mm256_unpacklo_epi8(n, hi), y = _mm256_unpackhi_epi8(n, hi);
-        f[0][h] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-        f[1][h] = _mm256_castsi256_ps(_mm256_and_si256(x, upper));
-        f[2][h] = _mm256_castsi256_ps(_mm256_slli_epi32(y, 16));
-        f[3][h] = _mm256_castsi256_ps(_mm256_and_si256(y, upper));
+        if (fmt == W_FP8) *top = _mm256_max_epu8(*top, _mm256_and_si256(v, _mm256_set1_epi8(127)));
+    }
+    for (int i = 0; i < 8 && fmt == W_FP8; i++) {
+        __m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(w + 8 * i)));
+        v = _mm256_and_si256(_mm256_slli_epi32(v, 20), e4m3);
+        f[i / 2][i % 2] = _mm256_castsi256_ps(v);
     }
 }
 
-// sum [rows] += 128 columns of weights w [rows] times x; FP8's times their scale s
-TARGET_AVX2 INLINE void rows_256(__m256 (*sum)[2], __m256 (*w)[8][2], const float *x, int rows,
-                                 __m256 s, Format fmt) {
-    __m256 acc[QUAD][2];
-    for (int i = 0; i < 2 * rows; i++)
-        acc[i / 2][i % 2] = fmt == W_FP8 ? _mm256_setzero_ps() : sum[i / 2][i % 2];
-    for (int v = 0; v < 16; v++)
-        for (int i = 0; i < rows; i++)
-            acc[i][v % 2] = _mm256_fmadd_ps(w[i][v / 2][v % 2], _mm256_loadu_ps(x + 8 * v),
-                                            acc[i][v % 2]);
-    for (int i = 0; i < 2 * rows; i++)
-        sum[i / 2][i % 2] = fmt == W_FP8 ? _mm256_fmadd_ps(acc[i / 2][i % 2], s, sum[i / 2][i % 2])
-                                         : acc[i / 2][i % 2];
+// The sum of a block's products onto the sum before it: FP8's starts at 0 and has a scale.
+TARGET_AVX2 INLINE __m256 onto_256(__m256 sum, __m256 acc, __m256 s, Format fmt) {
+    if (fmt != W_FP8) return acc;
+    return _mm256_fmadd_ps(_mm256_mul_ps(acc, _mm256_set1_ps(FP8_UP)), s, sum);
 }
 
-// sum [T][row] += block b of four rows times T tokens
+// sum [T][row] += block b of four rows times T tokens. One token's weights stay in registers.
 TARGET_AVX2 INLINE void floats_block_256(Quad *q, const Tile *t, int b, bool one,
                                          __m256 (*sum)[QUAD][2], __m256i *top, Format fmt) {
     const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
-    const float *x = (const float *)t->a + 128 * b;
-    __m256 w[QUAD][8][2], s = _mm256_set1_ps(fmt == W_FP8 ? block_scale(t->w, t->row, 128 * b) : 1);
+    const float *x = (const float *)t->a + (size_t)b * t->pitch * 128;
+    __m256 w[QUAD][8][2], acc[QUAD][2], s = _mm256_set1_ps(1);
+    if (fmt == W_FP8) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
+#pragma GCC unroll 4
     for (int i = 0; i < QUAD; i++) {
-        for (int v = 0; v < 8; v += n)
-            unpack_256(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
-        if (one) rows_256(&sum[0][i], &w[i], x, 1, s, fmt);
+        __m256 lo = sum[0][i][0], hi = sum[0][i][1];
+        if (fmt == W_FP8) lo = hi = _mm256_setzero_ps();
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) {
+            if (v % n == 0) unpack_256(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
+            if (!one) continue;
+            lo = _mm256_fmadd_ps(w[i][v][0], _mm256_loadu_ps(x + 16 * v), lo);
+            hi = _mm256_fmadd_ps(w[i][v][1], _mm256_loadu_ps(x + 16 * v + 8), hi);
+        }
+        if (!one) continue;
+        sum[0][i][0] = onto_256(sum[0][i][0], lo, s, fmt);
+        sum[0][i][1] = onto_256(sum[0][i][1], hi, s, fmt);
     }
-    for (int k = 0; k < t->T && !one; k++)
-        rows_256(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+    for (int k = 0; k < t->T && !one; k++, x += 128) {
+        for (int i = 0; i < 2 * QUAD; i++)
+            acc[i / 2][i % 2] = fmt == W_FP8 ? _mm256_setzero_ps() : sum[k][i / 2][i % 2];
+        for (int v = 0; v < 16; v++)
+            for (int i = 0; i < QUAD; i++)
+                acc[i][v % 2] = _mm256_fmadd_ps(w[i][v / 2][v % 2], _mm256_loadu_ps(x + 8 * v), acc[i][v % 2]);
+        for (int i = 0; i < 2 * QUAD; i++)
+            sum[k][i / 2][i % 2] = onto_256(sum[k][i / 2][i % 2], acc[i / 2][i % 2], s, fmt);
+    }
     quad_next(q, 512 / (size_t)n, 0);
 }
 
-// Rows r0 .. r0 + 3 of a tile. One token's sums and weights stay in registers.
 TARGET_AVX2 INLINE void floats_256(const Tile *t, int r0, Format fmt, bool one) {
     const int T = one ? 1 : t->T, whole = t->w->k / 128;
     __m256 sum[T_FLOATS][QUAD][2];
@@ -1206,6 +1191,7 @@ TARGET_AVX512 INLINE __m512 quad_scales_512(const Quad *q, bool fp4) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
     __m128 row[2];
+#pragma GCC unroll 16
     for (int i = 0; i < 2; i++) {
         row[i] = _mm_loadl_pi(_mm_setzero_ps(), (const void *)(q->s[2 * i] + q->s_at));
         row[i] = _mm_loadh_pi(row[i], (const void *)(q->s[2 * i + 1] + q->s_at));
@@ -1222,11 +1208,14 @@ TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, _
     __m512i lo[QUAD], hi[QUAD], sum[QUAD];
     __m512 s = scales ? quad_scales_512(q, fmt == W_FP4)
                       : _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
+#pragma GCC unroll 16
     for (int i = 0; i < QUAD; i++) quad_weights_512(q->w[i] + q->at, fmt, vnni, &lo[i], &hi[i]);
+#pragma GCC unroll 16
     for (int k = 0; k < T; k++) {
         __m512i ql = _mm512_loadu_si512(a[k].q[0]), qh = _mm512_loadu_si512(a[k].q[1]);
         __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[k].c));
         __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[k].s));
+#pragma GCC unroll 16
         for (int i = 0; i < QUAD; i++) sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
         c = _mm512_permutexvar_epi32(each, c);
         c = _mm512_add_epi32(quad_sums_512(sum, fmt != W_INT8), c);
@@ -1247,73 +1236,76 @@ TARGET_AVX512 INLINE void ints_512(const Tile *t, int r0, Format fmt, bool vnni,
     for (int b = 0; b < whole; b++) ints_block_512(&q, t, b, T, sums, fmt, vnni);
     if (quad_end(&q, &end, t, scales)) ints_block_512(&q, t, whole, T, sums, fmt, vnni);
     for (int k = 0; k < T; k++) {
-        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 0),
-                              _mm512_extractf32x4_ps(sums[k], 1));
-        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(sums[k], 2),
-                              _mm512_extractf32x4_ps(sums[k], 3));
+        __m512 v = sums[k];
+        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(v, 0), _mm512_extractf32x4_ps(v, 1));
+        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(v, 2), _mm512_extractf32x4_ps(v, 3));
         _mm_storeu_ps(t->acc + k * LANES + r0, _mm_add_ps(a, b));
     }
 }
 
-// FP8 by AVX-512 VBMI: two tables of 128 bytes
-TARGET_AVX512 INLINE void unpack_512(const uint8_t *w, Format fmt, __m512 *f) {
+TARGET_AVX512 INLINE void unpack_512(const uint8_t *w, Format fmt, __m512 *f, __m512i *top) {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-    __m512i v = _mm512_loadu_si512(w), byte[2] = { v, v };
+    const __m512i e4m3 = _mm512_set1_epi32((int)0x87f00000);
+    __m512i v = _mm512_loadu_si512(w);
     if (fmt == W_F32) f[0] = _mm512_castsi512_ps(v);
     if (fmt == W_BF16) {
         f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
         f[1] = _mm512_castsi512_ps(_mm512_and_si512(v, upper));
     }
-    if (fmt != W_FP8) return;
-    for (int i = 0; i < 2; i++)
-        __asm__("vpermi2b %2, %1, %0" : "+v"(byte[i])
-                : "v"(_mm512_load_si512(e4m3_bytes[i])), "v"(_mm512_load_si512(e4m3_bytes[i] + 64)));
-    byte[1] = _mm512_or_si512(byte[1], _mm512_and_si512(v, _mm512_set1_epi8(-128)));
-    __m512i x = _mm512_unpacklo_epi8(byte[0], byte[1]), y = _mm512_unpackhi_epi8(byte[0], byte[1]);
-    f[0] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    f[1] = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
-    f[2] = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
-    f[3] = _mm512_castsi512_ps(_mm512_and_si512(y, upper));
+    if (fmt == W_FP8) *top = _mm512_max_epu8(*top, _mm512_and_si512(v, _mm512_set1_epi8(127)));
+    for (int i = 0; i < 4 && fmt == W_FP8; i++) {
+        v = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + 16 * i)));
+        f[i] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(v, 20), e4m3));
+    }
 }
 
-TARGET_AVX512 INLINE void rows_512(__m512 *sum, __m512 (*w)[8], const float *x, int rows, __m512 s,
-                                   Format fmt) {
-    __m512 acc[QUAD];
-    for (int i = 0; i < rows; i++) acc[i] = fmt == W_FP8 ? _mm512_setzero_ps() : sum[i];
-    for (int v = 0; v < 8; v++)
-        for (int i = 0; i < rows; i++)
-            acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
-    for (int i = 0; i < rows; i++)
-        sum[i] = fmt == W_FP8 ? _mm512_fmadd_ps(acc[i], s, sum[i]) : acc[i];
+TARGET_AVX512 INLINE __m512 onto_512(__m512 sum, __m512 acc, __m512 s, Format fmt) {
+    if (fmt != W_FP8) return acc;
+    return _mm512_fmadd_ps(_mm512_mul_ps(acc, _mm512_set1_ps(FP8_UP)), s, sum);
 }
 
 TARGET_AVX512 INLINE void floats_block_512(Quad *q, const Tile *t, int b, bool one,
-                                           __m512 (*sum)[QUAD], Format fmt) {
+                                           __m512 (*sum)[QUAD], __m512i *top, Format fmt) {
     const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
-    const float *x = (const float *)t->a + 128 * b;
-    __m512 w[QUAD][8], s = _mm512_set1_ps(fmt == W_FP8 ? block_scale(t->w, t->row, 128 * b) : 1);
+    const float *x = (const float *)t->a + (size_t)b * t->pitch * 128;
+    __m512 w[QUAD][8], acc[QUAD], s = _mm512_set1_ps(1);
+    if (fmt == W_FP8) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
+#pragma GCC unroll 4
     for (int i = 0; i < QUAD; i++) {
-        for (int v = 0; v < 8; v += n) unpack_512(q->w[i] + q->at + v / n * 64, fmt, w[i] + v);
-        if (one) rows_512(&sum[0][i], &w[i], x, 1, s, fmt);
+        acc[i] = fmt == W_FP8 ? _mm512_setzero_ps() : sum[0][i];
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) {
+            if (v % n == 0) unpack_512(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
+            if (one) acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
+        }
+        if (one) sum[0][i] = onto_512(sum[0][i], acc[i], s, fmt);
     }
-    for (int k = 0; k < t->T && !one; k++)
-        rows_512(sum[k], w, x + (size_t)k * t->pitch, QUAD, s, fmt);
+    for (int k = 0; k < t->T && !one; k++, x += 128) {
+        for (int i = 0; i < QUAD; i++) acc[i] = fmt == W_FP8 ? _mm512_setzero_ps() : sum[k][i];
+        for (int v = 0; v < 8; v++)
+            for (int i = 0; i < QUAD; i++)
+                acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
+        for (int i = 0; i < QUAD; i++) sum[k][i] = onto_512(sum[k][i], acc[i], s, fmt);
+    }
     quad_next(q, 512 / (size_t)n, 0);
 }
 
 TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one) {
     const int T = one ? 1 : t->T, whole = t->w->k / 128;
     __m512 sum[T_FLOATS][QUAD];
+    __m512i top[QUAD];
     Quad q;
     QuadEnd end;
     quad_open(&q, t, r0);
+    for (int i = 0; i < QUAD; i++) top[i] = _mm512_setzero_si512();
     for (int i = 0; i < QUAD * T; i++) sum[i / QUAD][i % QUAD] = _mm512_setzero_ps();
-    for (int b = 0; b < whole; b++) floats_block_512(&q, t, b, one, sum, fmt);
-    if (quad_end(&q, &end, t, 0)) floats_block_512(&q, t, whole, one, sum, fmt);
+    for (int b = 0; b < whole; b++) floats_block_512(&q, t, b, one, sum, top, fmt);
+    if (quad_end(&q, &end, t, 0)) floats_block_512(&q, t, whole, one, sum, top, fmt);
     for (int i = 0; i < QUAD * T; i++) {
         __m512 v = sum[i / QUAD][i % QUAD];
         __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-        t->acc[i / QUAD * LANES + r0 + i % QUAD] = sum_16(_mm512_castps512_ps256(v), hi);
+        bool bad = _mm512_cmpeq_epi8_mask(top[i % QUAD], _mm512_set1_epi8(127));
+        t->acc[i / QUAD * LANES + r0 + i % QUAD] = bad ? NAN : sum_16(_mm512_castps512_ps256(v), hi);
     }
 }
 
@@ -1464,7 +1456,7 @@ TARGET_AVX512 static void tile_avx512(const Tile *t) {
     case W_INT8: tile_ints_512(t, W_INT8); break;
     case W_FP4: tile_ints_512(t, W_FP4); break;
     case W_BF16: QUADS(t, floats_512, W_BF16); break;
-    case W_FP8: if (!cpu_vbmi) tile_avx2(t); else QUADS(t, floats_512, W_FP8); break;
+    case W_FP8: QUADS(t, floats_512, W_FP8); break;
     default: QUADS(t, floats_512, W_F32);
     }
 }
@@ -1493,14 +1485,9 @@ static void job_tile(const Job *j, int i) {
     float acc[T_BLOCK * LANES] __attribute__((aligned(64)));
     int t0 = i / j->tiles * j->T, row = i % j->tiles * j->rows;
     Tile t = { .w = p->w, .row = row, .rows = p->w->n - row < j->rows ? p->w->n - row : j->rows,
-               .T = p->T - t0 < j->T ? p->T - t0 : j->T, .acc = acc };
-    if (takes_int8(p->w->fmt)) {
-        t.a = (const Packed *)j->a + t0;
-        t.pitch = (size_t)p->T;
-    } else {
-        t.pitch = 128 * (size_t)n_blocks(p->w);
-        t.a = (const float *)j->a + (size_t)t0 * t.pitch;
-    }
+               .T = p->T - t0 < j->T ? p->T - t0 : j->T, .pitch = (size_t)p->T, .acc = acc };
+    if (takes_int8(p->w->fmt)) t.a = (const Packed *)j->a + t0;
+    else t.a = (const float *)j->a + 128 * t0;
     run_tile(&t);
     for (int k = 0; k < t.T; k++)
         memcpy(p->y + (size_t)(t0 + k) * p->ldy + row, acc + k * LANES, (size_t)t.rows * 4);
