@@ -726,7 +726,8 @@ typedef struct {
     size_t ldy;
 } Product;
 
-enum { AHEAD = 16 << 10, LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };     // FEW: tokens, see below
+// AHEAD: bytes. FEW: tokens; with more, VNNI works on LANES rows. T_*: tokens of a tile at most.
+enum { AHEAD = 16 << 10, LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };
 
 // Packed activations of 128 columns: 4 groups of 32, zero behind k. Of group g, q[0][g] holds the
 // columns that stand in the low half of its weights (INT8: the first 16, nibbles: the even ones).
@@ -1165,39 +1166,12 @@ TARGET_AVX512 INLINE __m512i dot_512(__m512i lo, __m512i ql, __m512i hi, __m512i
     return _mm512_madd_epi16(lo, _mm512_set1_epi16(1));
 }
 
-// Four rows' sums of four lanes each: [.., row]. Nibbles' lanes fit in 16 bits: 8 x 24 x 127.
-TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD], bool nibbles) {
-    if (nibbles) {
-        const __m512i ones = _mm512_set1_epi16(1);
-        __m512 a = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_packs_epi32(v[0], v[1]), ones));
-        __m512 b = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_packs_epi32(v[2], v[3]), ones));
-        return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
-                                _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
-    }
+TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
     __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
                                  _mm512_unpackhi_epi32(v[0], v[1]));
     __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
                                  _mm512_unpackhi_epi32(v[2], v[3]));
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-}
-
-// The scales of 4 groups of 4 rows: [group, row]
-TARGET_AVX512 INLINE __m512 quad_scales_512(const Quad *q, bool fp4) {
-    const __m512i turn = _mm512_setr_epi32(0, 4 << 16, 8 << 16, 12 << 16, 1 << 16, 5 << 16, 9 << 16,
-                                           13 << 16, 2 << 16, 6 << 16, 10 << 16, 14 << 16, 3 << 16,
-                                           7 << 16, 11 << 16, 15 << 16);
-    if (fp4) {
-        __m512i wide = _mm512_cvtepu16_epi32(quad_scales(q, true));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    __m128 row[2];
-#pragma GCC unroll 16
-    for (int i = 0; i < 2; i++) {
-        row[i] = _mm_loadl_pi(_mm_setzero_ps(), (const void *)(q->s[2 * i] + q->s_at));
-        row[i] = _mm_loadh_pi(row[i], (const void *)(q->s[2 * i + 1] + q->s_at));
-    }
-    __m512i v = _mm512_castsi256_si512(_mm256_castps_si256(_mm256_set_m128(row[1], row[0])));
-    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, turn, v));
 }
 
 TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, __m512 *sums,
@@ -1206,8 +1180,9 @@ TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, _
     const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
     __m512i lo[QUAD], hi[QUAD], sum[QUAD];
-    __m512 s = scales ? quad_scales_512(q, fmt == W_FP4)
-                      : _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
+    __m256i s16 = scales ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+    __m512 s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
+    if (!scales) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
 #pragma GCC unroll 16
     for (int i = 0; i < QUAD; i++) quad_weights_512(q->w[i] + q->at, fmt, vnni, &lo[i], &hi[i]);
 #pragma GCC unroll 16
@@ -1218,7 +1193,7 @@ TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, _
 #pragma GCC unroll 16
         for (int i = 0; i < QUAD; i++) sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
         c = _mm512_permutexvar_epi32(each, c);
-        c = _mm512_add_epi32(quad_sums_512(sum, fmt != W_INT8), c);
+        c = _mm512_add_epi32(quad_sums_512(sum), c);
         as = _mm512_mul_ps(s, _mm512_permutexvar_ps(each, as));
         sums[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, sums[k]);
     }
@@ -3345,21 +3320,21 @@ typedef struct {
 } Freight;
 
 // What a pointer points to goes at the next multiple of 256.
-static void freight_add(Freight *f, void *pointer, size_t bytes) {
+static void freight_add(Freight *f, void *pointer, size_t bytes, bool e4m3) {
     const char *from;
     memcpy(&from, pointer, sizeof from);
     if (!from) return;
     f->job = grow(f->job, f->n, sizeof *f->job);
     f->pointer = grow(f->pointer, f->n, sizeof *f->pointer);
-    f->job[f->n] = (CopyJob){ from, f->bytes, bytes };
+    f->job[f->n] = (CopyJob){ from, f->bytes, bytes, e4m3 };
     f->pointer[f->n++] = pointer;
     f->bytes += (bytes + 255) & ~(size_t)255;
 }
 
 static void freight_mat(Freight *f, Mat *m) {
     size_t weights = row_bytes(m) * (size_t)m->n, scales = mat_bytes(m) - weights;
-    freight_add(f, &m->w, weights);
-    freight_add(f, &m->s, scales);
+    freight_add(f, &m->w, weights, m->fmt == W_FP8);
+    freight_add(f, &m->s, scales, false);
 }
 
 // The kernels take hc_*_fn in FP32 only. The converted copy lives as long as the program (1.5 MB a
@@ -3378,7 +3353,7 @@ static void freight_list(Freight *f, const Bind *table, size_t n, int ratio, voi
         size_t cols = b->cols ? (size_t)shape_of(b->cols, f->c, ratio) : 1;
         Mat *m = field;
         if (b->kind != MAT) {
-            freight_add(f, field, (b->kind == VEC ? 4 : 8) * rows * cols);
+            freight_add(f, field, (b->kind == VEC ? 4 : 8) * rows * cols, false);
             continue;
         }
         if (m->fmt == W_BF16 && strstr(b->name, "_fn")) steering_float(m);

@@ -501,6 +501,15 @@ static void bar_move(size_t bytes) {
     pthread_mutex_unlock(&bar.lock);
 }
 
+static bool has_e4m3_nan(const char *p, size_t n) {
+    uint8_t top = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint8_t magnitude = (uint8_t)p[i] & 127;
+        top = magnitude > top ? magnitude : top;
+    }
+    return top == 127;
+}
+
 // The kernel reads ahead what the threads take next; what was copied is the first to go when the
 // host's memory is short.
 static void *upload_thread(void *arg) {
@@ -522,6 +531,8 @@ static void *upload_thread(void *arg) {
         uintptr_t page = (uintptr_t)j->from & ~(uintptr_t)4095;
         CU(g, EventSynchronize, free_again[turn]);
         memcpy(buf[turn], j->from, j->bytes);
+        if (j->e4m3 && has_e4m3_nan(buf[turn], j->bytes))
+            die(1, "an FP8 weight is NaN: dsv4 verify MODEL_DIR tells which");
         CU(g, MemcpyHtoDAsync, j->to, buf[turn], j->bytes, stream);
         CU(g, EventRecord, free_again[turn], stream);
         madvise((void *)page, j->bytes, MADV_COLD);
@@ -547,7 +558,7 @@ void gpu_upload(Gpu *g, const CopyJob *list, size_t n) {
             size_t left = list[i].bytes - at;
             u.piece = grow(u.piece, u.n, sizeof *u.piece);
             u.piece[u.n++] = (CopyJob){ list[i].from + at, list[i].to + at,
-                                        left < PIECE ? left : PIECE };
+                                        left < PIECE ? left : PIECE, list[i].e4m3 };
         }
     gpu_wait(g);                // for the memory to be zeroed
     for (int i = 0; i < UPLOAD_THREADS; i++)

@@ -126,8 +126,8 @@ void gpu_copy_out(Gpu *g, void *to, CuPtr from, size_t bytes);
 void gpu_wait(Gpu *g);                      // until everything queued is done
 double gpu_lap(Gpu *g);                     // seconds on the GPU since the last call; waits
 
-// Host memory to be copied.
-typedef struct { const char *from; CuPtr to; size_t bytes; } CopyJob;
+// Host memory to be copied. e4m3: FP8 weights, refused with a NaN: the kernels take it for 480.
+typedef struct { const char *from; CuPtr to; size_t bytes; bool e4m3; } CopyJob;
 void upload_expect(const CopyJob *list, size_t n);      // by one of the GPUs: for the progress bar
 void gpu_upload(Gpu *g, const CopyJob *list, size_t n);     // by threads, through pinned buffers
 

@@ -98,8 +98,8 @@ def one_line(t, name, r, *words):
     t.check(ok and r.out == b"", name, r.tail())
 
 
-def poison(folder, name):
-    """Makes the first BF16 scale of a tensor NaN."""
+def poison(folder, name, nan=b"\xc0\x7f"):
+    """Makes a tensor's first value NaN: of a BF16 scale, unless `nan` is another format's."""
     for file in os.listdir(folder):
         if not file.endswith(".safetensors"):
             continue
@@ -110,7 +110,7 @@ def poison(folder, name):
         entry = json.loads(data[8:8 + n]).get(name)
         if entry:
             at = 8 + n + entry["data_offsets"][0]
-            data[at:at + 2] = b"\xc0\x7f"
+            data[at:at + len(nan)] = nan
             open(path, "wb").write(data)
 
 
@@ -135,6 +135,10 @@ def faults(gpu, t, work):
     poison(nan, "layers.1.attn.wo_a.scale")
     for chunk in (1, 64):
         one_line(t, f"NaN in a scale, chunk {chunk}", gpu.run(["-m", nan, *args[2:], "--chunk", chunk]), "not finite")
+    fp8 = os.path.join(work, "fp8")
+    shutil.copytree(os.path.join(GOLDEN, "edge/native"), fp8)
+    poison(fp8, "layers.1.attn.wo_b.weight", b"\xff")
+    one_line(t, "NaN in an FP8 weight", gpu.run(["-m", fp8, *args[2:]]), "FP8", "dsv4 verify")
     one_line(t, "no such GPU", gpu.run(["-m", model, "--devices", "cuda:3", "--ids", "5", "-n", 1]), "cuda:3")
     r = gpu.run([a for a in args if a not in ("--devices", "cuda:0")], SIM_DEVICES=0)
     t.check(r.code == 0, "no GPU at all: the CPU runs", r.tail())
