@@ -313,93 +313,6 @@ bool config_open(Config *c, const char *dir, Err *e) {
 }
 
 // ---------------------------------------------------------------------------
-// sampler: one token out of a row of logits. In this order: temperature, top-k, top-p over what
-// top-k left, min-p relative to the likeliest token. Ties go to the lower id.
-
-struct Sampler {
-    Sampling how;
-    uint64_t state;         // of the random numbers: any seed will do
-    int n;                  // vocabulary
-    double *p;              // [n] exp((logit - max) / temperature)
-    int *kept;              // [n] what top-k and top-p leave, the likeliest first
-    Heap heap;
-};
-
-Sampler *sampler_new(int n, Sampling how, uint64_t seed) {
-    Sampler *s = xalloc(1, sizeof *s);
-    size_t v = (size_t)n;
-    *s = (Sampler){ how, seed, n, xalloc(v, sizeof *s->p), xalloc(v, sizeof *s->kept), { 0 } };
-    return s;
-}
-
-void sampler_free(Sampler *s) {
-    free(s->p);
-    free(s->kept);
-    free(s->heap.p);
-    free(s);
-}
-
-// A uniform number in [0, 1): SplitMix64 (Steele, Lea and Flood, 2014).
-static double random_unit(uint64_t *state) {
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
-}
-
-// Orders tokens on a heap: the larger logit first, of equal ones the lower id.
-static uint64_t by_likelihood(float logit, int id) {
-    uint32_t bits;
-    logit += 0.0f;                          // -0 is 0
-    memcpy(&bits, &logit, 4);
-    return (uint64_t)(bits >> 31 ? bits : ~bits & INT32_MAX) << 32 | (uint32_t)id;
-}
-
-// Fills `kept` and returns how many tokens it holds. total: the sum of all p.
-static int apply_top_k_p(Sampler *s, const float *logits, double total) {
-    bool top_k = s->how.top_k > 0 && s->how.top_k < s->n, top_p = s->how.top_p < 1;
-    int most = top_k ? s->how.top_k : s->n, n = 0, left = 0;
-    double sum = 0, wanted = top_k ? INFINITY : s->how.top_p * total;
-    double cut = top_k ? 0 : (1 - s->how.top_p) * total / s->n;    // below: 1 - top_p at most
-    s->heap.n = 0;
-    for (int i = 0; i < s->n; i++)
-        if (!top_k && !top_p) s->kept[n++] = i;
-        else if (s->p[i] >= cut) heap_push(&s->heap, by_likelihood(logits[i], i));
-    while (n < most && s->heap.n && sum < wanted) {
-        s->kept[n] = (int)(uint32_t)heap_pop(&s->heap);
-        sum += s->p[s->kept[n++]];
-    }
-    if (!top_k || !top_p) return n;
-    wanted = s->how.top_p * sum;            // top-p counts within what top-k left
-    for (sum = 0; left < n && sum < wanted; left++) sum += s->p[s->kept[left]];
-    return left;
-}
-
-// logits [n] -> a token, -1 with an error if one of them is not finite.
-int sample(Sampler *s, const float *logits, Err *e) {
-    int best = 0;
-    for (int i = 0; i < s->n; i++) {
-        if (!isfinite(logits[i])) return fail(e, "logit of token %d is %f", i,
-                                              (double)logits[i]) - 1;
-        if (logits[i] > logits[best]) best = i;
-    }
-    if (s->how.temperature <= 0) return best;
-    double total = 0, left = 0, sum = 0;    // left: what min-p leaves of it; the best has p = 1
-    for (int i = 0; i < s->n; i++)
-        total += s->p[i] = exp(((double)logits[i] - (double)logits[best]) / s->how.temperature);
-    int n = apply_top_k_p(s, logits, total), last = best;
-    for (int k = 0; k < n; k++) left += s->p[s->kept[k]] >= s->how.min_p ? s->p[s->kept[k]] : 0;
-    double mark = random_unit(&s->state) * left;
-    for (int k = 0; k < n && sum <= mark; k++) {
-        double p = s->p[s->kept[k]];
-        if (p < s->how.min_p || p == 0) continue;
-        last = s->kept[k];
-        sum += p;
-    }
-    return last;
-}
-
-// ---------------------------------------------------------------------------
 // threads: one pool; a parallel region hands out ranges of items, large ones first
 
 #if defined(__x86_64__)
@@ -509,6 +422,14 @@ void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg) {
     in_region = false;
     pthread_mutex_unlock(&p->caller);
 }
+
+static void rouse_range(void *arg, int begin, int end) {
+    (void)arg;
+    for (double until = now() + 100e-6 * (end - begin); now() < until; ) cpu_pause();
+}
+
+// Work for longer than a thread takes to wake: a region that follows finds all of them awake.
+static void pool_rouse(Pool *p) { parallel(p, 4 * p->n_threads, 1, rouse_range, NULL); }
 
 void pool_free(Pool *p) {
     if (!p) return;
@@ -713,9 +634,10 @@ static void quantise(const float *x, int k, int8_t *q, float *s) {
 // products y = W x. The unit of work is a tile: a few rows of W times some tokens. Every output is
 // summed over its columns in ONE order, whatever the batch and the threads (the integer formats' are
 // the same bits with every instruction set, the others' where fused products are the same):
-//   INT8, INT4, FP4   an integer sum per group of 32 columns, scaled; groups 0, 1, 2, 3 mod 4 are
-//                     added up apart, then (0 + 1) + (2 + 3)
-//   FP8, BF16, F32    16 sums of every 16th column or so (float_place), then halved again and again
+//   INT8, INT4, FP4   an integer sum per group of 32 columns, scaled; groups 0 .. 15 mod 16 are
+//                     added up apart, of each four in turn (0 + 1) + (2 + 3), of those again
+//   FP8, BF16, F32    16 sums of every 16th column or so (float_place), then halved again and again;
+//                     of FP8 the SIMD kernels scale the sums of a block of 128 columns
 
 typedef struct {
     const Mat *w;
@@ -729,18 +651,18 @@ typedef struct {
 // AHEAD: bytes. FEW: tokens; with more, VNNI works on LANES rows. T_*: tokens of a tile at most.
 enum { AHEAD = 16 << 10, LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 64, T_FLOATS = 32 };
 
-// Packed activations of 128 columns: 4 groups of 32, zero behind k. Of group g, q[0][g] holds the
-// columns that stand in the low half of its weights (INT8: the first 16, nibbles: the even ones).
+// Packed activations of 512 columns: 4 blocks b of 4 groups g of 32, zero behind k. q[b][0] holds the
+// columns that stand in the low half of a group's weights (INT8: the first 16, nibbles: the even ones).
 typedef struct {
-    int8_t q[2][4][16];
-    int32_t c[4];           // what the weights' bias adds, negated
-    float s[4];
+    int8_t q[4][2][4][16];
+    int32_t c[4][4];        // [g][b] what the weights' bias adds, negated
+    float s[4][4];          // [g][b]
 } Packed;
 
 typedef struct {
     const Mat *w;
     int row, rows;          // rows of W, 1 .. LANES; never across a multiple of LANES
-    const void *a;          // packed, first token: Packed [blocks, pitch] or float [blocks, pitch, 128]
+    const void *a;          // packed, first token: Packed [k / 512, pitch] or float [k / 128, pitch, 128]
     size_t pitch;
     int T;
     float *acc;             // [T, LANES] the results
@@ -755,6 +677,7 @@ typedef struct {
 
 static bool takes_int8(Format f) { return f == W_INT8 || f == W_INT4 || f == W_FP4; }
 static int n_blocks(const Mat *m) { return (m->k + 127) / 128; }
+static int n_packed(const Mat *m) { return (m->k + 511) / 512; }
 
 // The SIMD kernels multiply unsigned weights w + bias with signed activations.
 static int weight_bias(Format f) {
@@ -769,27 +692,28 @@ static void pack_int(const Product *p, int t, Packed *out) {
     const float *s = p->a->s + r * p->a->lds;
     bool nibbles = p->w->fmt != W_INT8, half = p->w->fmt == W_FP4;
     int bias = weight_bias(p->w->fmt), groups = (p->w->k + 31) / 32;
-    for (int g = 0; g < 4 * n_blocks(p->w); g++, q += 32) {
-        Packed *o = out + (size_t)(g / 4) * (size_t)p->T + t;
-        int8_t *lo = o->q[0][g % 4], *hi = o->q[1][g % 4];
-        int sum = 0;
-        if (g >= groups) {
+    for (int i = 0; i < 16 * n_packed(p->w); i++, q += 32) {
+        Packed *o = out + (size_t)(i / 16) * (size_t)p->T + t;
+        int g = i % 4, b = i / 4 % 4, sum = 0;
+        int8_t *lo = o->q[b][0][g], *hi = o->q[b][1][g];
+        if (i >= groups) {
             memset(lo, 0, 16), memset(hi, 0, 16);
-            o->c[g % 4] = 0;
-            o->s[g % 4] = 0;
+            o->c[g][b] = 0;
+            o->s[g][b] = 0;
             continue;
         }
-        for (int i = 0; i < 32; i++) sum += q[i];
-        for (int i = 0; i < 16; i++) {
-            lo[i] = nibbles ? q[2 * i] : q[i];
-            hi[i] = nibbles ? q[2 * i + 1] : q[16 + i];
+        for (int j = 0; j < 32; j++) sum += q[j];
+        for (int j = 0; j < 16; j++) {
+            lo[j] = nibbles ? q[2 * j] : q[j];
+            hi[j] = nibbles ? q[2 * j + 1] : q[16 + j];
         }
-        o->c[g % 4] = -bias * sum;
-        o->s[g % 4] = half ? s[g] * 0.5f : s[g];
+        o->c[g][b] = -bias * sum;
+        o->s[g][b] = half ? s[i] * 0.5f : s[i];
     }
 }
 
-// The SIMD kernels see FP8 weights times 2^-120, activations times 2^60.
+// The SIMD kernels see FP8 weights times 2^-120, activations times 2^60: those from 2^68 on become
+// infinite, products below 2^-66 lose bits.
 #define FP8_UP 0x1p60f
 
 // Where column c of a block of 32 stands in packed activations: in vector place / 16, lane
@@ -824,7 +748,7 @@ static void tile_int(const Tile *t) {
     const Mat *m = t->w;
     for (int r = 0; r < t->rows; r++) {
         const uint8_t *w = (const uint8_t *)m->w + (size_t)(t->row + r) * row_bytes(m);
-        float acc[T_BLOCK][4] = { 0 };
+        float acc[T_BLOCK][4][4] = { 0 };
         for (int g = 0; g * 32 < m->k; g++) {
             int lo[16] = { 0 }, hi[16] = { 0 }, n = m->k - g * 32;
             for (int i = 0; i < 16 && m->fmt != W_INT8; i++) {
@@ -834,17 +758,23 @@ static void tile_int(const Tile *t) {
             }
             for (int i = 0; i < 32 && i < n && m->fmt == W_INT8; i++)
                 (i < 16 ? lo : hi)[i % 16] = (int8_t)w[g * 32 + i];
-            const Packed *a = (const Packed *)t->a + (size_t)(g / 4) * t->pitch;
+            const Packed *a = (const Packed *)t->a + (size_t)(g / 16) * t->pitch;
             float s = scale_at(m, t->row + r, g * 32);
+            int b = g / 4 % 4;
             for (int j = 0; j < t->T; j++) {
                 int sum = 0;
+                float *to = &acc[j][b][g % 4];
                 for (int i = 0; i < 16; i++)
-                    sum += lo[i] * a[j].q[0][g % 4][i] + hi[i] * a[j].q[1][g % 4][i];
-                acc[j][g % 4] = fmaf((float)sum, s * a[j].s[g % 4], acc[j][g % 4]);
+                    sum += lo[i] * a[j].q[b][0][g % 4][i] + hi[i] * a[j].q[b][1][g % 4][i];
+                *to = fmaf((float)sum, s * a[j].s[g % 4][b], *to);
             }
         }
-        for (int j = 0; j < t->T; j++)
-            t->acc[j * LANES + r] = (acc[j][0] + acc[j][1]) + (acc[j][2] + acc[j][3]);
+        for (int j = 0; j < t->T; j++) {
+            float x[4];
+            for (int b = 0; b < 4; b++)
+                x[b] = (acc[j][b][0] + acc[j][b][1]) + (acc[j][b][2] + acc[j][b][3]);
+            t->acc[j * LANES + r] = (x[0] + x[1]) + (x[2] + x[3]);
+        }
     }
 }
 
@@ -874,49 +804,61 @@ static void tile_portable(const Tile *t) {
 }
 
 // ---------------------------------------------------------------------------
-// AVX2 and AVX-512 tiles. Four rows are read side by side, each from its beginning to its end: as
-// fast as memory gives them. For many tokens VNNI does better on 16 rows, 64 bytes of each
-// transposed so that lane r of vector j holds dword j of row r: more work for a byte, less for a
-// token.
+// AVX2 and AVX-512 tiles. For one token row after row is read, in the order of memory and as fast as
+// it gives them; for several, four rows side by side, which share the activations. For many tokens
+// VNNI does better on 16 rows, 64 bytes of each transposed so that lane r of vector j holds dword j
+// of row r: more work for a byte, less for a token.
 
 #if defined(__x86_64__)
 
 static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
 
-// Four rows on their way, read from byte `at` on. What would be read behind the end of a row is read
-// from copies.
+// Four rows on their way, or, for one token, four blocks of one row, read from byte `at` on. What
+// would be read behind the end of a row is read from copies.
 typedef struct {
     const uint8_t *w[QUAD], *s[QUAD];
-    const uint8_t *ahead;       // asked for: what comes at least AHEAD bytes and a tile later
+    const uint8_t *ahead;       // asked for: what comes AHEAD bytes later, or four rows if that is more
     size_t at, s_at;
 } Quad;
-typedef struct { uint8_t w[QUAD][512], s[QUAD][8]; } QuadEnd;
+typedef struct { uint8_t w[QUAD * 512], s[QUAD * 8]; } QuadEnd;
 
-// Rows beyond the tile's repeat its first.
-INLINE void quad_open(Quad *q, const Tile *t, int r0) {
+// Bytes of a block of 128 columns of a row, and of its own scales
+INLINE size_t step_of(Format f) {
+    return f == W_F32 ? 512 : f == W_BF16 ? 256 : f == W_INT8 || f == W_FP8 ? 128 : 64;
+}
+INLINE size_t scales_of(Format f) { return f == W_INT4 ? 8 : f == W_FP4 ? 4 : 0; }
+
+// Rows r0 .. r0 + 3, those beyond the tile's its first; or row r0 alone.
+INLINE void quad_open(Quad *q, const Tile *t, int r0, Format f, bool alone) {
     const Mat *m = t->w;
-    size_t bytes = row_bytes(m), groups = (size_t)m->k / 32;
-    size_t scales = m->fmt == W_INT4 ? 2 * groups : m->fmt == W_FP4 ? groups : 0;   // bytes of a row
+    size_t bytes = row_bytes(m), scales = (size_t)m->k / 32 * (scales_of(f) / 4);     // of a row
     for (int i = 0; i < QUAD; i++) {
-        size_t row = (size_t)t->row + (size_t)(r0 + i < t->rows ? r0 + i : 0);
-        q->w[i] = (const uint8_t *)m->w + row * bytes;
-        q->s[i] = (const uint8_t *)m->s + row * scales;
+        int r = alone ? r0 : r0 + i < t->rows ? r0 + i : 0;
+        size_t row = (size_t)(t->row + r), block = alone ? (size_t)i : 0;
+        q->w[i] = (const uint8_t *)m->w + row * bytes + block * step_of(f);
+        if (scales_of(f)) q->s[i] = (const uint8_t *)m->s + row * scales + block * scales_of(f);
     }
-    size_t rows = AHEAD / bytes > QUAD ? AHEAD / bytes : QUAD;
-    q->ahead = q->w[0] + rows * bytes;
+    size_t rows = alone ? 1 : QUAD, far = AHEAD / step_of(f) * scales_of(f);
+    q->ahead = q->w[0] + (rows * bytes > AHEAD ? rows * bytes : AHEAD);
     q->at = q->s_at = 0;
-    for (size_t i = 0; i < QUAD * scales; i += 64)
-        _mm_prefetch((const char *)q->s[0] + rows * scales + i, _MM_HINT_T1);
+    if (rows * scales > far) far = rows * scales;
+    for (size_t i = 0; i < rows * scales; i += 64)
+        _mm_prefetch((const char *)q->s[0] + far + i, _MM_HINT_T1);
 }
 
-// Moves on to the rows' last bytes, fewer than a block takes. False: there are none.
-INLINE bool quad_end(Quad *q, QuadEnd *end, const Tile *t, size_t scales) {
-    size_t left = row_bytes(t->w) - q->at;
+// Moves on to what is left of the rows, fewer bytes than a step takes. False: there are none.
+INLINE bool quad_end(Quad *q, QuadEnd *end, const Tile *t, Format f, bool alone) {
+    size_t left = row_bytes(t->w) - q->at, scales = left / 16 * (scales_of(f) / 4);
     if (!left) return false;
-    memset(end, 0, sizeof *end);
-    for (int i = 0; i < QUAD; i++) {
-        q->w[i] = memcpy(end->w[i], q->w[i] + q->at, left);
-        if (scales) q->s[i] = memcpy(end->s[i], q->s[i] + q->s_at, left / 16 * (scales / 4));
+    memset(end->w, 0, QUAD * step_of(f));
+    memset(end->s, 0, sizeof end->s);
+    for (int i = 0; i < (alone ? 1 : QUAD); i++) {
+        memcpy(end->w + (size_t)i * step_of(f), q->w[i] + q->at, left);
+        if (scales) memcpy(end->s + (size_t)i * scales_of(f), q->s[i] + q->s_at, scales);
+    }
+    for (size_t i = 0; i < QUAD; i++) {
+        q->w[i] = end->w + i * step_of(f);
+        q->s[i] = end->s + i * scales_of(f);
     }
     q->at = q->s_at = 0;
     return true;
@@ -929,12 +871,14 @@ TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-// The next block of each row. As much is asked for of what comes later in the order of memory.
-TARGET_AVX2 INLINE void quad_next(Quad *q, size_t step, size_t scales) {
-    for (size_t i = 0; i < QUAD * step; i += 64)
-        _mm_prefetch((const char *)q->ahead + QUAD * q->at + i, _MM_HINT_T1);
-    q->at += step;
-    q->s_at += scales;
+// The next block of each row, or the next four of one. As much is asked for of what comes later in
+// the order of memory.
+TARGET_AVX2 INLINE void quad_next(Quad *q, Format f, bool alone) {
+    const char *ahead = (const char *)q->ahead + (alone ? 1 : QUAD) * q->at;
+    for (size_t i = 0; i < QUAD * step_of(f) && !(alone && f == W_INT8); i += 64)
+        _mm_prefetch(ahead + i, _MM_HINT_T1);
+    q->at += (alone ? QUAD : 1) * step_of(f);
+    q->s_at += (alone ? QUAD : 1) * scales_of(f);
 }
 
 // BF16 bits of the scales of 4 groups of 4 rows: [group, row]
@@ -999,52 +943,82 @@ TARGET_AVX2 INLINE __m256i quad_sums_256(const __m256i v[QUAD]) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
-// sums [T][half of the groups] += block b of four rows times T tokens
-TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m256 (*sums)[2],
-                                       Format fmt) {
-    const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    const __m256i each[2] = { _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
-                              _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) };
-    const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
-    __m256i s16 = scales ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+// Of [g][b], the groups of half h: block b's, each in four lanes
+TARGET_AVX2 INLINE __m256i spread_256(const void *a, int h, int b) {
+    const __m256i each = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    return _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)a + h),
+                                       _mm256_add_epi32(each, _mm256_set1_epi32(b)));
+}
+
+// The scales of blocks b .. b + 3 of INT8; 0 behind the last
+TARGET_AVX2 INLINE __m128 block_scales(const Tile *t, int b) {
+    const bf16 *s = (const bf16 *)t->w->s + (size_t)(t->row / 128) * (size_t)n_blocks(t->w) + b;
+    bf16 of[4] = { 0 };
+    if (b + 4 > n_blocks(t->w)) memcpy(of, s, (size_t)(n_blocks(t->w) - b) * sizeof *s);
+    else memcpy(of, s, sizeof of);
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const void *)of)), 16));
+}
+
+// sums [T][half of the groups] += block b of four rows times T tokens; or blocks b .. b + 3 of one
+TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m256 (*sums)[4][2],
+                                       Format fmt, bool one) {
+    const Packed *a = (const Packed *)t->a + (size_t)(b / 4) * t->pitch;
+    __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+    __m128 of_block = fmt == W_INT8 && one ? block_scales(t, b) : _mm_setzero_ps();
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         __m128i half = h ? _mm256_extracti128_si256(s16, 1) : _mm256_castsi256_si128(s16);
         __m256 s = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-        if (!scales) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
+        if (fmt == W_INT8 && one) s = _mm256_set_m128(of_block, of_block);
+        if (fmt == W_INT8 && !one) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
         __m256i lo[QUAD], hi[QUAD], sum[QUAD];
         for (int i = 0; i < QUAD; i++) quad_weights_256(q->w[i] + q->at, h, fmt, &lo[i], &hi[i]);
-        for (int k = 0; k < T; k++) {
-            __m256i ql = _mm256_loadu_si256((const void *)a[k].q[0][2 * h]);
-            __m256i qh = _mm256_loadu_si256((const void *)a[k].q[1][2 * h]);
-            __m256i c = _mm256_castsi128_si256(_mm_loadu_si128((const void *)a[k].c));
-            __m256 as = _mm256_castps128_ps256(_mm_loadu_ps(a[k].s));
-            for (int i = 0; i < QUAD; i++) sum[i] = dot_256(lo[i], ql, hi[i], qh, fmt == W_INT8);
-            c = _mm256_permutevar8x32_epi32(c, each[h]);
+        for (int k = 0; k < T; k++, a++) {
+            for (int i = 0; i < QUAD; i++) {
+                const int8_t (*x)[4][16] = a->q[one ? i : b % 4];
+                sum[i] = dot_256(lo[i], _mm256_loadu_si256((const void *)x[0][2 * h]), hi[i],
+                                 _mm256_loadu_si256((const void *)x[1][2 * h]), fmt == W_INT8);
+            }
+            __m256i c = _mm256_loadu_si256((const void *)a->c[2 * h]);
+            __m256i as = _mm256_loadu_si256((const void *)a->s[2 * h]);
+            if (!one) c = spread_256(a->c, h, b % 4), as = spread_256(a->s, h, b % 4);
+            __m256 *to = &sums[k][one ? 0 : b % 4][h];
             c = _mm256_add_epi32(quad_sums_256(sum), c);
-            as = _mm256_mul_ps(s, _mm256_permutevar8x32_ps(as, each[h]));
-            sums[k][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), as, sums[k][h]);
+            *to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), _mm256_mul_ps(s, _mm256_castsi256_ps(as)), *to);
         }
+        a -= T;
     }
-    quad_next(q, step, scales);
+    quad_next(q, fmt, one);
 }
 
-// Rows r0 .. r0 + 3 of a tile. One token's sums stay in registers.
+// One block class of four rows, or all four of one: groups (0 + 1) + (2 + 3)
+TARGET_AVX2 INLINE __m128 groups_256(const __m256 s[2]) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(s[0]), _mm256_extractf128_ps(s[0], 1));
+    return _mm_add_ps(a, _mm_add_ps(_mm256_castps256_ps128(s[1]), _mm256_extractf128_ps(s[1], 1)));
+}
+
+// (0 + 1) + (2 + 3)
+TARGET_AVX2 INLINE float blocks_128(__m128 x) {
+    x = _mm_add_ps(x, _mm_movehdup_ps(x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehl_ps(x, x)));
+}
+
+// Row r0 of a tile times one token, or rows r0 .. r0 + 3 times several
 TARGET_AVX2 INLINE void ints_256(const Tile *t, int r0, Format fmt, bool one) {
-    const int T = one ? 1 : t->T, whole = t->w->k / 128;
-    const size_t scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    __m256 sums[T_BLOCK][2];
+    const int T = one ? 1 : t->T, per = one ? 4 : 1, whole = t->w->k / 128 / per * per;
+    __m256 sums[T_BLOCK][4][2];
     Quad q;
     QuadEnd end;
-    quad_open(&q, t, r0);
-    for (int k = 0; k < T; k++) sums[k][0] = sums[k][1] = _mm256_setzero_ps();
-    for (int b = 0; b < whole; b++) ints_block_256(&q, t, b, T, sums, fmt);
-    if (quad_end(&q, &end, t, scales)) ints_block_256(&q, t, whole, T, sums, fmt);
-    for (int k = 0; k < T; k++) {
-        __m256 g01 = sums[k][0], g23 = sums[k][1];
-        __m128 a = _mm_add_ps(_mm256_castps256_ps128(g01), _mm256_extractf128_ps(g01, 1));
-        __m128 b = _mm_add_ps(_mm256_castps256_ps128(g23), _mm256_extractf128_ps(g23, 1));
-        _mm_storeu_ps(t->acc + k * LANES + r0, _mm_add_ps(a, b));
+    quad_open(&q, t, r0, fmt, one);
+    for (int k = 0; k < T; k++)
+        for (int i = 0; i < (one ? 2 : 8); i++) sums[k][i / 2][i % 2] = _mm256_setzero_ps();
+    for (int b = 0; b < whole; b += per) ints_block_256(&q, t, b, T, sums, fmt, one);
+    if (quad_end(&q, &end, t, fmt, one)) ints_block_256(&q, t, whole, T, sums, fmt, one);
+    if (one) t->acc[r0] = blocks_128(groups_256(sums[0][0]));
+    for (int k = 0; k < T && !one; k++) {
+        __m128 a = _mm_add_ps(groups_256(sums[k][0]), groups_256(sums[k][1]));
+        a = _mm_add_ps(a, _mm_add_ps(groups_256(sums[k][2]), groups_256(sums[k][3])));
+        _mm_storeu_ps(t->acc + k * LANES + r0, a);
     }
 }
 
@@ -1075,29 +1049,54 @@ TARGET_AVX2 INLINE __m256 onto_256(__m256 sum, __m256 acc, __m256 s, Format fmt)
     return _mm256_fmadd_ps(_mm256_mul_ps(acc, _mm256_set1_ps(FP8_UP)), s, sum);
 }
 
-// sum [T][row] += block b of four rows times T tokens. One token's weights stay in registers.
-TARGET_AVX2 INLINE void floats_block_256(Quad *q, const Tile *t, int b, bool one,
-                                         __m256 (*sum)[QUAD][2], __m256i *top, Format fmt) {
+// sum += 128 columns of a row times one token
+TARGET_AVX2 INLINE void row_block_256(const uint8_t *w, const float *x, __m256 sum[2], __m256i *top,
+                                      float scale, Format fmt) {
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    __m256 f[8][2], acc[2] = { sum[0], sum[1] };
+    if (fmt == W_FP8) acc[0] = acc[1] = _mm256_setzero_ps();
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+        if (v % n == 0) unpack_256(w + v / n * 64, fmt, f + v, top);
+        acc[0] = _mm256_fmadd_ps(f[v][0], _mm256_loadu_ps(x + 16 * v), acc[0]);
+        acc[1] = _mm256_fmadd_ps(f[v][1], _mm256_loadu_ps(x + 16 * v + 8), acc[1]);
+    }
+    for (int h = 0; h < 2; h++) sum[h] = onto_256(sum[h], acc[h], _mm256_set1_ps(scale), fmt);
+}
+
+// Row r of a tile times one token
+TARGET_AVX2 INLINE void row_256(const Tile *t, int r, Format fmt) {
+    const Mat *m = t->w;
+    const int whole = m->k / 128;
+    const size_t step = step_of(fmt);
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)(t->row + r) * row_bytes(m);
+    __m256 sum[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i top = _mm256_setzero_si256();
+    const float *x = t->a;
+    for (int b = 0; b < whole; b++, w += step, x += t->pitch * 128) {
+        for (size_t i = 0; i < step; i += 64) _mm_prefetch((const char *)w + AHEAD + i, _MM_HINT_T1);
+        row_block_256(w, x, sum, &top, fmt == W_FP8 ? block_scale(m, t->row, 128 * b) : 1, fmt);
+    }
+    if (m->k % 128) {
+        uint8_t end[512] = { 0 };
+        memcpy(end, w, row_bytes(m) - (size_t)whole * step);
+        row_block_256(end, x, sum, &top, fmt == W_FP8 ? block_scale(m, t->row, 128 * whole) : 1, fmt);
+    }
+    __m256i nan = _mm256_cmpeq_epi8(top, _mm256_set1_epi8(127));
+    t->acc[r] = _mm256_testz_si256(nan, nan) ? sum_16(sum[0], sum[1]) : NAN;
+}
+
+// sum [T][row] += block b of four rows times T tokens
+TARGET_AVX2 INLINE void floats_block_256(Quad *q, const Tile *t, int b, __m256 (*sum)[QUAD][2],
+                                         __m256i *top, Format fmt) {
     const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
     const float *x = (const float *)t->a + (size_t)b * t->pitch * 128;
     __m256 w[QUAD][8][2], acc[QUAD][2], s = _mm256_set1_ps(1);
     if (fmt == W_FP8) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
-#pragma GCC unroll 4
-    for (int i = 0; i < QUAD; i++) {
-        __m256 lo = sum[0][i][0], hi = sum[0][i][1];
-        if (fmt == W_FP8) lo = hi = _mm256_setzero_ps();
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; v++) {
-            if (v % n == 0) unpack_256(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
-            if (!one) continue;
-            lo = _mm256_fmadd_ps(w[i][v][0], _mm256_loadu_ps(x + 16 * v), lo);
-            hi = _mm256_fmadd_ps(w[i][v][1], _mm256_loadu_ps(x + 16 * v + 8), hi);
-        }
-        if (!one) continue;
-        sum[0][i][0] = onto_256(sum[0][i][0], lo, s, fmt);
-        sum[0][i][1] = onto_256(sum[0][i][1], hi, s, fmt);
-    }
-    for (int k = 0; k < t->T && !one; k++, x += 128) {
+    for (int i = 0; i < QUAD; i++)
+        for (int v = 0; v < 8; v += n)
+            unpack_256(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
+    for (int k = 0; k < t->T; k++, x += 128) {
         for (int i = 0; i < 2 * QUAD; i++)
             acc[i / 2][i % 2] = fmt == W_FP8 ? _mm256_setzero_ps() : sum[k][i / 2][i % 2];
         for (int v = 0; v < 16; v++)
@@ -1106,26 +1105,32 @@ TARGET_AVX2 INLINE void floats_block_256(Quad *q, const Tile *t, int b, bool one
         for (int i = 0; i < 2 * QUAD; i++)
             sum[k][i / 2][i % 2] = onto_256(sum[k][i / 2][i % 2], acc[i / 2][i % 2], s, fmt);
     }
-    quad_next(q, 512 / (size_t)n, 0);
+    quad_next(q, fmt, false);
 }
 
-TARGET_AVX2 INLINE void floats_256(const Tile *t, int r0, Format fmt, bool one) {
-    const int T = one ? 1 : t->T, whole = t->w->k / 128;
+// Rows r0 .. r0 + 3 of a tile times several tokens
+TARGET_AVX2 INLINE void rows_256(const Tile *t, int r0, Format fmt) {
+    const int whole = t->w->k / 128;
     __m256 sum[T_FLOATS][QUAD][2];
     __m256i top[QUAD];
     Quad q;
     QuadEnd end;
-    quad_open(&q, t, r0);
+    quad_open(&q, t, r0, fmt, false);
     for (int i = 0; i < QUAD; i++) top[i] = _mm256_setzero_si256();
-    for (int i = 0; i < 2 * QUAD * T; i++) sum[i / 8][i / 2 % 4][i % 2] = _mm256_setzero_ps();
-    for (int b = 0; b < whole; b++) floats_block_256(&q, t, b, one, sum, top, fmt);
-    if (quad_end(&q, &end, t, 0)) floats_block_256(&q, t, whole, one, sum, top, fmt);
+    for (int i = 0; i < 2 * QUAD * t->T; i++) sum[i / 8][i / 2 % 4][i % 2] = _mm256_setzero_ps();
+    for (int b = 0; b < whole; b++) floats_block_256(&q, t, b, sum, top, fmt);
+    if (quad_end(&q, &end, t, fmt, false)) floats_block_256(&q, t, whole, sum, top, fmt);
     for (int i = 0; i < QUAD; i++) {
         __m256i nan = _mm256_cmpeq_epi8(top[i], _mm256_set1_epi8(127));
         bool bad = !_mm256_testz_si256(nan, nan);
-        for (int k = 0; k < T; k++)
+        for (int k = 0; k < t->T; k++)
             t->acc[k * LANES + r0 + i] = bad ? NAN : sum_16(sum[k][i][0], sum[k][i][1]);
     }
+}
+
+TARGET_AVX2 INLINE void floats_256(const Tile *t, Format fmt) {
+    for (int r = 0; r < t->rows && t->T == 1; r++) row_256(t, r, fmt);
+    for (int r = 0; r < t->rows && t->T > 1; r += QUAD) rows_256(t, r, fmt);
 }
 
 TARGET_AVX512 INLINE void quad_weights_512(const uint8_t *w, Format fmt, bool vnni, __m512i *lo,
@@ -1174,47 +1179,56 @@ TARGET_AVX512 INLINE __m512i quad_sums_512(const __m512i v[QUAD]) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, __m512 *sums,
-                                         Format fmt, bool vnni) {
-    const size_t step = fmt == W_INT8 ? 128 : 64, scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const Packed *a = (const Packed *)t->a + (size_t)b * t->pitch;
+TARGET_AVX512 INLINE __m512i spread_512(const void *a, int b) {
+    const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    return _mm512_permutexvar_epi32(_mm512_add_epi32(each, _mm512_set1_epi32(b)),
+                                    _mm512_loadu_si512(a));
+}
+
+TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, __m512 (*sums)[4],
+                                         Format fmt, bool vnni, bool one) {
+    const Packed *a = (const Packed *)t->a + (size_t)(b / 4) * t->pitch;
     __m512i lo[QUAD], hi[QUAD], sum[QUAD];
-    __m256i s16 = scales ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+    __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
     __m512 s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
-    if (!scales) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
-#pragma GCC unroll 16
+    if (fmt == W_INT8 && one) s = _mm512_broadcast_f32x4(block_scales(t, b));
+    if (fmt == W_INT8 && !one) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
     for (int i = 0; i < QUAD; i++) quad_weights_512(q->w[i] + q->at, fmt, vnni, &lo[i], &hi[i]);
-#pragma GCC unroll 16
-    for (int k = 0; k < T; k++) {
-        __m512i ql = _mm512_loadu_si512(a[k].q[0]), qh = _mm512_loadu_si512(a[k].q[1]);
-        __m512i c = _mm512_castsi128_si512(_mm_loadu_si128((const void *)a[k].c));
-        __m512 as = _mm512_castps128_ps512(_mm_loadu_ps(a[k].s));
-#pragma GCC unroll 16
-        for (int i = 0; i < QUAD; i++) sum[i] = dot_512(lo[i], ql, hi[i], qh, vnni, fmt == W_INT8);
-        c = _mm512_permutexvar_epi32(each, c);
+    for (int k = 0; k < T; k++, a++) {
+        for (int i = 0; i < QUAD; i++) {
+            const int8_t (*x)[4][16] = a->q[one ? i : b % 4];
+            sum[i] = dot_512(lo[i], _mm512_loadu_si512(x[0]), hi[i], _mm512_loadu_si512(x[1]), vnni,
+                             fmt == W_INT8);
+        }
+        __m512i c = one ? _mm512_loadu_si512(a->c) : spread_512(a->c, b % 4);
+        __m512i as = one ? _mm512_loadu_si512(a->s) : spread_512(a->s, b % 4);
+        __m512 *to = &sums[k][one ? 0 : b % 4];
         c = _mm512_add_epi32(quad_sums_512(sum), c);
-        as = _mm512_mul_ps(s, _mm512_permutexvar_ps(each, as));
-        sums[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), as, sums[k]);
+        *to = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c), _mm512_mul_ps(s, _mm512_castsi512_ps(as)), *to);
     }
-    quad_next(q, step, scales);
+    quad_next(q, fmt, one);
+}
+
+TARGET_AVX512 INLINE __m128 groups_512(__m512 s) {
+    __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(s, 0), _mm512_extractf32x4_ps(s, 1));
+    return _mm_add_ps(a, _mm_add_ps(_mm512_extractf32x4_ps(s, 2), _mm512_extractf32x4_ps(s, 3)));
 }
 
 TARGET_AVX512 INLINE void ints_512(const Tile *t, int r0, Format fmt, bool vnni, bool one) {
-    const int T = one ? 1 : t->T, whole = t->w->k / 128;
-    const size_t scales = fmt == W_INT4 ? 8 : fmt == W_FP4 ? 4 : 0;
-    __m512 sums[T_BLOCK];
+    const int T = one ? 1 : t->T, per = one ? 4 : 1, whole = t->w->k / 128 / per * per;
+    __m512 sums[T_BLOCK][4];
     Quad q;
     QuadEnd end;
-    quad_open(&q, t, r0);
-    for (int k = 0; k < T; k++) sums[k] = _mm512_setzero_ps();
-    for (int b = 0; b < whole; b++) ints_block_512(&q, t, b, T, sums, fmt, vnni);
-    if (quad_end(&q, &end, t, scales)) ints_block_512(&q, t, whole, T, sums, fmt, vnni);
-    for (int k = 0; k < T; k++) {
-        __m512 v = sums[k];
-        __m128 a = _mm_add_ps(_mm512_extractf32x4_ps(v, 0), _mm512_extractf32x4_ps(v, 1));
-        __m128 b = _mm_add_ps(_mm512_extractf32x4_ps(v, 2), _mm512_extractf32x4_ps(v, 3));
-        _mm_storeu_ps(t->acc + k * LANES + r0, _mm_add_ps(a, b));
+    quad_open(&q, t, r0, fmt, one);
+    for (int k = 0; k < T; k++)
+        for (int i = 0; i < (one ? 1 : 4); i++) sums[k][i] = _mm512_setzero_ps();
+    for (int b = 0; b < whole; b += per) ints_block_512(&q, t, b, T, sums, fmt, vnni, one);
+    if (quad_end(&q, &end, t, fmt, one)) ints_block_512(&q, t, whole, T, sums, fmt, vnni, one);
+    if (one) t->acc[r0] = blocks_128(groups_512(sums[0][0]));
+    for (int k = 0; k < T && !one; k++) {
+        __m128 a = _mm_add_ps(groups_512(sums[k][0]), groups_512(sums[k][1]));
+        a = _mm_add_ps(a, _mm_add_ps(groups_512(sums[k][2]), groups_512(sums[k][3])));
+        _mm_storeu_ps(t->acc + k * LANES + r0, a);
     }
 }
 
@@ -1239,49 +1253,81 @@ TARGET_AVX512 INLINE __m512 onto_512(__m512 sum, __m512 acc, __m512 s, Format fm
     return _mm512_fmadd_ps(_mm512_mul_ps(acc, _mm512_set1_ps(FP8_UP)), s, sum);
 }
 
-TARGET_AVX512 INLINE void floats_block_512(Quad *q, const Tile *t, int b, bool one,
-                                           __m512 (*sum)[QUAD], __m512i *top, Format fmt) {
+TARGET_AVX512 INLINE void row_block_512(const uint8_t *w, const float *x, __m512 *sum,
+                                        __m512i *top, float scale, Format fmt) {
+    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    __m512 f[8], acc = fmt == W_FP8 ? _mm512_setzero_ps() : *sum;
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+        if (v % n == 0) unpack_512(w + v / n * 64, fmt, f + v, top);
+        acc = _mm512_fmadd_ps(f[v], _mm512_loadu_ps(x + 16 * v), acc);
+    }
+    *sum = onto_512(*sum, acc, _mm512_set1_ps(scale), fmt);
+}
+
+TARGET_AVX512 INLINE float total_512(__m512 sum, __m512i top) {
+    __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1));
+    bool bad = _mm512_cmpeq_epi8_mask(top, _mm512_set1_epi8(127));
+    return bad ? NAN : sum_16(_mm512_castps512_ps256(sum), hi);
+}
+
+TARGET_AVX512 INLINE void row_512(const Tile *t, int r, Format fmt) {
+    const Mat *m = t->w;
+    const int whole = m->k / 128;
+    const size_t step = step_of(fmt);
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)(t->row + r) * row_bytes(m);
+    __m512 sum = _mm512_setzero_ps();
+    __m512i top = _mm512_setzero_si512();
+    const float *x = t->a;
+    for (int b = 0; b < whole; b++, w += step, x += t->pitch * 128) {
+        for (size_t i = 0; i < step; i += 64) _mm_prefetch((const char *)w + AHEAD + i, _MM_HINT_T1);
+        row_block_512(w, x, &sum, &top, fmt == W_FP8 ? block_scale(m, t->row, 128 * b) : 1, fmt);
+    }
+    if (m->k % 128) {
+        uint8_t end[512] = { 0 };
+        memcpy(end, w, row_bytes(m) - (size_t)whole * step);
+        row_block_512(end, x, &sum, &top, fmt == W_FP8 ? block_scale(m, t->row, 128 * whole) : 1, fmt);
+    }
+    t->acc[r] = total_512(sum, top);
+}
+
+TARGET_AVX512 INLINE void floats_block_512(Quad *q, const Tile *t, int b, __m512 (*sum)[QUAD],
+                                           __m512i *top, Format fmt) {
     const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
     const float *x = (const float *)t->a + (size_t)b * t->pitch * 128;
     __m512 w[QUAD][8], acc[QUAD], s = _mm512_set1_ps(1);
     if (fmt == W_FP8) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
-#pragma GCC unroll 4
-    for (int i = 0; i < QUAD; i++) {
-        acc[i] = fmt == W_FP8 ? _mm512_setzero_ps() : sum[0][i];
-#pragma GCC unroll 8
-        for (int v = 0; v < 8; v++) {
-            if (v % n == 0) unpack_512(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
-            if (one) acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
-        }
-        if (one) sum[0][i] = onto_512(sum[0][i], acc[i], s, fmt);
-    }
-    for (int k = 0; k < t->T && !one; k++, x += 128) {
+    for (int i = 0; i < QUAD; i++)
+        for (int v = 0; v < 8; v += n)
+            unpack_512(q->w[i] + q->at + v / n * 64, fmt, w[i] + v, &top[i]);
+    for (int k = 0; k < t->T; k++, x += 128) {
         for (int i = 0; i < QUAD; i++) acc[i] = fmt == W_FP8 ? _mm512_setzero_ps() : sum[k][i];
         for (int v = 0; v < 8; v++)
             for (int i = 0; i < QUAD; i++)
                 acc[i] = _mm512_fmadd_ps(w[i][v], _mm512_loadu_ps(x + 16 * v), acc[i]);
         for (int i = 0; i < QUAD; i++) sum[k][i] = onto_512(sum[k][i], acc[i], s, fmt);
     }
-    quad_next(q, 512 / (size_t)n, 0);
+    quad_next(q, fmt, false);
 }
 
-TARGET_AVX512 INLINE void floats_512(const Tile *t, int r0, Format fmt, bool one) {
-    const int T = one ? 1 : t->T, whole = t->w->k / 128;
+TARGET_AVX512 INLINE void rows_512(const Tile *t, int r0, Format fmt) {
+    const int whole = t->w->k / 128;
     __m512 sum[T_FLOATS][QUAD];
     __m512i top[QUAD];
     Quad q;
     QuadEnd end;
-    quad_open(&q, t, r0);
+    quad_open(&q, t, r0, fmt, false);
     for (int i = 0; i < QUAD; i++) top[i] = _mm512_setzero_si512();
-    for (int i = 0; i < QUAD * T; i++) sum[i / QUAD][i % QUAD] = _mm512_setzero_ps();
-    for (int b = 0; b < whole; b++) floats_block_512(&q, t, b, one, sum, top, fmt);
-    if (quad_end(&q, &end, t, 0)) floats_block_512(&q, t, whole, one, sum, top, fmt);
-    for (int i = 0; i < QUAD * T; i++) {
-        __m512 v = sum[i / QUAD][i % QUAD];
-        __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-        bool bad = _mm512_cmpeq_epi8_mask(top[i % QUAD], _mm512_set1_epi8(127));
-        t->acc[i / QUAD * LANES + r0 + i % QUAD] = bad ? NAN : sum_16(_mm512_castps512_ps256(v), hi);
-    }
+    for (int i = 0; i < QUAD * t->T; i++) sum[i / QUAD][i % QUAD] = _mm512_setzero_ps();
+    for (int b = 0; b < whole; b++) floats_block_512(&q, t, b, sum, top, fmt);
+    if (quad_end(&q, &end, t, fmt, false)) floats_block_512(&q, t, whole, sum, top, fmt);
+    for (int i = 0; i < QUAD * t->T; i++)
+        t->acc[i / QUAD * LANES + r0 + i % QUAD] = total_512(sum[i / QUAD][i % QUAD], top[i % QUAD]);
+}
+
+TARGET_AVX512 INLINE void floats_512(const Tile *t, Format fmt) {
+    for (int r = 0; r < t->rows && t->T == 1; r++) row_512(t, r, fmt);
+    for (int r = 0; r < t->rows && t->T > 1; r += QUAD) rows_512(t, r, fmt);
 }
 
 // The rows of one tile of a matrix of bytes (weights or scales).
@@ -1336,12 +1382,13 @@ TARGET_AVX512 INLINE void read_512(const Rows *w, size_t off, Edge *edge, __m512
 // acc + scale * (activations' scale) * (sum of u * q + c): group g; u[j] = its dword j of 16 rows
 TARGET_AVX512 INLINE __m512 group_512(const __m512i u[8], __m512 scale, const Packed *a, int g,
                                       __m512 acc) {
-    __m512i sum = _mm512_set1_epi32(a->c[g % 4]);
+    const int b = g / 4 % 4;
+    __m512i sum = _mm512_set1_epi32(a->c[g % 4][b]);
     for (int j = 0; j < 8; j++) {
-        const int32_t *q = (const int32_t *)(const void *)(a->q[j / 4][g % 4] + j % 4 * 4);
+        const int32_t *q = (const int32_t *)(const void *)(a->q[b][j / 4][g % 4] + j % 4 * 4);
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u[j]), "m"(*q));
     }
-    scale = _mm512_mul_ps(scale, _mm512_set1_ps(a->s[g % 4]));
+    scale = _mm512_mul_ps(scale, _mm512_set1_ps(a->s[g % 4][b]));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
 }
 
@@ -1360,52 +1407,62 @@ TARGET_AVX512 INLINE __m512 nibble_scale_512(const __m512i *s, int g, bool fp4) 
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 }
 
-// With VNNI, a tile of 16 rows for many tokens
+// With VNNI, a tile of 16 rows for many tokens: first the blocks 0 mod 4, then 1, 2, 3
 TARGET_AVX512 INLINE void many_ints_512(const Tile *t, Format fmt) {
     const Mat *m = t->w;
     const bool fp4 = fmt == W_FP4, nibbles = fmt != W_INT8;
     const int per = nibbles ? 4 : 2;        // groups in 64 bytes
+    const int run = fp4 ? 64 : 32;          // groups in 64 bytes of scales
     Rows w = tile_rows(t, m->w, row_bytes(m));
     Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
     Edge edge;
-    float sums[T_BLOCK][4][LANES] __attribute__((aligned(64)));      // groups mod 4 apart
-    memset(sums, 0, sizeof *sums * (size_t)t->T);
+    float sums[T_BLOCK][4][LANES] __attribute__((aligned(64)));
+    float pair[T_BLOCK][LANES];             // blocks 2 and 3
     __m512i v[16], u[8], scales[16], low = _mm512_set1_epi8(15);
     __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)e2m1_biased));
     __m512 s = _mm512_setzero_ps();
-    for (int g0 = 0; g0 < 4 * n_blocks(m); g0 += per) {
-        if (nibbles && g0 % (fp4 ? 64 : 32) == 0)
-            read_512(&ws, (size_t)g0 * (fp4 ? 1 : 2), &edge, scales);
-        read_512(&w, (size_t)(g0 / per) * 64, &edge, v);
-        if (!nibbles && g0 % 4 == 0) s = _mm512_set1_ps(block_scale(m, t->row, g0 * 32));
+    const char *ahead = (const char *)w.row[0] + LANES * w.bytes;       // the next tile
+    for (int b = 0; b < 4; b++) {
+        memset(sums, 0, sizeof *sums * (size_t)t->T);
+        int have = -1;                      // the run in `scales`
+        for (int g0 = 4 * b; g0 < 4 * n_blocks(m); g0 += g0 % 4 + per < 4 ? per : 16 - g0 % 4) {
+            if (nibbles && g0 / run != have)
+                read_512(&ws, (size_t)(have = g0 / run) * 64, &edge, scales);
+            read_512(&w, (size_t)(g0 / per) * 64, &edge, v);
+            for (int i = 0; i < LANES; i++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+            if (!nibbles && g0 % 4 == 0) s = _mm512_set1_ps(block_scale(m, t->row, g0 * 32));
 #pragma GCC unroll 4
-        for (int i = 0; i < per; i++) {
-            for (int j = 0; j < 4 && nibbles; j++) {
-                u[j] = _mm512_and_si512(v[4 * i + j], low);
-                u[4 + j] = _mm512_and_si512(_mm512_srli_epi16(v[4 * i + j], 4), low);
-            }
-            for (int j = 0; j < 8 && fp4; j++) u[j] = _mm512_shuffle_epi8(table, u[j]);
-            for (int j = 0; j < 8 && !nibbles; j++)
-                u[j] = _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(-128));
-            if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
-            const Packed *a = (const Packed *)t->a + (size_t)(g0 / 4) * t->pitch;
-            for (int k = 0; k < t->T; k++) {
-                float *acc = sums[k][(g0 + i) % 4];
-                _mm512_store_ps(acc, group_512(u, s, a + k, g0 + i, _mm512_load_ps(acc)));
+            for (int i = 0; i < per; i++) {
+                for (int j = 0; j < 4 && nibbles; j++) {
+                    u[j] = _mm512_and_si512(v[4 * i + j], low);
+                    u[4 + j] = _mm512_and_si512(_mm512_srli_epi16(v[4 * i + j], 4), low);
+                }
+                for (int j = 0; j < 8 && fp4; j++) u[j] = _mm512_shuffle_epi8(table, u[j]);
+                for (int j = 0; j < 8 && !nibbles; j++)
+                    u[j] = _mm512_xor_si512(v[8 * i % 16 + j], _mm512_set1_epi8(-128));
+                if (nibbles) s = nibble_scale_512(scales, g0 + i, fp4);
+                const Packed *a = (const Packed *)t->a + (size_t)(g0 / 16) * t->pitch;
+                for (int k = 0; k < t->T; k++) {
+                    float *acc = sums[k][(g0 + i) % 4];
+                    _mm512_store_ps(acc, group_512(u, s, a + k, g0 + i, _mm512_load_ps(acc)));
+                }
             }
         }
+        for (int k = 0; k < t->T; k++) {
+            __m512 x = _mm512_add_ps(_mm512_load_ps(sums[k][0]), _mm512_load_ps(sums[k][1]));
+            x = _mm512_add_ps(x, _mm512_add_ps(_mm512_load_ps(sums[k][2]), _mm512_load_ps(sums[k][3])));
+            float *first = t->acc + k * LANES, *to = b < 2 ? first : pair[k];
+            if (b % 2) x = _mm512_add_ps(_mm512_loadu_ps(to), x);
+            if (b == 3) x = _mm512_add_ps(_mm512_loadu_ps(first), x);
+            _mm512_storeu_ps(b == 3 ? first : to, x);
+        }
     }
-    for (int k = 0; k < t->T; k++)
-        for (int l = 0; l < LANES; l++)
-            t->acc[k * LANES + l] = (sums[k][0][l] + sums[k][1][l]) +
-                                    (sums[k][2][l] + sums[k][3][l]);
 }
 
-// All rows of a tile, four at a time
+// All rows of a tile: alone for one token, else four at a time
 #define QUADS(t, TILE, ...) do { \
-    for (int r_ = 0; r_ < (t)->rows; r_ += QUAD) \
-        if ((t)->T == 1) TILE(t, r_, __VA_ARGS__, true); \
-        else TILE(t, r_, __VA_ARGS__, false); \
+    for (int r_ = 0; r_ < (t)->rows && (t)->T == 1; r_++) TILE(t, r_, __VA_ARGS__, true); \
+    for (int r_ = 0; r_ < (t)->rows && (t)->T > 1; r_ += QUAD) TILE(t, r_, __VA_ARGS__, false); \
 } while (0)
 
 TARGET_AVX2 static void tile_avx2(const Tile *t) {
@@ -1413,9 +1470,9 @@ TARGET_AVX2 static void tile_avx2(const Tile *t) {
     case W_INT4: QUADS(t, ints_256, W_INT4); break;
     case W_INT8: QUADS(t, ints_256, W_INT8); break;
     case W_FP4: QUADS(t, ints_256, W_FP4); break;
-    case W_BF16: QUADS(t, floats_256, W_BF16); break;
-    case W_FP8: QUADS(t, floats_256, W_FP8); break;
-    default: QUADS(t, floats_256, W_F32);
+    case W_BF16: floats_256(t, W_BF16); break;
+    case W_FP8: floats_256(t, W_FP8); break;
+    default: floats_256(t, W_F32);
     }
 }
 
@@ -1430,9 +1487,9 @@ TARGET_AVX512 static void tile_avx512(const Tile *t) {
     case W_INT4: tile_ints_512(t, W_INT4); break;
     case W_INT8: tile_ints_512(t, W_INT8); break;
     case W_FP4: tile_ints_512(t, W_FP4); break;
-    case W_BF16: QUADS(t, floats_512, W_BF16); break;
-    case W_FP8: QUADS(t, floats_512, W_FP8); break;
-    default: QUADS(t, floats_512, W_F32);
+    case W_BF16: floats_512(t, W_BF16); break;
+    case W_FP8: floats_512(t, W_FP8); break;
+    default: floats_512(t, W_F32);
     }
 }
 #endif
@@ -1513,8 +1570,9 @@ static bool same_input(const Product *a, const Product *b) {
 }
 
 static size_t packed_bytes(const Product *p) {
-    size_t one = takes_int8(p->w->fmt) ? sizeof(Packed) : 128 * sizeof(float);
-    return ((size_t)p->T * (size_t)n_blocks(p->w) * one + 63) / 64 * 64;
+    size_t one = takes_int8(p->w->fmt) ? (size_t)n_packed(p->w) * sizeof(Packed)
+                                       : (size_t)n_blocks(p->w) * 128 * sizeof(float);
+    return ((size_t)p->T * one + 63) / 64 * 64;
 }
 
 static void job_cut(const Pool *p, Job *j, int first) {
@@ -1672,37 +1730,6 @@ static void row_sum(float *o, const float *p, const float *rows, int n, int k) {
 #endif
     for (int j = 0; j < n; j++, rows += k)
         for (int i = 0; i < k; i++) o[i] += p[j] * rows[i];
-}
-
-// ---------------------------------------------------------------------------
-// the machine's read bandwidth
-
-typedef struct { const uint64_t *p; _Atomic uint64_t sum; } ReadTest;
-enum { READ_PIECE = 1 << 20 };
-
-static void read_range(void *arg, int begin, int end) {
-    ReadTest *r = arg;
-    uint64_t s[8] = { 0 };
-    const uint64_t *p = r->p + (size_t)begin * (READ_PIECE / 8);
-    for (size_t n = (size_t)(end - begin) * (READ_PIECE / 8), i = 0; i < n; i += 8)
-        for (int l = 0; l < 8; l++) s[l] ^= p[i + (size_t)l];
-    for (int l = 1; l < 8; l++) s[0] ^= s[l];
-    atomic_fetch_xor(&r->sum, s[0]);
-}
-
-// Bytes per second of one sequential read of 2 GiB by all threads. 0 if there is no memory for it.
-double read_bandwidth(Pool *p) {
-    enum { PIECES = 2048 };
-    static ReadTest r;              // the memory stays: it is filled once
-    if (!r.p) {
-        void *m = mmap(NULL, (size_t)PIECES * READ_PIECE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (m == MAP_FAILED) return 0;
-        madvise(m, (size_t)PIECES * READ_PIECE, MADV_HUGEPAGE);
-        r.p = memset(m, 1, (size_t)PIECES * READ_PIECE);
-    }
-    double start = now();
-    parallel(p, PIECES, 16, read_range, &r);
-    return (double)PIECES * READ_PIECE / (now() - start);
 }
 
 // ---------------------------------------------------------------------------
@@ -5319,8 +5346,6 @@ const char *cpu_instructions(void) { return cpu_names[cpu_level]; }
 
 int pool_threads(const Pool *p) { return p->n_threads; }
 
-static void nothing_range(void *arg, int begin, int end) { (void)arg, (void)begin, (void)end; }
-
 double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
     Act a = act_new(m->stage, 1, mats[0]->k, 1);
     float *y = xalloc((size_t)n * mats[0]->n, sizeof *y);
@@ -5328,7 +5353,7 @@ double product_time(const Model *m, Pool *pool, const Mat *const *mats, int n) {
     act_quantise(m->stage, &a, 0);
     for (int i = 0; i < n; i++)
         p[i] = (Product){ mats[i], &a, NULL, 1, y + (size_t)i * mats[0]->n, (size_t)mats[0]->n };
-    parallel(pool, 2 * pool->n_threads, 1, nothing_range, NULL);   // awake, as within a step
+    pool_rouse(pool);           // as within a step
     double start = now();
     matmul(pool, p, n, m->exact);
     double t = now() - start;

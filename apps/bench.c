@@ -1,8 +1,11 @@
 // dsv4 bench and dsv4 ppl: how fast a model is on this machine, and how well it predicts a text.
+#define _GNU_SOURCE
 #include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include "dsv4.h"
 
 // Reads n made-up tokens from position `at` on; the time it took.
@@ -13,6 +16,35 @@ static double feed_time(Session *s, int at, int n, int vocab) {
     session_feed(s, tokens, n, &(Feed){ 0 });
     free(tokens);
     return now() - start;
+}
+
+typedef struct { const uint64_t *p; _Atomic uint64_t sum; } ReadTest;
+enum { READ_PIECE = 1 << 20 };
+
+static void read_range(void *arg, int begin, int end) {
+    ReadTest *r = arg;
+    uint64_t s[8] = { 0 };
+    const uint64_t *p = r->p + (size_t)begin * (READ_PIECE / 8);
+    for (size_t n = (size_t)(end - begin) * (READ_PIECE / 8), i = 0; i < n; i += 8)
+        for (int l = 0; l < 8; l++) s[l] ^= p[i + (size_t)l];
+    for (int l = 1; l < 8; l++) s[0] ^= s[l];
+    atomic_fetch_xor(&r->sum, s[0]);
+}
+
+// Bytes per second of one sequential read of 2 GiB by all threads. 0 if there is no memory for it.
+double read_bandwidth(Pool *p) {
+    enum { PIECES = 2048 };
+    static ReadTest r;              // the memory stays: it is filled once
+    if (!r.p) {
+        void *m = mmap(NULL, (size_t)PIECES * READ_PIECE, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (m == MAP_FAILED) return 0;
+        madvise(m, (size_t)PIECES * READ_PIECE, MADV_HUGEPAGE);
+        r.p = memset(m, 1, (size_t)PIECES * READ_PIECE);
+    }
+    double start = now();
+    parallel(p, PIECES, 16, read_range, &r);
+    return (double)PIECES * READ_PIECE / (now() - start);
 }
 
 // A rate is measured in parts, with the machine's read bandwidth right before and after each: on a

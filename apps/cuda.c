@@ -502,12 +502,9 @@ static void bar_move(size_t bytes) {
 }
 
 static bool has_e4m3_nan(const char *p, size_t n) {
-    uint8_t top = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint8_t magnitude = (uint8_t)p[i] & 127;
-        top = magnitude > top ? magnitude : top;
-    }
-    return top == 127;
+    uint8_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= (p[i] & 127) == 127;
+    return bad;
 }
 
 // The kernel reads ahead what the threads take next; what was copied is the first to go when the

@@ -300,7 +300,6 @@ int pool_threads(const Pool *p);
 // f on ranges of [0, n), each of at least `grain` items but the last, by all threads of the pool.
 void parallel(Pool *p, int n, int grain, RangeFn *f, void *arg);
 const char *cpu_instructions(void);         // the vector instructions in use: "avx2"
-double read_bandwidth(Pool *p);             // bytes per second, one read of 2 GiB; 0: no memory for it
 
 // --- the model (dsv4.c)
 
@@ -396,7 +395,7 @@ void snapshot_free(Snapshot *p);
 // snapshot of it (or NULL); at least the last token stays to be read. Returns how many are in place.
 int session_reuse(Session *s, const int *tokens, int n, const Snapshot *snap);
 
-// --- its text side (apps/tokenizer.c, the sampler in dsv4.c)
+// --- its text side (apps/tokenizer.c, apps/sampling.c)
 
 typedef struct { int *p; size_t n; } Ids;           // release with free(ids.p)
 void ids_add(Ids *ids, int id);
@@ -422,6 +421,7 @@ typedef struct Sampler Sampler;
 Sampler *sampler_new(int vocab, Sampling how, uint64_t seed);
 void sampler_free(Sampler *s);
 int sample(Sampler *s, const float *logits, Err *e);        // -1: a logit is not finite
+double random_unit(uint64_t *state);                        // uniform in [0, 1); the state is any seed
 
 // As the options say, else the model's generation_config.json. Appends to eos the tokens that end
 // an answer (apps/sampling.c).
@@ -449,6 +449,7 @@ int run_chat(void);
 int run_tokenize(void);
 int run_info(void);
 int run_bench(void);
+double read_bandwidth(Pool *p);                      // bytes per second, one read of 2 GiB; 0: no memory for it
 int run_ppl(const char *path);
 Str read_text(const char *path);                    // "-": standard input; errors end the process
 bool check_vocab(const Model *m, const Ids *ids);   // false, with a note: not this model's tokens

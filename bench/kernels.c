@@ -46,19 +46,6 @@ static double pass(Pool *p, Ring *r, const Shape *s, const Act *a, float *y, int
     return now() - t;
 }
 
-// Bytes per second, best of sequential reads of 64 MB by all threads (as long as one pass of the products).
-static double read_rate(Pool *p, const Ring *r) {
-    double best = 0;
-    const size_t bytes = (size_t)64 << 20;
-    for (size_t at = 0; at + bytes <= r->size; at += bytes) {
-        ReadTest t = { .p = (const uint64_t *)(const void *)(r->mem + at) };
-        double start = now();
-        parallel(p, (int)(bytes / READ_PIECE), 16, read_range, &t);
-        best = fmax(best, (double)bytes / (now() - start));
-    }
-    return best;
-}
-
 // The best of n passes, fewer of long ones: other work on the machine must not count.
 static double best_pass(Pool *p, Ring *r, const Shape *s, const Act *a, float *y, int T, size_t *bytes, int n) {
     double best = pass(p, r, s, a, y, T, bytes);
@@ -100,7 +87,7 @@ int main(int argc, char **argv) {
         double read = 0, t[3] = { 1e9, 1e9, 1e9 }, big[2] = { 0 };
         size_t bytes = 0;
         for (int round = 0; round < rounds; round++) {
-            read = fmax(read, read_rate(p, &r));
+            read = fmax(read, read_bandwidth(p));
             for (int j = 0; j < 3; j++) t[j] = fmin(t[j], best_pass(p, &r, s, &a, y, 1 << j, &bytes, 40));
         }
         for (int j = 0; j < 2 && (size_t)s->n * (size_t)s->n_jobs <= 36864; j++) {
