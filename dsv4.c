@@ -4,10 +4,10 @@
 //     ./dsv4 -m MODEL_DIR -p "prompt"
 //
 // The file reads from top to bottom; nothing is used before it is shown but what apps/dsv4.h lists:
-// Config, small tools, mapped files, signals, JSON, safetensors and the tokenizer (all in apps/).
+// Config, small tools, mapped files, signals, JSON, safetensors, tokenizer, chat encoding and
+// sampler (all in apps/).
 //     types            Mat, Layer, Weights, Cache: every field with its shape
 //     files            config.json
-//     sampler          (the tokenizer and the chat encoding are in apps/)
 //     products         thread pool, number formats, matrix products (INT4, INT8, FP4, FP8, BF16, FP32)
 //     weights          the table of tensors
 //     devices          the list of operations that a device must offer
