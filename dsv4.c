@@ -962,7 +962,7 @@ TARGET_AVX2 INLINE __m128 block_scales(const Tile *t, int b) {
 // sums [T][half of the groups] += block b of four rows times T tokens; or blocks b .. b + 3 of one
 TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m256 (*sums)[4][2],
                                        Format fmt, bool one) {
-    const Packed *a = (const Packed *)t->a + (size_t)(b / 4) * t->pitch;
+    const Packed *first = (const Packed *)t->a + (size_t)(b / 4) * t->pitch;
     __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
     __m128 of_block = fmt == W_INT8 && one ? block_scales(t, b) : _mm_setzero_ps();
 #pragma GCC unroll 2
@@ -973,7 +973,8 @@ TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m
         if (fmt == W_INT8 && !one) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
         __m256i lo[QUAD], hi[QUAD], sum[QUAD];
         for (int i = 0; i < QUAD; i++) quad_weights_256(q->w[i] + q->at, h, fmt, &lo[i], &hi[i]);
-        for (int k = 0; k < T; k++, a++) {
+        for (int k = 0; k < T; k++) {
+            const Packed *a = first + k;
             for (int i = 0; i < QUAD; i++) {
                 const int8_t (*x)[4][16] = a->q[one ? i : b % 4];
                 sum[i] = dot_256(lo[i], _mm256_loadu_si256((const void *)x[0][2 * h]), hi[i],
@@ -986,7 +987,6 @@ TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m
             c = _mm256_add_epi32(quad_sums_256(sum), c);
             *to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(c), _mm256_mul_ps(s, _mm256_castsi256_ps(as)), *to);
         }
-        a -= T;
     }
     quad_next(q, fmt, one);
 }
@@ -1052,7 +1052,7 @@ TARGET_AVX2 INLINE __m256 onto_256(__m256 sum, __m256 acc, __m256 s, Format fmt)
 // sum += 128 columns of a row times one token
 TARGET_AVX2 INLINE void row_block_256(const uint8_t *w, const float *x, __m256 sum[2], __m256i *top,
                                       float scale, Format fmt) {
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const int n = 512 / (int)step_of(fmt);      // vectors in 64 bytes
     __m256 f[8][2], acc[2] = { sum[0], sum[1] };
     if (fmt == W_FP8) acc[0] = acc[1] = _mm256_setzero_ps();
 #pragma GCC unroll 8
@@ -1089,7 +1089,7 @@ TARGET_AVX2 INLINE void row_256(const Tile *t, int r, Format fmt) {
 // sum [T][row] += block b of four rows times T tokens
 TARGET_AVX2 INLINE void floats_block_256(Quad *q, const Tile *t, int b, __m256 (*sum)[QUAD][2],
                                          __m256i *top, Format fmt) {
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const int n = 512 / (int)step_of(fmt);      // vectors in 64 bytes
     const float *x = (const float *)t->a + (size_t)b * t->pitch * 128;
     __m256 w[QUAD][8][2], acc[QUAD][2], s = _mm256_set1_ps(1);
     if (fmt == W_FP8) s = _mm256_set1_ps(block_scale(t->w, t->row, 128 * b));
@@ -1255,7 +1255,7 @@ TARGET_AVX512 INLINE __m512 onto_512(__m512 sum, __m512 acc, __m512 s, Format fm
 
 TARGET_AVX512 INLINE void row_block_512(const uint8_t *w, const float *x, __m512 *sum,
                                         __m512i *top, float scale, Format fmt) {
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const int n = 512 / (int)step_of(fmt);      // vectors in 64 bytes
     __m512 f[8], acc = fmt == W_FP8 ? _mm512_setzero_ps() : *sum;
 #pragma GCC unroll 8
     for (int v = 0; v < 8; v++) {
@@ -1293,7 +1293,7 @@ TARGET_AVX512 INLINE void row_512(const Tile *t, int r, Format fmt) {
 
 TARGET_AVX512 INLINE void floats_block_512(Quad *q, const Tile *t, int b, __m512 (*sum)[QUAD],
                                            __m512i *top, Format fmt) {
-    const int n = fmt == W_F32 ? 1 : fmt == W_BF16 ? 2 : 4;     // vectors in 64 bytes
+    const int n = 512 / (int)step_of(fmt);      // vectors in 64 bytes
     const float *x = (const float *)t->a + (size_t)b * t->pitch * 128;
     __m512 w[QUAD][8], acc[QUAD], s = _mm512_set1_ps(1);
     if (fmt == W_FP8) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
@@ -1414,7 +1414,7 @@ TARGET_AVX512 INLINE void many_ints_512(const Tile *t, Format fmt) {
     const int per = nibbles ? 4 : 2;        // groups in 64 bytes
     const int run = fp4 ? 64 : 32;          // groups in 64 bytes of scales
     Rows w = tile_rows(t, m->w, row_bytes(m));
-    Rows ws = tile_rows(t, m->s, nibbles ? (size_t)(m->k / 32) * (fp4 ? 1 : 2) : 0);
+    Rows ws = tile_rows(t, m->s, (size_t)(m->k / 32) * (scales_of(fmt) / 4));
     Edge edge;
     float sums[T_BLOCK][4][LANES] __attribute__((aligned(64)));
     float pair[T_BLOCK][LANES];             // blocks 2 and 3
@@ -1425,7 +1425,7 @@ TARGET_AVX512 INLINE void many_ints_512(const Tile *t, Format fmt) {
     for (int b = 0; b < 4; b++) {
         memset(sums, 0, sizeof *sums * (size_t)t->T);
         int have = -1;                      // the run in `scales`
-        for (int g0 = 4 * b; g0 < 4 * n_blocks(m); g0 += g0 % 4 + per < 4 ? per : 16 - g0 % 4) {
+        for (int g0 = 4 * b; g0 < 4 * n_blocks(m); g0 += (g0 + per) % 4 ? per : per + 12) {
             if (nibbles && g0 / run != have)
                 read_512(&ws, (size_t)(have = g0 / run) * 64, &edge, scales);
             read_512(&w, (size_t)(g0 / per) * 64, &edge, v);
