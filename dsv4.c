@@ -875,7 +875,7 @@ TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
 // the order of memory.
 TARGET_AVX2 INLINE void quad_next(Quad *q, Format f, bool alone) {
     const char *ahead = (const char *)q->ahead + (alone ? 1 : QUAD) * q->at;
-    for (size_t i = 0; i < QUAD * step_of(f) && !(alone && f == W_INT8); i += 64)
+    for (size_t i = 0; i < QUAD * step_of(f) && !(alone && f == W_INT8 && cpu_level > CPU_AVX2); i += 64)
         _mm_prefetch(ahead + i, _MM_HINT_T1);
     q->at += (alone ? QUAD : 1) * step_of(f);
     q->s_at += (alone ? QUAD : 1) * scales_of(f);
