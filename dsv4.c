@@ -446,11 +446,16 @@ void pool_free(Pool *p) {
     free(p);
 }
 
-// n_threads < 1: one per core this process may use. Threads beyond the cores do not spin.
-Pool *pool_new(int n_threads) {
+// Cores that this thread may use
+static int usable_cores(void) {
     cpu_set_t set;
     bool known = !sched_getaffinity(0, sizeof set, &set);
-    int cores = known ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return known ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+// n_threads < 1: one per core this thread may use. Threads beyond the cores do not spin.
+Pool *pool_new(int n_threads) {
+    int cores = usable_cores();
     Pool *p = xalloc(1, sizeof *p);
     p->n_threads = n_threads > 0 ? n_threads : cores > 0 ? cores : 1;
     p->spin = p->n_threads > cores ? 0 : 80e-6;
@@ -1986,14 +1991,19 @@ static bool store_has(const Store *s, const char *prefix) {
     return false;
 }
 
+// The layer of a tensor "layers.N. ..."; -1: of none
+static int layer_of(Span name) {
+    char start[16];             // "layers.", and at most 8 digits
+    int layer;
+    snprintf(start, sizeof start, "%.*s", SHOWN(name));
+    return sscanf(start, "layers.%d", &layer) == 1 ? layer : -1;
+}
+
 // A layer that config.json does not know of means that the two do not belong together.
 static bool check_layers(const Binder *b) {
     for (size_t i = 0; i < b->store->n; i++) {
-        char start[16];             // "layers.", and at most 8 digits
-        int layer;
         Span name = b->store->tensors[i].name;
-        snprintf(start, sizeof start, "%.*s", SHOWN(name));
-        if (sscanf(start, "layers.%d", &layer) == 1 && layer >= b->c->n_layers)
+        if (layer_of(name) >= b->c->n_layers)
             return fail(b->e, "config.json: num_hidden_layers is %d, but the checkpoint has %.*s",
                         b->c->n_layers, SHOWN(name));
     }
@@ -2082,14 +2092,17 @@ typedef struct {
 // A stage: the layers [first, last) on one device, with everything they need there. i in the calls
 // above counts a stage's layers from 0; the MTP layers come after them on the last stage.
 struct Device {
-    char name[24];              // "cpu", "cuda:0"
+    char name[24];              // "cpu", "cpu:0", "cuda:0"
     int ordinal;                // of the GPU, -1: the CPU
+    int node;                   // of memory (NUMA) that the CPU keeps to, -1: all
     size_t memory;              // free bytes of the GPU before anything was loaded, 0: the CPU
     const Ops *op;
     const Config *c;
     Weights w;                  // pointers valid on the device; only this stage's layers are set
     int first, last;
     bool has_head;              // also runs head and MTP
+    Span *piece;                // [n_pieces] a CPU's parts of the checkpoint's files, to be loaded
+    size_t n_pieces;
     bool exact;
     int max_rows;               // T at most
     int ring, cring[129];       // slots of the window ring; of the compressors' rings, by M
@@ -4445,7 +4458,7 @@ static const Option options[] = {
     { "encoding", 0, WORD, RUN | TOKENIZE, &opt.encoding, 0, 0, "v4|0731",
       "prompt generation (default: by config)" },
     { "devices", 0, WORD, LOADS, &opt.open.devices, 0, 0, "LIST",
-      "cuda:0,cuda:1,cpu (default: all GPUs)" },
+      "cuda:0,cuda:1,cpu (default: all GPUs); cpu:0: a NUMA node" },
     { "layers", 0, WORD, LOADS, &opt.open.layers, 0, 0, "LIST", "layers per device, e.g. 22,21" },
     { "threads", 't', INT, COMPUTES | VERIFY | CONVERT, &opt.open.threads, 1, 1024, "N",
       "CPU threads (default: all cores)" },
@@ -4639,8 +4652,10 @@ struct Model {
     bool slot_used[MAX_SLOTS];
     Batch flight[MAX_STAGES + 1];       // [n_flight] chunks of a prompt on their way
     int n_flight;
-    pthread_mutex_t lock;       // guards n_started and the queues
+    pthread_mutex_t lock;       // guards what follows
     pthread_cond_t moved;       // a stage started, or a batch changed its stage
+    size_t loaded, load;        // bytes of the CPUs' weights brought into memory, of so many in all
+    bool mlock;
     int n_started;
     Batch *queue[MAX_STAGES];   // first in, first out
 };
@@ -4710,6 +4725,63 @@ static void forward_stage(Device *d, Batch *j) {
     if (j->mtp) forward_mtp(d, j);
 }
 
+// --- bringing the CPUs' weights into memory
+
+enum { PIECE = 4 << 20 };       // of a file
+
+// Does a stage read this tensor? MTP layers go with the head.
+static bool stage_reads(const Device *d, Span name) {
+    int layer = layer_of(name);
+    bool embed = d->first == 0 && name.n > 5 && !memcmp(name.p, "embed", 5);
+    return layer >= 0 ? layer >= d->first && layer < d->last : embed || d->has_head;
+}
+
+// Lists the pieces that hold a stage's tensors, in the files' order. Returns their bytes.
+static size_t find_pieces(const Model *m, Device *d) {
+    const char *last = NULL;
+    size_t bytes = 0;
+    for (const Tensor *t = m->store.tensors; t < m->store.tensors + m->store.n; t++) {
+        Span map = m->store.shards[t->shard].map;
+        for (size_t at = t->at / PIECE * PIECE; at < t->at + t->bytes; at += PIECE) {
+            if (map.p + at == last || !stage_reads(d, t->name)) continue;
+            size_t n = map.n - at < PIECE ? map.n - at : PIECE;
+            d->piece = grow(d->piece, d->n_pieces, sizeof *d->piece);
+            d->piece[d->n_pieces++] = (Span){ last = map.p + at, n };
+            bytes += n;
+        }
+    }
+    return bytes;
+}
+
+typedef struct { Model *m; const Device *d; } Loading;
+
+// A page that cannot be read is found when it is used.
+static void load_pieces(void *arg, int begin, int end) {
+    const Loading *o = arg;
+    Model *m = o->m;
+    for (const Span *s = o->d->piece + begin; s < o->d->piece + end; s++) {
+        char *p = (char *)(uintptr_t)s->p;
+        madvise(p, s->n, MADV_POPULATE_READ);   // Linux 5.14; before it the first use waits for pages
+        if (m->mlock && mlock(p, s->n))
+            die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
+        pthread_mutex_lock(&m->lock);
+        progress("loading", (int64_t)(m->loaded += s->n), (int64_t)m->load);
+        pthread_mutex_unlock(&m->lock);
+    }
+}
+
+// Reads a stage's part of the files with all its threads, so that the first token does not wait for
+// the disk page by page. New pages lie in the memory of the node whose thread asks first.
+static void load_weights(Model *m, const Device *d, Pool *pool) {
+    double start = now();
+    for (int i = 0; i < m->store.n_shards; i++) {
+        Span map = m->store.shards[i].map;
+        madvise((void *)(uintptr_t)map.p, map.n, MADV_HUGEPAGE);
+    }
+    parallel(pool, (int)d->n_pieces, 1, load_pieces, &(Loading){ m, d });
+    if (now() - start > 1) note("%s: loaded in %.1f s", d->name, now() - start);
+}
+
 // --- stages as threads: batches follow each other, so all devices work at once
 
 typedef struct { Model *m; int stage, threads; } StageArg;
@@ -4724,7 +4796,10 @@ static void queue_add(Batch **queue, Batch *j) {
 static void start_stage(const StageArg *a) {
     Device *d = &a->m->stage[a->stage];
     if (d->ordinal < 0) {
-        cpu_device(d, pool_new(a->threads));
+        int cores = d->node < 0 ? a->threads : keep_to_node(d->node);
+        Pool *pool = pool_new(a->threads < cores ? a->threads : cores);
+        if (d->n_pieces) load_weights(a->m, d, pool);
+        cpu_device(d, pool);
     } else {
         cuda_device(d, d->ordinal);
         cuda_selftest(d, &a->m->w, a->threads);
@@ -5090,31 +5165,37 @@ static void choose_context(Model *m, const Opening *o) {
 
 // --- placement: runs of layers on devices
 
-// ordinal: of the GPU, -1: the CPU.
-static void add_stage(Model *m, int ordinal) {
+// ordinal: of the GPU, -1: the CPU. node: of memory that the CPU keeps to, -1: all.
+static void add_stage(Model *m, int ordinal, int node) {
     Err e;
     if (m->n_stages == MAX_STAGES) die(2, "--devices: at most %d", MAX_STAGES);
     Device *d = &m->stage[m->n_stages++];
     d->ordinal = ordinal;
-    snprintf(d->name, sizeof d->name, ordinal < 0 ? "cpu" : "cuda:%d", ordinal);
+    d->node = node;
+    snprintf(d->name, sizeof d->name, ordinal >= 0 ? "cuda:%d" : node >= 0 ? "cpu:%d" : "cpu",
+             ordinal >= 0 ? ordinal : node);
+    if (node >= 0 && !node_cores(node))
+        die(1, "%s: there is no such NUMA node with cores for this process (lscpu lists them)", d->name);
     if (ordinal < 0) return;
     if (!cuda_open(&e)) die(1, "%s: %s", d->name, e.text);
     d->memory = cuda_memory(ordinal);
     if (!d->memory) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
 }
 
-// "cuda:0,cuda:1,cpu", or NULL: every GPU there is, else the CPU.
+// "cuda:0,cuda:1,cpu" or "cpu:0,cpu:1" (NUMA nodes), or NULL: every GPU there is, else the CPU.
 static void parse_devices(Model *m, const char *list) {
     int gpus = list || m->exact ? 0 : cuda_count();
-    for (int i = 0; i < gpus && i < MAX_STAGES; i++) add_stage(m, i);
-    if (!list && !gpus) add_stage(m, -1);
+    for (int i = 0; i < gpus && i < MAX_STAGES; i++) add_stage(m, i, -1);
+    if (!list && !gpus) add_stage(m, -1, -1);
     for (const char *p = list; p; p = *p ? p + 1 : NULL) {
-        int len = (int)strcspn(p, ","), ordinal = -1, used = 0;
-        bool cuda = sscanf(p, "cuda:%3d%n", &ordinal, &used) == 1 && used == len && ordinal >= 0;
+        int len = (int)strcspn(p, ","), i = -1, used = 0;
+        bool cuda = sscanf(p, "cuda:%3d%n", &i, &used) == 1 && used == len && i >= 0;
+        bool node = sscanf(p, "cpu:%3d%n", &i, &used) == 1 && used == len && i >= 0;
         bool cpu = len == 3 && !strncmp(p, "cpu", 3);
-        if (!cuda && !cpu) die(2, "--devices: expected cpu or cuda:N, found '%.*s'", len, p);
-        if (cuda && m->exact) die(2, "--exact runs on the cpu only, not on cuda:%d", ordinal);
-        add_stage(m, cpu ? -1 : ordinal);
+        if (!cuda && !node && !cpu)
+            die(2, "--devices: expected cpu, cpu:N or cuda:N, found '%.*s'", len, p);
+        if (cuda && m->exact) die(2, "--exact runs on the cpu only, not on cuda:%d", i);
+        add_stage(m, cuda ? i : -1, node ? i : -1);
         p += len;
     }
 }
@@ -5198,7 +5279,7 @@ static void choose_layers(Model *m, const Opening *o) {
         die(1, "the GPUs' %.1f GB hold %d of %d layers at %d positions: add cpu to --devices, or "
             "try a smaller -c", (double)memory / 1e9, L + 1 - rest, L, m->ctx);
     if (rest && !cpus) {
-        add_stage(m, -1);
+        add_stage(m, -1, -1);
         cpus = 1;
     }
     Device *last = &m->stage[m->n_stages - 1];
@@ -5226,38 +5307,6 @@ void print_plan(const Model *m, FILE *to) {
                 layers, d->has_head ? " and the head" : "", (double)s.weights / 1e9,
                 (double)s.context / 1e9, m->ctx);
     }
-}
-
-// --- bringing the weights into memory
-
-typedef struct { Span map; bool lock; } Loading;
-enum { PIECE = 4 << 20 };
-
-// Items: pieces of a shard. A page that cannot be read is found when it is used.
-static void load_pieces(void *arg, int begin, int end) {
-    const Loading *o = arg;
-    size_t at = (size_t)begin * PIECE, to = (size_t)end * PIECE;
-    size_t n = (to < o->map.n ? to : o->map.n) - at;
-    char *p = (char *)(uintptr_t)o->map.p + at;
-    madvise(p, n, MADV_WILLNEED);
-    madvise(p, n, MADV_POPULATE_READ);      // Linux 5.14; before it the first use waits for pages
-    if (o->lock && mlock(p, n))
-        die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
-}
-
-// Reads the files with all threads, in their order, so that the first token does not wait for the
-// disk page by page.
-static void load_weights(const Store *s, Pool *pool, bool lock) {
-    double start = now();
-    size_t done = 0, all = 0;
-    for (int i = 0; i < s->n_shards; i++) all += s->shards[i].map.n;
-    for (int i = 0; i < s->n_shards; i++) {
-        Loading o = { s->shards[i].map, lock };
-        madvise((void *)(uintptr_t)o.map.p, o.map.n, MADV_HUGEPAGE);
-        parallel(pool, (int)((o.map.n + PIECE - 1) / PIECE), 1, load_pieces, &o);
-        progress("loading", (int64_t)(done += s->shards[i].map.n), (int64_t)all);
-    }
-    if (now() - start > 1) note("loaded %.1f GB in %.1f s", (double)all / 1e9, now() - start);
 }
 
 // Opens a checkpoint: config, tensors, and where the layers go. Errors end the process.
@@ -5296,11 +5345,10 @@ void model_start(Model *m, const Opening *o) {
     if (!fits)
         note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
              "from the disk, slowly", (double)weights / 1e9, (double)memory / 1e9);
-    Pool *all = pool_new(o->threads);
-    if (cpus == m->n_stages && (fits || o->mlock)) load_weights(&m->store, all, o->mlock);
-    int threads = all->n_threads;
-    pool_free(all);
-    start_stages(m, cpus, threads);
+    m->mlock = o->mlock;
+    for (Device *d = m->stage; d < m->stage + m->n_stages && (fits || o->mlock); d++)
+        if (d->ordinal < 0) m->load += find_pieces(m, d);
+    start_stages(m, cpus, o->threads > 0 ? o->threads : usable_cores());
     model_buffers(m);
 }
 

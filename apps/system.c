@@ -1,9 +1,12 @@
-// What the system gives: files mapped into memory, and signals. And the small model that travels in
-// the program.
+// What the system gives: files mapped into memory, NUMA nodes, and signals. And the small model that
+// travels in the program.
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -93,6 +96,39 @@ const char *mapped_path(const void *addr) {
         if (at < ((m->map.n + 4095) & ~(size_t)4095)) return m->path;      // whole pages
     }
     return NULL;
+}
+
+// --- NUMA: a node of memory and the cores next to it
+
+// Those of a node that this thread may use, of "0-3,8-11"
+static int node_set(int node, cpu_set_t *set) {
+    char path[64];
+    int from, to;
+    cpu_set_t may;
+    CPU_ZERO(set);
+    snprintf(path, sizeof path, "/sys/devices/system/node/node%d/cpulist", node);
+    FILE *f = fopen(path, "r");
+    if (!f || sched_getaffinity(0, sizeof may, &may)) CPU_ZERO(&may);
+    while (f && fscanf(f, "%d", &from) == 1) {
+        if (fscanf(f, "-%d", &to) != 1) to = from;
+        for (; from <= to; from++)
+            if (CPU_ISSET(from, &may)) CPU_SET(from, set);
+        if (fgetc(f) != ',') break;
+    }
+    if (f) fclose(f);
+    return CPU_COUNT(set);
+}
+
+int node_cores(int node) {
+    cpu_set_t set;
+    return node_set(node, &set);
+}
+
+int keep_to_node(int node) {
+    cpu_set_t set;
+    int n = node_set(node, &set);
+    if (n && sched_setaffinity(0, sizeof set, &set)) n = 0;
+    return n;
 }
 
 // --- signals

@@ -534,7 +534,7 @@ def options(s):
     for opt, values in (("-n", ("-1", "x", "", "1.5", "99999999999999999999", "1e3", " 1", "1 ", "0x10")), ("-t", ("0", "-1", "x", "100000000")),
                         ("-c", ("0", "-1", "x", "99999999999")), ("-s", ("x", "-", "99999999999999999999999")), ("--temp", ("-1", "nan", "inf", "x", "1,5", "0x1p3")),
                         ("--top-p", ("0", "1.5", "-0.1", "nan", "x")), ("--min-p", ("-0.1", "1.5", "nan")), ("--top-k", ("-1", "x", "1.5")),
-                        ("--effort", ("extreme", "")), ("--encoding", ("v9", "")), ("--devices", ("foo", "", "cuda:", "cuda:x", "cpu,,cpu", "cuda:99999999999")),
+                        ("--effort", ("extreme", "")), ("--encoding", ("v9", "")), ("--devices", ("foo", "", "cuda:", "cuda:x", "cpu,,cpu", "cuda:99999999999", "cpu:", "cpu:x", "cpu:0x", "cpu:-1")),
                         ("--layers", ("x", "-1", "1,1", "4", "0x3", "")), ("--ids", ("x", "1,,2", "1,", "-1", "512", "99999999999999999999", "1;2", "1.0"))):
         for v in values:
             given = ids if opt != "--ids" else ["-n", "1"]
@@ -543,6 +543,7 @@ def options(s):
     u("opt -p and -f", "-p", "x", "-f", "-", stdin=b"y")
     u("opt -p and --ids", "-p", "x", "--ids", "5")
     u("opt --exact on a GPU", *ids, "--exact", "--devices", "cuda:0")
+    u("opt --devices a NUMA node that is not there", *ids, "--devices", "cpu:999", words=["cpu:999"], code=1)
     for path, what in (("/nonexistent", "does not exist"), ("/etc/passwd", "is a file"), ("", "is empty")):
         r = run([s.binary, "-m", path, *IDS], timeout=20)
         if s.wanted(f"opt model {what}"):

@@ -157,13 +157,14 @@ static void test_sinkhorn(void) {
 
 int main(void) {
     const char *dirs[] = { "tests/golden/edge/int", "tests/golden/aligned/native" };
+    const char *three = node_cores(0) ? "cpu,cpu:0,cpu" : "cpu,cpu,cpu";
     cpu_init();
     test_top_k();
     test_sinkhorn();
     for (int i = 0; i < 2; i++)
         for (int stages = 1; stages <= 3; stages += 2) {
             Opening o = { .dir = dirs[i], .threads = 2, .chunk = 64, .ctx = 2048,
-                          .devices = stages == 1 ? "cpu" : "cpu,cpu,cpu" };
+                          .devices = stages == 1 ? "cpu" : three };
             Model *m = model_read(&o);
             model_start(m, &o);
             test_company(m);
