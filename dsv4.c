@@ -449,8 +449,8 @@ void pool_free(Pool *p) {
 // Cores that this thread may use
 static int usable_cores(void) {
     cpu_set_t set;
-    bool known = !sched_getaffinity(0, sizeof set, &set);
-    return known ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (!sched_getaffinity(0, sizeof set, &set)) return CPU_COUNT(&set);
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
 // n_threads < 1: one per core this thread may use. Threads beyond the cores do not spin.
@@ -886,26 +886,27 @@ TARGET_AVX2 INLINE void quad_next(Quad *q, Format f, bool alone) {
     q->s_at += (alone ? QUAD : 1) * scales_of(f);
 }
 
-// BF16 bits of the scales of 4 groups of 4 rows: [group, row]
-TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4) {
-    __m128i v[QUAD];
-    for (int i = 0; i < QUAD; i++) {
-        int32_t four;
-        memcpy(&four, q->s[i] + q->s_at, 4);
-        v[i] = fp4 ? _mm_cvtsi32_si128(four) : _mm_loadl_epi64((const void *)(q->s[i] + q->s_at));
-    }
+// BF16 bits of the scales of 4 groups of 4 rows, or of 4 blocks of one row: [group, row or block]
+TARGET_AVX2 INLINE __m256i quad_scales(const Quad *q, bool fp4, bool one) {
+    const uint8_t *s = q->s[0] + q->s_at;
     if (fp4) {          // E8M0: the exponent; 0 is 2^-127, 255 a NaN
         const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        __m128i rows = _mm_unpacklo_epi64(_mm_unpacklo_epi32(v[0], v[1]),
-                                          _mm_unpacklo_epi32(v[2], v[3]));
-        __m256i exponent = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(rows, turn));
+        uint8_t rows[QUAD * 4];
+        for (int i = 0; i < QUAD; i++) memcpy(rows + 4 * i, q->s[i] + q->s_at, 4);
+        __m128i v = _mm_loadu_si128((const void *)(one ? s : rows));
+        __m256i exponent = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(v, turn));
         __m256i low = _mm256_set1_epi16(0x40);
-        __m256i nan = _mm256_cmpeq_epi16(exponent, _mm256_set1_epi16(255));
-        exponent = _mm256_max_epu16(_mm256_slli_epi16(exponent, 7), low);
-        return _mm256_or_si256(exponent, _mm256_and_si256(nan, low));
+        __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(exponent, _mm256_set1_epi16(255)), low);
+        return _mm256_or_si256(_mm256_max_epu16(_mm256_slli_epi16(exponent, 7), low), nan);
     }
-    __m128i a = _mm_unpacklo_epi16(v[0], v[1]), b = _mm_unpacklo_epi16(v[2], v[3]);
-    return _mm256_set_m128i(_mm_unpackhi_epi32(a, b), _mm_unpacklo_epi32(a, b));
+    const __m256i turn = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    __m128i v[QUAD];
+    for (int i = 0; i < QUAD; i++) v[i] = _mm_loadl_epi64((const void *)(q->s[i] + q->s_at));
+    __m256i all = _mm256_set_m128i(_mm_unpacklo_epi64(v[2], v[3]), _mm_unpacklo_epi64(v[0], v[1]));
+    if (one) all = _mm256_loadu_si256((const void *)s);
+    all = _mm256_shuffle_epi8(all, turn);
+    return _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 // 128 columns of a row, half h of the groups: lo, hi as in Packed, weights with their bias
@@ -968,7 +969,7 @@ TARGET_AVX2 INLINE __m128 block_scales(const Tile *t, int b) {
 TARGET_AVX2 INLINE void ints_block_256(Quad *q, const Tile *t, int b, int T, __m256 (*sums)[4][2],
                                        Format fmt, bool one) {
     const Packed *first = (const Packed *)t->a + (size_t)(b / 4) * t->pitch;
-    __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+    __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4, one) : _mm256_setzero_si256();
     __m128 of_block = fmt == W_INT8 && one ? block_scales(t, b) : _mm_setzero_ps();
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
@@ -1150,6 +1151,7 @@ TARGET_AVX512 INLINE void quad_weights_512(const uint8_t *w, Format fmt, bool vn
         if (vnni) *lo = _mm512_xor_si512(*lo, flip), *hi = _mm512_xor_si512(*hi, flip);
         return;
     }
+    if (fmt == W_INT4) __asm__("" : "+v"(v));       // or it would be loaded once more for each half
     *lo = _mm512_and_si512(v, low);
     *hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
     if (fmt == W_INT4) return;
@@ -1194,7 +1196,7 @@ TARGET_AVX512 INLINE void ints_block_512(Quad *q, const Tile *t, int b, int T, _
                                          Format fmt, bool vnni, bool one) {
     const Packed *a = (const Packed *)t->a + (size_t)(b / 4) * t->pitch;
     __m512i lo[QUAD], hi[QUAD], sum[QUAD];
-    __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4) : _mm256_setzero_si256();
+    __m256i s16 = scales_of(fmt) ? quad_scales(q, fmt == W_FP4, one) : _mm256_setzero_si256();
     __m512 s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
     if (fmt == W_INT8 && one) s = _mm512_broadcast_f32x4(block_scales(t, b));
     if (fmt == W_INT8 && !one) s = _mm512_set1_ps(block_scale(t->w, t->row, 128 * b));
@@ -4774,10 +4776,8 @@ static void load_pieces(void *arg, int begin, int end) {
 // the disk page by page. New pages lie in the memory of the node whose thread asks first.
 static void load_weights(Model *m, const Device *d, Pool *pool) {
     double start = now();
-    for (int i = 0; i < m->store.n_shards; i++) {
-        Span map = m->store.shards[i].map;
-        madvise((void *)(uintptr_t)map.p, map.n, MADV_HUGEPAGE);
-    }
+    for (const Shard *s = m->store.shards; s < m->store.shards + m->store.n_shards; s++)
+        madvise((void *)(uintptr_t)s->map.p, s->map.n, MADV_HUGEPAGE);
     parallel(pool, (int)d->n_pieces, 1, load_pieces, &(Loading){ m, d });
     if (now() - start > 1) note("%s: loaded in %.1f s", d->name, now() - start);
 }

@@ -6,6 +6,7 @@
   peers.py measure WORK                   one round: dsv4_int, native and llama.cpp in turn, added to WORK/samples.jsonl
   peers.py transformers WORK              one round of HF transformers, added to WORK/samples.jsonl
   peers.py table WORK                     the samples as a table
+ISA=avx2 in the environment: dsv4 and llama.cpp both without AVX-512, added to WORK/samples-avx2.jsonl
 """
 import collections
 import json
@@ -15,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 DSV4 = os.environ.get("DSV4", "./dsv4")
@@ -23,6 +25,8 @@ STEPS = 32              # tokens of a decode sample, after DEPTH tokens
 DEPTH = 128
 LONG = 512
 DISTURBED = float(os.environ.get("DISTURBED", .05))     # samples during which other processes took more of the processors do not count
+ISA = os.environ.get("ISA", "")
+SUFFIX = ISA and "-" + ISA
 
 
 # ---- the peer's checkpoint ------------------------------------------------------------------------------------------
@@ -93,16 +97,36 @@ def used():
                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
+def read_bandwidth(buffers=[]):
+    """GB/s: the best of five sequential reads of 2 GiB by all threads."""
+    import numpy as np
+    if not buffers:
+        buffers += [np.ones((2 << 30) // 8 // THREADS, np.uint64) for _ in range(THREADS)]
+    best = 0
+    for _ in range(5):
+        threads = [threading.Thread(target=np.bitwise_xor.reduce, args=(b,)) for b in buffers]
+        start = time.time()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        best = max(best, sum(b.nbytes for b in buffers) / (time.time() - start) / 1e9)
+    return best
+
+
 class Sample:
-    """with Sample(work, who) as s: s.add(name, value)...: one line of samples.jsonl, with what others took meanwhile."""
+    """with Sample(work, who) as s: s.add(name=value)...: one line of WORK/samples.jsonl, with the read bandwidth right before and
+    after it and the share of the processors that others took meanwhile."""
 
     def __init__(self, work, who):
-        self.path, self.line = f"{work}/samples.jsonl", {"who": who}
+        self.path, self.line = f"{work}/samples{SUFFIX}.jsonl", {"who": who}
 
     def add(self, **values):
         self.line.update(values)
 
     def __enter__(self):
+        before = read_bandwidth()
+        self.add(before=round(before, 1))
         self.start = time.time(), busy(), used()
         return self
 
@@ -110,7 +134,7 @@ class Sample:
         wall, all_, own = (b - a for a, b in zip(self.start, (time.time(), busy(), used())))
         if kind:
             return
-        self.add(others=round(max(0, all_ - own) / wall / THREADS, 3))
+        self.add(others=round(max(0, all_ - own) / wall / THREADS, 3), after=round(read_bandwidth(), 1))
         with open(self.path, "a") as f:
             f.write(json.dumps(self.line) + "\n")
         print("#", json.dumps(self.line), file=sys.stderr)
@@ -124,18 +148,23 @@ def warm(*paths):
 
 
 def dsv4(work, name):
-    warm(f"{work}/{name}")
-    with Sample(work, name) as s:
-        out = subprocess.run([DSV4, "bench", "-m", f"{work}/{name}", "--devices", "cpu", "-t", str(THREADS),
-                              "-c", str(LONG + STEPS), "-n", str(STEPS)], check=True, capture_output=True, text=True).stdout
-        rows = {int(r[0]): r for r in re.findall(r"^ *(\d+) +([\d.]+) +([\d.]+) ", out, re.M)}
-        s.add(bandwidth=float(re.search(r"read bandwidth ([\d.]+) GB/s", out)[1]),
-              touched=float(re.search(r"([\d.]+) GB of weights", out)[1]),
-              short=float(rows[DEPTH][1]), long=float(rows[LONG][1]), decode=float(rows[DEPTH][2]))
+    model = f"{work}/{name}"
+    warm(model)
+    info = subprocess.run([DSV4, "info", "-m", model], check=True, capture_output=True, text=True).stdout
+    touched = float(re.search(r"([\d.]+) GB of weights read", info)[1])
+    for prompt, steps in ((DEPTH, STEPS), (LONG, 1)):
+        with Sample(work, name) as s:
+            err = subprocess.run([DSV4, "-m", model, "--devices", "cpu", "-t", str(THREADS), "--temp", "0", "-n", str(steps),
+                                  "--ids", ",".join(map(str, range(5, 5 + prompt))), *(["--isa", ISA] if ISA else [])],
+                                 check=True, capture_output=True, text=True).stderr
+            read, decode = re.search(r"prompt \d+ tokens, ([\d.]+) tok/s; generated \d+ tokens, ([\d.]+) tok/s", err).groups()
+            s.add(**{"short" if prompt == DEPTH else "long": float(read)})
+            if steps > 1:
+                s.add(decode=float(decode), touched=touched)
 
 
 def llama_bench(work, *options):
-    out = subprocess.run([f"{work}/build/bin/llama-bench", "-m", f"{work}/peer.gguf", "-t", str(THREADS), "-r", "1",
+    out = subprocess.run([f"{work}/build{SUFFIX}/bin/llama-bench", "-m", f"{work}/peer.gguf", "-t", str(THREADS), "-r", "1",
                           "-o", "jsonl", *os.environ.get("PEER_OPTIONS", "").split(), *options],
                          check=True, capture_output=True, text=True).stdout
     return [json.loads(line)["avg_ts"] for line in out.splitlines() if line.startswith("{")]
@@ -143,9 +172,9 @@ def llama_bench(work, *options):
 
 def llama(work):
     warm(f"{work}/peer.gguf")
+    touched = bytes_touched(work) / 1e9
     with Sample(work, "llama.cpp") as s:
-        s.add(touched=bytes_touched(work) / 1e9)
-        s.add(decode=llama_bench(work, "-p", "0", "-n", str(STEPS), "-d", str(DEPTH))[0])
+        s.add(touched=touched, decode=llama_bench(work, "-p", "0", "-n", str(STEPS), "-d", str(DEPTH))[0])
     with Sample(work, "llama.cpp") as s:
         short, long = llama_bench(work, "-n", "0", "-p", f"{DEPTH},{LONG}")
         s.add(short=short, long=long)
@@ -216,38 +245,52 @@ def machine():
             f"{gb:.0f} GB, virtual" if "hypervisor" in info.get("flags", "") else f"{THREADS} cores of {info.get('model name')}, {gb:.0f} GB")
 
 
+def memory_classes(samples):
+    """The samples by what the memory gave: all together, or "slow" and "fast" where some reads are 1.5 times as fast as others
+    (memory that other machines share). A sample between a slow and a fast read is in neither."""
+    reads = [s[k] for s in samples for k in ("before", "after")]
+    cut = (max(reads) * min(reads)) ** .5 if max(reads) > 1.5 * min(reads) else 0
+    classes = collections.defaultdict(list)
+    for s in samples:
+        if (s["before"] < cut) == (s["after"] < cut):
+            classes[s["before"] >= cut].append(s)
+    return [classes[k] for k in sorted(classes)]
+
+
 def table(work):
-    got = collections.defaultdict(lambda: collections.defaultdict(list))
-    bandwidth, left_out = 0, 0
-    with open(f"{work}/samples.jsonl") as f:
-        for line in map(json.loads, f):
-            if line["others"] > DISTURBED:
-                left_out += 1
-                continue
-            bandwidth = max(bandwidth, line.get("bandwidth", 0))
-            for key in ("short", "long", "decode", "touched"):
-                if key in line:
-                    got[line["who"]][key].append(line[key])
-    print(f"Machine: {machine()}. Read bandwidth {bandwidth:.1f} GB/s (best of 5 sequential reads of 2 GiB by all threads, "
-          f"interleaved with the runs). Medians of the number of runs in brackets; {left_out} runs during which other processes took "
-          f"more than {DISTURBED:.0%} of the processors are left out.\n")
-    print(f"| tok/s | decode, {STEPS} tokens after {DEPTH} | weights read a token | share of the read bandwidth | prefill of {DEPTH} | "
-          f"prefill of {LONG} |\n|---|---|---|---|---|---|")
+    with open(f"{work}/samples{SUFFIX}.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    samples = [s for s in lines if s["others"] <= DISTURBED]
+    middle = lambda x: f"{statistics.median(x):.1f} ({min(x):.1f} to {max(x):.1f}, {len(x)})"
+    print(f"Machine: {machine()}. Medians (smallest to largest, number of runs), each run between two reads of the memory (best of 5 "
+          f"sequential reads of 2 GiB by all threads); {len(lines) - len(samples)} runs during which other processes took more than "
+          f"{DISTURBED:.0%} of the processors are left out.\n")
+    decode = memory_classes([s for s in samples if "decode" in s])
+    head = [f"decode, {statistics.median(max(s['before'], s['after']) for s in c):.0f} GB/s | share" for c in decode]
+    print(f"| tok/s | {' | '.join(head)} | weights read a token | prefill of {DEPTH} | prefill of {LONG} |")
+    print("|---" * (2 * len(decode) + 4) + "|")
     median = {}
     for who in NAMES:
-        if who not in got:
+        own = [s for s in samples if s["who"] == who]
+        if not own:
             continue
-        m = median[who] = {k: statistics.median(v) for k, v in got[who].items()}
-        cell = {k: f"{m[k]:.2f} ({len(got[who][k])})" if k in m else "-" for k in ("short", "long", "decode")}
-        share = f"{100 * m['decode'] * m['touched'] / bandwidth:.0f} %" if "decode" in m and bandwidth else "-"
-        print(f"| {NAMES[who]} | {cell['decode']} | {m.get('touched', 0):.3f} GB | {share} | {cell['short']} | {cell['long']} |")
+        cells, median[who] = [], []
+        for c in decode:
+            runs = [s for s in c if s["who"] == who]
+            median[who].append(statistics.median(s["decode"] for s in runs) if runs else 0)
+            share = [100 * s["decode"] * s["touched"] / max(s["before"], s["after"]) for s in runs]
+            cells += [middle([s["decode"] for s in runs]), f"{statistics.median(share):.0f} %"] if runs else ["-", "-"]
+        cells.append(f"{next(s['touched'] for s in own if 'touched' in s):.3f} GB")
+        for key in ("short", "long"):
+            x = [s[key] for s in own if key in s]
+            median[who].append(statistics.median(x) if x else 0)
+            cells.append(middle(x) if x else "-")
+        print(f"| {NAMES[who]} | {' | '.join(cells)} |")
     for ours in ("int", "native"):
         for peer in ("llama.cpp", "transformers"):
-            r = {k: median[ours][k] / median[peer][k] for k in ("decode", "short", "long")
-                 if k in median.get(ours, {}) and k in median.get(peer, {})}
-            cell = [f"{r[k]:.2f}" if k in r else "-" for k in ("decode", "short", "long")]
-            if r:
-                print(f"| {NAMES[ours].split(' (')[0]} / {NAMES[peer].split(',')[0]} | {cell[0]} | | | {cell[1]} | {cell[2]} |")
+            if ours in median and peer in median:
+                r = [f"{a / b:.2f}" if b else "-" for a, b in zip(median[ours], median[peer])]
+                print(f"| {NAMES[ours].split(' (')[0]} / {NAMES[peer].split(',')[0]} | {' | | '.join(r[:-2])} | | | {' | '.join(r[-2:])} |")
 
 
 def measure(work):

@@ -12,6 +12,7 @@
 #     table        WORK/samples.jsonl -> a table in Markdown
 #
 # PYTHON: an interpreter with numpy, torch and transformers (default python3); ROUNDS: of the run without steps (default 5)
+# ISA=avx2: dsv4 and llama.cpp as on a processor without AVX-512, in WORK/samples-avx2.jsonl and a table of their own
 set -eu
 cd "$(dirname "$0")/.."
 work=$(mkdir -p "$1" && realpath "$1")
@@ -19,19 +20,26 @@ shift
 python=${PYTHON:-python3}
 llama=$work/llama.cpp
 
+build=$work/build${ISA:+-$ISA}
+[ -z "${ISA:-}" ] || [ "$ISA" = avx2 ] || { echo "peers.sh: ISA: only avx2" >&2; exit 2; }
+
 build() {
-    [ -x "$work/build/bin/llama-bench" ] && return
-    $python -m venv "$work/pip"         # a venv of its own: the package's build needs come and go with it
-    "$work/pip/bin/pip" download -q --no-binary :all: --no-deps -d "$work" llama-cpp-python
-    tar xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
-    ln -sfn "$work"/llama_cpp_python-*/vendor/llama.cpp "$llama"
+    [ -x "$build/bin/llama-bench" ] && return
+    if [ ! -e "$llama" ]; then
+        $python -m venv "$work/pip"     # a venv of its own: the package's build needs come and go with it
+        "$work/pip/bin/pip" download -q --no-binary :all: --no-deps -d "$work" llama-cpp-python
+        tar xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
+        ln -sfn "$work"/llama_cpp_python-*/vendor/llama.cpp "$llama"
+    fi
+    local sets=""
+    [ -z "${ISA:-}" ] || sets="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
     # every instruction set of this processor but AMX: with it version 0.3.36 stops at the first token of this architecture
     # ("GGML_ASSERT(*cur_backend_id != -1)": the three-dimensional attn_output_a in an AMX buffer)
     local no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-    cmake -S "$llama" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS="$no_amx" -DCMAKE_CXX_FLAGS="$no_amx" \
+    cmake -S "$llama/" -B "$build" -DCMAKE_BUILD_TYPE=Release $sets -DCMAKE_C_FLAGS="$no_amx" -DCMAKE_CXX_FLAGS="$no_amx" \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
         -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF >/dev/null
-    make -s -C "$work/build" -j"$(nproc)" llama-bench
+    make -s -C "$build" -j"$(nproc)" llama-bench
 }
 
 models() {
@@ -43,7 +51,7 @@ models() {
 
 same() {
     gcc -O1 -o "$work/peer_logits" bench/peer_logits.c -I"$llama/include" -I"$llama/ggml/include" \
-        -L"$work/build/bin" -lllama -lggml -lggml-base -Wl,-rpath,"$work/build/bin"
+        -L"$build/bin" -lllama -lggml -lggml-base -Wl,-rpath,"$build/bin"
     for golden in aligned edge; do
         $python bench/peers.py convert "$llama" "tests/golden/$golden/native" "$work/$golden.gguf"
         $python bench/peers.py same "$work" "$golden"
