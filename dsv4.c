@@ -4732,10 +4732,11 @@ static void forward_stage(Device *d, Batch *j) {
 enum { PIECE = 4 << 20 };       // of a file
 
 // Does a stage read this tensor? MTP layers go with the head.
-static bool stage_reads(const Device *d, Span name) {
+static bool stage_reads(const Model *m, const Device *d, Span name) {
     int layer = layer_of(name);
-    bool embed = d->first == 0 && name.n > 5 && !memcmp(name.p, "embed", 5);
-    return layer >= 0 ? layer >= d->first && layer < d->last : embed || d->has_head;
+    bool embed = name.n > 5 && !memcmp(name.p, "embed", 5);
+    return layer >= 0 ? layer >= d->first && layer < d->last
+                      : (d->has_head && (!embed || m->w.mtp)) || (embed && d->first == 0);
 }
 
 // Lists the pieces that hold a stage's tensors, in the files' order. Returns their bytes.
@@ -4745,7 +4746,7 @@ static size_t find_pieces(const Model *m, Device *d) {
     for (const Tensor *t = m->store.tensors; t < m->store.tensors + m->store.n; t++) {
         Span map = m->store.shards[t->shard].map;
         for (size_t at = t->at / PIECE * PIECE; at < t->at + t->bytes; at += PIECE) {
-            if (map.p + at == last || !stage_reads(d, t->name)) continue;
+            if (map.p + at == last || !stage_reads(m, d, t->name)) continue;
             size_t n = map.n - at < PIECE ? map.n - at : PIECE;
             d->piece = grow(d->piece, d->n_pieces, sizeof *d->piece);
             d->piece[d->n_pieces++] = (Span){ last = map.p + at, n };
@@ -4784,7 +4785,7 @@ static void load_weights(Model *m, const Device *d, Pool *pool) {
 
 // --- stages as threads: batches follow each other, so all devices work at once
 
-typedef struct { Model *m; int stage, threads; } StageArg;
+typedef struct { Model *m; int stage, threads; } StageArg;     // threads: as asked for, 0: all cores
 
 static void queue_add(Batch **queue, Batch *j) {
     while (*queue) queue = &(*queue)->next;
@@ -4792,17 +4793,23 @@ static void queue_add(Batch **queue, Batch *j) {
     *queue = j;
 }
 
-// Brings a stage's weights to its device. threads: of a CPU, and for testing a GPU.
+// Brings a stage's weights to its device. The stages of a kind share the threads asked for, else
+// those of a node its cores. A GPU's threads test it.
 static void start_stage(const StageArg *a) {
-    Device *d = &a->m->stage[a->stage];
+    const Model *m = a->m;
+    Device *d = &m->stage[a->stage];
+    int share = 0;
+    if (d->node >= 0 && !keep_to_node(d->node)) die(1, "%s: cannot keep to its cores", d->name);
+    for (const Device *o = m->stage; o < m->stage + m->n_stages; o++)
+        share += (o->ordinal < 0) == (d->ordinal < 0) && (a->threads || o->node == d->node);
+    int threads = ((a->threads ? a->threads : usable_cores()) + share - 1) / share;
     if (d->ordinal < 0) {
-        int cores = d->node < 0 ? a->threads : keep_to_node(d->node);
-        Pool *pool = pool_new(a->threads < cores ? a->threads : cores);
+        Pool *pool = pool_new(threads);
         if (d->n_pieces) load_weights(a->m, d, pool);
         cpu_device(d, pool);
     } else {
         cuda_device(d, d->ordinal);
-        cuda_selftest(d, &a->m->w, a->threads);
+        cuda_selftest(d, &m->w, threads);
     }
 }
 
@@ -4827,11 +4834,9 @@ __attribute__((noreturn)) static void *stage_main(void *arg) {
     }
 }
 
-// All stages at once; returns when they are ready. One alone needs no thread. cpus: stages on the
-// CPU, which share its `threads`; without them those test the GPUs.
-static void start_stages(Model *m, int cpus, int threads) {
-    int share = cpus ? cpus : m->n_stages;
-    StageArg each = { m, 0, (threads + share - 1) / share };
+// All stages at once; returns when they are ready. One alone needs no thread.
+static void start_stages(Model *m, int threads) {
+    StageArg each = { m, 0, threads };
     pthread_mutex_init(&m->lock, NULL);
     pthread_cond_init(&m->moved, NULL);
     if (m->n_stages == 1) {
@@ -5331,16 +5336,12 @@ Model *model_read(const Opening *o) {
 // Brings the weights to their devices, so that sessions can run.
 void model_start(Model *m, const Opening *o) {
     Err e;
-    int cpus = 0;
     size_t weights = 0, memory = physical_memory();
     print_plan(m, stderr);
     for (int i = 0; i < m->c.n_layers; i++)
         if (!check_table(&m->c, m->w.layers + i, &e)) die(1, "%s", e.text);
-    for (const Device *d = m->stage; d < m->stage + m->n_stages; d++) {
-        if (d->ordinal >= 0) continue;
-        cpus++;
-        weights += stage_share(m, d).weights;
-    }
+    for (const Device *d = m->stage; d < m->stage + m->n_stages; d++)
+        if (d->ordinal < 0) weights += stage_share(m, d).weights;
     bool fits = weights < memory - memory / 16;
     if (!fits)
         note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
@@ -5348,7 +5349,7 @@ void model_start(Model *m, const Opening *o) {
     m->mlock = o->mlock;
     for (Device *d = m->stage; d < m->stage + m->n_stages && (fits || o->mlock); d++)
         if (d->ordinal < 0) m->load += find_pieces(m, d);
-    start_stages(m, cpus, o->threads > 0 ? o->threads : usable_cores());
+    start_stages(m, o->threads);
     model_buffers(m);
 }
 

@@ -140,16 +140,8 @@ class Sample:
         print("#", json.dumps(self.line), file=sys.stderr)
 
 
-def warm(*paths):
-    """Reads the files once, so that they are in memory."""
-    for path in paths:
-        for f in sorted(os.listdir(path)) if os.path.isdir(path) else [""]:
-            subprocess.run(["cat", os.path.join(path, f) if f else path], stdout=subprocess.DEVNULL, check=True)
-
-
 def dsv4(work, name):
-    model = f"{work}/{name}"
-    warm(model)
+    model = f"{work}/{name}"        # the program itself brings it into memory
     info = subprocess.run([DSV4, "info", "-m", model], check=True, capture_output=True, text=True).stdout
     touched = float(re.search(r"([\d.]+) GB of weights read", info)[1])
     for prompt, steps in ((DEPTH, STEPS), (LONG, 1)):
@@ -171,7 +163,7 @@ def llama_bench(work, *options):
 
 
 def llama(work):
-    warm(f"{work}/peer.gguf")
+    subprocess.run(["cat", f"{work}/peer.gguf"], stdout=subprocess.DEVNULL, check=True)     # so that it is in memory
     touched = bytes_touched(work) / 1e9
     with Sample(work, "llama.cpp") as s:
         s.add(touched=touched, decode=llama_bench(work, "-p", "0", "-n", str(STEPS), "-d", str(DEPTH))[0])
