@@ -223,7 +223,7 @@ void reader_feed(Reader *r, Span piece);
 bool reader_finish(Reader *r);
 void reader_free(Reader *r);
 
-// --- checkpoint files (apps/safetensors.c; config.json: dsv4.c)
+// --- checkpoint files (apps/safetensors.c, apps/config.c)
 
 typedef enum {      // in the order of safetensors' own list, by which its writer sorts
     DT_BOOL, DT_F4, DT_F6_E2M3, DT_F6_E3M2, DT_U8, DT_I8, DT_F8_E5M2, DT_F8_E4M3, DT_F8_E8M0,
@@ -281,7 +281,10 @@ typedef struct {
     char quant[32];             // quantization_config.quant_method, "" if none
 } Config;
 
-bool config_open(Config *c, const char *dir, Err *e);       // on an error *c is empty
+// Reads DIR/config.json, or a text like it, of which path is the name in messages. On an error *c is
+// empty.
+bool config_open(Config *c, const char *dir, Err *e);
+bool config_read(Config *c, Span text, const char *path, Err *e);
 void config_free(Config *c);
 
 // apps/convert.c: the original release in SRC -> dsv4_int in DST.
