@@ -486,7 +486,7 @@ typedef struct {
 } Product;
 
 // AHEAD: bytes. FEW: tokens; with more, VNNI works on LANES rows. T_*: tokens of a tile at most.
-enum { AHEAD = 16 << 10, LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 48, T_FLOATS = 32 };
+enum { AHEAD = 6 << 10, LANES = 16, QUAD = 4, FEW = 4, T_BLOCK = 48, T_FLOATS = 32 };
 
 // Packed activations of 512 columns: 4 blocks b of 4 groups g of 32, zero behind k. q[b][0] holds the
 // columns that stand in the low half of a group's weights (INT8: the first 16, nibbles: the even ones).

@@ -4,6 +4,7 @@
   peers.py convert LLAMA SRC OUT.gguf     the peer's own converter on a checkpoint in the release's formats
   peers.py same WORK NAME                 the peer's logits of WORK/NAME.gguf against tests/golden/NAME
   peers.py measure WORK                   one round: dsv4_int, native and llama.cpp in turn, added to WORK/samples.jsonl
+  peers.py decode WORK                    one round of decoding alone: dsv4_int and llama.cpp
   peers.py transformers WORK              one round of HF transformers, added to WORK/samples.jsonl
   peers.py table WORK                     the samples as a table
 ISA=avx2 in the environment: dsv4 and llama.cpp both without AVX-512, added to WORK/samples-avx2.jsonl
@@ -140,11 +141,11 @@ class Sample:
         print("#", json.dumps(self.line), file=sys.stderr)
 
 
-def dsv4(work, name):
+def dsv4(work, name, prompts=((DEPTH, STEPS), (LONG, 1))):
     model = f"{work}/{name}"        # the program itself brings it into memory
     info = subprocess.run([DSV4, "info", "-m", model], check=True, capture_output=True, text=True).stdout
     touched = float(re.search(r"([\d.]+) GB of weights read", info)[1])
-    for prompt, steps in ((DEPTH, STEPS), (LONG, 1)):
+    for prompt, steps in prompts:
         with Sample(work, name) as s:
             err = subprocess.run([DSV4, "-m", model, "--devices", "cpu", "-t", str(THREADS), "--temp", "0", "-n", str(steps),
                                   "--ids", ",".join(map(str, range(5, 5 + prompt))), *(["--isa", ISA] if ISA else [])],
@@ -162,11 +163,13 @@ def llama_bench(work, *options):
     return [json.loads(line)["avg_ts"] for line in out.splitlines() if line.startswith("{")]
 
 
-def llama(work):
+def llama(work, prefill=True):
     subprocess.run(["cat", f"{work}/peer.gguf"], stdout=subprocess.DEVNULL, check=True)     # so that it is in memory
     touched = bytes_touched(work) / 1e9
     with Sample(work, "llama.cpp") as s:
         s.add(touched=touched, decode=llama_bench(work, "-p", "0", "-n", str(STEPS), "-d", str(DEPTH))[0])
+    if not prefill:
+        return
     with Sample(work, "llama.cpp") as s:
         short, long = llama_bench(work, "-n", "0", "-p", f"{DEPTH},{LONG}")
         s.add(short=short, long=long)
@@ -291,8 +294,13 @@ def measure(work):
     dsv4(work, "native")
 
 
+def decode(work):
+    dsv4(work, "int", ((DEPTH, STEPS),))
+    llama(work, prefill=False)
+
+
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (convert, same, measure, transformers, table)}
+    commands = {f.__name__: f for f in (convert, same, measure, decode, transformers, table)}
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])

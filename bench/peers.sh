@@ -8,6 +8,7 @@
 #                  what is there already is kept
 #     same         does the GGUF compute the same model? The peer's logits of a small checkpoint against the golden ones
 #     measure      one round of all but transformers (about a minute and a half), added to WORK/samples.jsonl
+#     decode       one round of decoding alone, by dsv4_int and llama.cpp (half a minute)
 #     hf           one round of transformers (a few minutes; needs 12 GB of memory)
 #     table        WORK/samples.jsonl -> a table in Markdown
 #
@@ -59,6 +60,7 @@ same() {
 }
 
 measure() { $python bench/peers.py measure "$work"; }
+decode() { $python bench/peers.py decode "$work"; }
 hf() { $python bench/peers.py transformers "$work"; }
 table() { $python bench/peers.py table "$work"; }
 
@@ -70,7 +72,7 @@ fi
 make -s
 for step; do
     case $step in
-    build | models | same | measure | hf | table) $step ;;
+    build | models | same | measure | decode | hf | table) $step ;;
     *) echo "peers.sh: no step '$step'" >&2; exit 2 ;;
     esac
 done
