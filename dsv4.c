@@ -654,7 +654,7 @@ static const int8_t e2m1_biased[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 
 // would be read behind the end of a row is read from copies.
 typedef struct {
     const uint8_t *w[QUAD], *s[QUAD];
-    const uint8_t *ahead;       // asked for: what comes AHEAD bytes later, or four rows if that is more
+    const uint8_t *ahead;       // asked for: what comes AHEAD bytes later; of four rows, the next four
     size_t at, s_at;
 } Quad;
 typedef struct { uint8_t w[QUAD * 512], s[QUAD * 8]; } QuadEnd;
@@ -676,9 +676,9 @@ INLINE void quad_open(Quad *q, const Tile *t, int r0, Format f, bool alone) {
         if (scales_of(f)) q->s[i] = (const uint8_t *)m->s + row * scales + block * scales_of(f);
     }
     size_t rows = alone ? 1 : QUAD, far = AHEAD / step_of(f) * scales_of(f);
-    q->ahead = q->w[0] + (rows * bytes > AHEAD ? rows * bytes : AHEAD);
+    q->ahead = q->w[0] + (!alone && QUAD * bytes > AHEAD ? QUAD * bytes : AHEAD);
     q->at = q->s_at = 0;
-    if (rows * scales > far) far = rows * scales;
+    if (!alone && QUAD * scales > far) far = QUAD * scales;
     for (size_t i = 0; i < rows * scales; i += 64)
         _mm_prefetch((const char *)q->s[0] + far + i, _MM_HINT_T1);
 }
@@ -709,10 +709,11 @@ TARGET_AVX2 INLINE float sum_16(__m256 lo, __m256 hi) {
 }
 
 // The next block of each row, or the next four of one. As much is asked for of what comes later in
-// the order of memory.
+// the order of memory; not where loads of 64 bytes, one behind the other, keep the memory busy.
 TARGET_AVX2 INLINE void quad_next(Quad *q, Format f, bool alone) {
     const char *ahead = (const char *)q->ahead + (alone ? 1 : QUAD) * q->at;
-    for (size_t i = 0; i < QUAD * step_of(f) && !(alone && f == W_INT8 && cpu_level > CPU_AVX2); i += 64)
+    bool busy = alone && f == W_INT8 && cpu_level > CPU_AVX2;
+    for (size_t i = 0; i < QUAD * step_of(f) && !busy; i += 64)
         _mm_prefetch(ahead + i, _MM_HINT_T1);
     q->at += (alone ? QUAD : 1) * step_of(f);
     q->s_at += (alone ? QUAD : 1) * scales_of(f);
@@ -983,7 +984,7 @@ TARGET_AVX512 INLINE void quad_weights_512(const uint8_t *w, Format fmt, bool vn
         if (vnni) *lo = _mm512_xor_si512(*lo, flip), *hi = _mm512_xor_si512(*hi, flip);
         return;
     }
-    if (fmt == W_INT4) __asm__("" : "+v"(v));       // or it would be loaded once more for each half
+    if (fmt == W_INT4) __asm__("" : "+v"(v));       // gcc would load it for each half; FP4 minds not
     *lo = _mm512_and_si512(v, low);
     *hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
     if (fmt == W_INT4) return;
@@ -4486,10 +4487,11 @@ struct Model {
     bool slot_used[MAX_SLOTS];
     Batch flight[MAX_STAGES + 1];       // [n_flight] chunks of a prompt on their way
     int n_flight;
+    bool mlock;
+    size_t load;                // bytes of the CPUs' weights to be brought into memory, 0: no bar
     pthread_mutex_t lock;       // guards what follows
     pthread_cond_t moved;       // a stage started, or a batch changed its stage
-    size_t loaded, load;        // bytes of the CPUs' weights brought into memory, of so many in all
-    bool mlock;
+    size_t loaded;              // of `load`
     int n_started;
     Batch *queue[MAX_STAGES];   // first in, first out
 };
@@ -4563,27 +4565,34 @@ static void forward_stage(Device *d, Batch *j) {
 
 enum { PIECE = 4 << 20 };       // of a file
 
-// Does a stage read this tensor? MTP layers go with the head.
+// Does a stage read this tensor? MTP layers, if they are bound, go with the head.
 static bool stage_reads(const Model *m, const Device *d, Span name) {
     int layer = layer_of(name);
     bool embed = name.n > 5 && !memcmp(name.p, "embed", 5);
-    return layer >= 0 ? layer >= d->first && layer < d->last
-                      : (d->has_head && (!embed || m->w.mtp)) || (embed && d->first == 0);
+    bool mtp = name.n > 4 && !memcmp(name.p, "mtp.", 4);
+    if (layer >= 0) return layer >= d->first && layer < d->last;
+    if (embed && d->first == 0) return true;
+    return d->has_head && (m->w.mtp || (!embed && !mtp));
 }
 
 // Lists the pieces that hold a stage's tensors, in the files' order. Returns their bytes.
 static size_t find_pieces(const Model *m, Device *d) {
-    const char *last = NULL;
     size_t bytes = 0;
-    for (const Tensor *t = m->store.tensors; t < m->store.tensors + m->store.n; t++) {
-        Span map = m->store.shards[t->shard].map;
-        for (size_t at = t->at / PIECE * PIECE; at < t->at + t->bytes; at += PIECE) {
-            if (map.p + at == last || !stage_reads(m, d, t->name)) continue;
+    for (int i = 0; i < m->store.n_shards; i++) {
+        Span map = m->store.shards[i].map;
+        bool *wanted = xalloc(map.n / PIECE + 1, sizeof *wanted);
+        for (const Tensor *t = m->store.tensors; t < m->store.tensors + m->store.n; t++) {
+            if (t->shard != i || !t->bytes || !stage_reads(m, d, t->name)) continue;
+            for (size_t p = t->at / PIECE; p <= (t->at + t->bytes - 1) / PIECE; p++) wanted[p] = true;
+        }
+        for (size_t at = 0; at < map.n; at += PIECE) {
+            if (!wanted[at / PIECE]) continue;
             size_t n = map.n - at < PIECE ? map.n - at : PIECE;
             d->piece = grow(d->piece, d->n_pieces, sizeof *d->piece);
-            d->piece[d->n_pieces++] = (Span){ last = map.p + at, n };
+            d->piece[d->n_pieces++] = (Span){ map.p + at, n };
             bytes += n;
         }
+        free(wanted);
     }
     return bytes;
 }
@@ -4596,23 +4605,25 @@ static void load_pieces(void *arg, int begin, int end) {
     Model *m = o->m;
     for (const Span *s = o->d->piece + begin; s < o->d->piece + end; s++) {
         char *p = (char *)(uintptr_t)s->p;
-        madvise(p, s->n, MADV_POPULATE_READ);   // Linux 5.14; before it the first use waits for pages
+        if (madvise(p, s->n, MADV_POPULATE_READ) && errno == EINVAL)    // before Linux 5.14
+            madvise(p, s->n, MADV_WILLNEED);
         if (m->mlock && mlock(p, s->n))
             die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
         pthread_mutex_lock(&m->lock);
-        progress("loading", (int64_t)(m->loaded += s->n), (int64_t)m->load);
+        m->loaded += s->n;
+        if (m->load) progress("loading", (int64_t)m->loaded, (int64_t)m->load);
         pthread_mutex_unlock(&m->lock);
     }
 }
 
 // Reads a stage's part of the files with all its threads, so that the first token does not wait for
 // the disk page by page. New pages lie in the memory of the node whose thread asks first.
-static void load_weights(Model *m, const Device *d, Pool *pool) {
+static void load_weights(Model *m, Device *d, Pool *pool) {
     double start = now();
-    for (const Shard *s = m->store.shards; s < m->store.shards + m->store.n_shards; s++)
-        madvise((void *)(uintptr_t)s->map.p, s->map.n, MADV_HUGEPAGE);
     parallel(pool, (int)d->n_pieces, 1, load_pieces, &(Loading){ m, d });
     if (now() - start > 1) note("%s: loaded in %.1f s", d->name, now() - start);
+    free(d->piece);
+    d->piece = NULL;
 }
 
 // --- stages as threads: batches follow each other, so all devices work at once
@@ -4626,14 +4637,15 @@ static void queue_add(Batch **queue, Batch *j) {
 }
 
 // Brings a stage's weights to its device. The stages of a kind share the threads asked for, else
-// those of a node its cores. A GPU's threads test it.
+// those that may use the same cores share these. A GPU's threads test it.
 static void start_stage(const StageArg *a) {
     const Model *m = a->m;
     Device *d = &m->stage[a->stage];
     int share = 0;
     if (d->node >= 0 && !keep_to_node(d->node)) die(1, "%s: cannot keep to its cores", d->name);
     for (const Device *o = m->stage; o < m->stage + m->n_stages; o++)
-        share += (o->ordinal < 0) == (d->ordinal < 0) && (a->threads || o->node == d->node);
+        share += (o->ordinal < 0) == (d->ordinal < 0) &&
+                 (a->threads || o->node == d->node || o->node < 0 || d->node < 0);
     int threads = ((a->threads ? a->threads : usable_cores()) + share - 1) / share;
     if (d->ordinal < 0) {
         Pool *pool = pool_new(threads);
@@ -5019,20 +5031,30 @@ static void add_stage(Model *m, int ordinal, int node) {
     if (!d->memory) die(1, "%s: there are %d GPUs here", d->name, cuda_count());
 }
 
+// N of "cuda:N" or "cpu:N", at most three digits; -1: p [len] is something else
+static int device_number(const char *p, int len, const char *kind) {
+    int k = (int)strlen(kind), n = 0;
+    if (len <= k || len > k + 3 || strncmp(p, kind, (size_t)k)) return -1;
+    for (; k < len; k++) {
+        if (p[k] < '0' || p[k] > '9') return -1;
+        n = 10 * n + p[k] - '0';
+    }
+    return n;
+}
+
 // "cuda:0,cuda:1,cpu" or "cpu:0,cpu:1" (NUMA nodes), or NULL: every GPU there is, else the CPU.
 static void parse_devices(Model *m, const char *list) {
     int gpus = list || m->exact ? 0 : cuda_count();
     for (int i = 0; i < gpus && i < MAX_STAGES; i++) add_stage(m, i, -1);
     if (!list && !gpus) add_stage(m, -1, -1);
     for (const char *p = list; p; p = *p ? p + 1 : NULL) {
-        int len = (int)strcspn(p, ","), i = -1, used = 0;
-        bool cuda = sscanf(p, "cuda:%3d%n", &i, &used) == 1 && used == len && i >= 0;
-        bool node = sscanf(p, "cpu:%3d%n", &i, &used) == 1 && used == len && i >= 0;
+        int len = (int)strcspn(p, ",");
+        int cuda = device_number(p, len, "cuda:"), node = device_number(p, len, "cpu:");
         bool cpu = len == 3 && !strncmp(p, "cpu", 3);
-        if (!cuda && !node && !cpu)
+        if (cuda < 0 && node < 0 && !cpu)
             die(2, "--devices: expected cpu, cpu:N or cuda:N, found '%.*s'", len, p);
-        if (cuda && m->exact) die(2, "--exact runs on the cpu only, not on cuda:%d", i);
-        add_stage(m, cuda ? i : -1, node ? i : -1);
+        if (cuda >= 0 && m->exact) die(2, "--exact runs on the cpu only, not on cuda:%d", cuda);
+        add_stage(m, cuda, node);
         p += len;
     }
 }
@@ -5179,8 +5201,14 @@ void model_start(Model *m, const Opening *o) {
         note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
              "from the disk, slowly", (double)weights / 1e9, (double)memory / 1e9);
     m->mlock = o->mlock;
-    for (Device *d = m->stage; d < m->stage + m->n_stages && (fits || o->mlock); d++)
+    bool gpus = false;          // the bar is theirs
+    for (Device *d = m->stage; d < m->stage + m->n_stages && (fits || o->mlock); d++) {
+        gpus |= d->ordinal >= 0;
         if (d->ordinal < 0) m->load += find_pieces(m, d);
+    }
+    if (gpus) m->load = 0;
+    for (const Shard *s = m->store.shards; s < m->store.shards + m->store.n_shards && fits; s++)
+        madvise((void *)(uintptr_t)s->map.p, s->map.n, MADV_HUGEPAGE);
     start_stages(m, o->threads);
     model_buffers(m);
 }

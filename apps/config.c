@@ -1,6 +1,5 @@
 // config.json -> Config. Known keys with values that are not supported are refused by name; keys
 // that say nothing about inference (dropout, dtype, versions ...) and unknown ones are ignored.
-#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include "dsv4.h"
@@ -91,7 +90,6 @@ static const Field config_fields[] = {
     { GROUP "block_size", J_FIXED, .values = { "[128,128]" } },
     { GROUP "strategy", J_FIXED, .values = { "\"group\"", "\"block\"" } },
 };
-#undef C
 
 // V4.1 is another architecture; say so before its other values can be complained about.
 static bool config_model_type(Span text, const char *path, Err *e) {

@@ -87,7 +87,7 @@ void unmap_file(Span map);
 const char *mapped_path(const void *addr);  // of the file that is mapped there, or NULL
 
 int node_cores(int node);                   // of a NUMA node, that this thread may use; 0: none
-int keep_to_node(int node);                 // this thread and those it will start; returns their cores
+bool keep_to_node(int node);                // this thread and those it will start
 
 void catch_signals(void);                   // so that the three below say what came
 extern volatile sig_atomic_t interrupted;   // Ctrl-C: long work stops at the next chunk or token

@@ -100,7 +100,7 @@ const char *mapped_path(const void *addr) {
 
 // --- NUMA: a node of memory and the cores next to it
 
-// Those of a node that this thread may use, of "0-3,8-11"
+// A node's cores that this thread may use; the file says "0-3,8-11". Returns how many.
 static int node_set(int node, cpu_set_t *set) {
     char path[64];
     int from, to;
@@ -124,11 +124,9 @@ int node_cores(int node) {
     return node_set(node, &set);
 }
 
-int keep_to_node(int node) {
+bool keep_to_node(int node) {
     cpu_set_t set;
-    int n = node_set(node, &set);
-    if (n && sched_setaffinity(0, sizeof set, &set)) n = 0;
-    return n;
+    return node_set(node, &set) && !sched_setaffinity(0, sizeof set, &set);
 }
 
 // --- signals

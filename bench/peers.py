@@ -142,7 +142,8 @@ class Sample:
 
 
 def dsv4(work, name, prompts=((DEPTH, STEPS), (LONG, 1))):
-    model = f"{work}/{name}"        # the program itself brings it into memory
+    model = f"{work}/{name}"
+    subprocess.run([DSV4, "-m", model, "--devices", "cpu", "--ids", "5", "-n", "1"], capture_output=True, check=True)    # into memory
     info = subprocess.run([DSV4, "info", "-m", model], check=True, capture_output=True, text=True).stdout
     touched = float(re.search(r"([\d.]+) GB of weights read", info)[1])
     for prompt, steps in prompts:
@@ -243,6 +244,8 @@ def machine():
 def memory_classes(samples):
     """The samples by what the memory gave: all together, or "slow" and "fast" where some reads are 1.5 times as fast as others
     (memory that other machines share). A sample between a slow and a fast read is in neither."""
+    if not samples:
+        return []
     reads = [s[k] for s in samples for k in ("before", "after")]
     cut = (max(reads) * min(reads)) ** .5 if max(reads) > 1.5 * min(reads) else 0
     classes = collections.defaultdict(list)
@@ -275,7 +278,7 @@ def table(work):
             median[who].append(statistics.median(s["decode"] for s in runs) if runs else 0)
             share = [100 * s["decode"] * s["touched"] / max(s["before"], s["after"]) for s in runs]
             cells += [middle([s["decode"] for s in runs]), f"{statistics.median(share):.0f} %"] if runs else ["-", "-"]
-        cells.append(f"{next(s['touched'] for s in own if 'touched' in s):.3f} GB")
+        cells.append(next((f"{s['touched']:.3f} GB" for s in lines if s["who"] == who and "touched" in s), "-"))
         for key in ("short", "long"):
             x = [s[key] for s in own if key in s]
             median[who].append(statistics.median(x) if x else 0)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # dsv4 against llama.cpp and HF transformers: the same layer shapes, on this machine, in turn, in one run. Ends with one table.
 #
-#   bench/peers.sh WORK                  everything into the directory WORK (about 30 GB on disk, 16 GB of memory)
+#   bench/peers.sh WORK                  everything into the directory WORK (about 30 GB on disk, 20 GB of memory)
 #   bench/peers.sh WORK STEP...          some of the steps, in this order:
 #     build        llama.cpp from the source package of PyPI's llama-cpp-python: llama-bench and its library
 #     models       WORK/int (dsv4_int), WORK/native (the release's formats), WORK/peer.gguf (native, by the peer's converter);
@@ -9,7 +9,7 @@
 #     same         does the GGUF compute the same model? The peer's logits of a small checkpoint against the golden ones
 #     measure      one round of all but transformers (about a minute and a half), added to WORK/samples.jsonl
 #     decode       one round of decoding alone, by dsv4_int and llama.cpp (half a minute)
-#     hf           one round of transformers (a few minutes; needs 12 GB of memory)
+#     hf           one round of transformers (a few minutes; needs 14 GB of memory; not with ISA)
 #     table        WORK/samples.jsonl -> a table in Markdown
 #
 # PYTHON: an interpreter with numpy, torch and transformers (default python3); ROUNDS: of the run without steps (default 5)
@@ -61,7 +61,7 @@ same() {
 
 measure() { $python bench/peers.py measure "$work"; }
 decode() { $python bench/peers.py decode "$work"; }
-hf() { $python bench/peers.py transformers "$work"; }
+hf() { [ -n "${ISA:-}" ] || $python bench/peers.py transformers "$work"; }
 table() { $python bench/peers.py table "$work"; }
 
 if [ $# = 0 ]; then
