@@ -1827,7 +1827,7 @@ static bool store_has(const Store *s, const char *prefix) {
 }
 
 // The layer of a tensor "layers.N. ..."; -1: of none
-static int layer_of(Span name) {
+static int layer_number(Span name) {
     char start[16];             // "layers.", and at most 8 digits
     int layer;
     snprintf(start, sizeof start, "%.*s", SHOWN(name));
@@ -1838,7 +1838,7 @@ static int layer_of(Span name) {
 static bool check_layers(const Binder *b) {
     for (size_t i = 0; i < b->store->n; i++) {
         Span name = b->store->tensors[i].name;
-        if (layer_of(name) >= b->c->n_layers)
+        if (layer_number(name) >= b->c->n_layers)
             return fail(b->e, "config.json: num_hidden_layers is %d, but the checkpoint has %.*s",
                         b->c->n_layers, SHOWN(name));
     }
@@ -4567,7 +4567,7 @@ enum { PIECE = 4 << 20 };       // of a file
 
 // Does a stage read this tensor? MTP layers, if they are bound, go with the head.
 static bool stage_reads(const Model *m, const Device *d, Span name) {
-    int layer = layer_of(name);
+    int layer = layer_number(name);
     bool embed = name.n > 5 && !memcmp(name.p, "embed", 5);
     bool mtp = name.n > 4 && !memcmp(name.p, "mtp.", 4);
     if (layer >= 0) return layer >= d->first && layer < d->last;
