@@ -1936,8 +1936,6 @@ struct Device {
     Weights w;                  // pointers valid on the device; only this stage's layers are set
     int first, last;
     bool has_head;              // also runs head and MTP
-    Span *piece;                // [n_pieces] a CPU's parts of the checkpoint's files, to be loaded
-    size_t n_pieces;
     bool exact;
     int max_rows;               // T at most
     int ring, cring[129];       // slots of the window ring; of the compressors' rings, by M
@@ -4487,11 +4485,9 @@ struct Model {
     bool slot_used[MAX_SLOTS];
     Batch flight[MAX_STAGES + 1];       // [n_flight] chunks of a prompt on their way
     int n_flight;
-    bool mlock;
-    size_t load;                // bytes of the CPUs' weights to be brought into memory, 0: no bar
+    bool load, mlock;           // the CPUs' weights: bring them into memory, and keep them there
     pthread_mutex_t lock;       // guards what follows
     pthread_cond_t moved;       // a stage started, or a batch changed its stage
-    size_t loaded;              // of `load`
     int n_started;
     Batch *queue[MAX_STAGES];   // first in, first out
 };
@@ -4575,9 +4571,10 @@ static bool stage_reads(const Model *m, const Device *d, Span name) {
     return d->has_head && (m->w.mtp || (!embed && !mtp));
 }
 
-// Lists the pieces that hold a stage's tensors, in the files' order. Returns their bytes.
-static size_t find_pieces(const Model *m, Device *d) {
-    size_t bytes = 0;
+// The pieces that hold a stage's tensors, in the files' order: [*n], the caller's.
+static Span *stage_pieces(const Model *m, const Device *d, size_t *n) {
+    Span *list = NULL;
+    *n = 0;
     for (int i = 0; i < m->store.n_shards; i++) {
         Span map = m->store.shards[i].map;
         bool *wanted = xalloc(map.n / PIECE + 1, sizeof *wanted);
@@ -4587,43 +4584,39 @@ static size_t find_pieces(const Model *m, Device *d) {
         }
         for (size_t at = 0; at < map.n; at += PIECE) {
             if (!wanted[at / PIECE]) continue;
-            size_t n = map.n - at < PIECE ? map.n - at : PIECE;
-            d->piece = grow(d->piece, d->n_pieces, sizeof *d->piece);
-            d->piece[d->n_pieces++] = (Span){ map.p + at, n };
-            bytes += n;
+            list = grow(list, *n, sizeof *list);
+            list[(*n)++] = (Span){ map.p + at, map.n - at < PIECE ? map.n - at : PIECE };
         }
         free(wanted);
     }
-    return bytes;
+    return list;
 }
 
-typedef struct { Model *m; const Device *d; } Loading;
+typedef struct { const Span *piece; bool lock; } Loading;
 
 // A page that cannot be read is found when it is used.
 static void load_pieces(void *arg, int begin, int end) {
     const Loading *o = arg;
-    Model *m = o->m;
-    for (const Span *s = o->d->piece + begin; s < o->d->piece + end; s++) {
+    for (const Span *s = o->piece + begin; s < o->piece + end; s++) {
         char *p = (char *)(uintptr_t)s->p;
         if (madvise(p, s->n, MADV_POPULATE_READ) && errno == EINVAL)    // before Linux 5.14
             madvise(p, s->n, MADV_WILLNEED);
-        if (m->mlock && mlock(p, s->n))
+        if (o->lock && mlock(p, s->n))
             die(1, "--mlock: %s (ulimit -l allows too little)", strerror(errno));
-        pthread_mutex_lock(&m->lock);
-        m->loaded += s->n;
-        if (m->load) progress("loading", (int64_t)m->loaded, (int64_t)m->load);
-        pthread_mutex_unlock(&m->lock);
+        loading_move(s->n);
     }
 }
 
 // Reads a stage's part of the files with all its threads, so that the first token does not wait for
 // the disk page by page. New pages lie in the memory of the node whose thread asks first.
-static void load_weights(Model *m, Device *d, Pool *pool) {
+static void load_weights(const Model *m, const Device *d, Pool *pool) {
     double start = now();
-    parallel(pool, (int)d->n_pieces, 1, load_pieces, &(Loading){ m, d });
+    size_t n;
+    Span *piece = stage_pieces(m, d, &n);
+    for (size_t i = 0; i < n; i++) loading_expect(piece[i].n);
+    parallel(pool, (int)n, 1, load_pieces, &(Loading){ piece, m->mlock });
     if (now() - start > 1) note("%s: loaded in %.1f s", d->name, now() - start);
-    free(d->piece);
-    d->piece = NULL;
+    free(piece);
 }
 
 // --- stages as threads: batches follow each other, so all devices work at once
@@ -4649,7 +4642,7 @@ static void start_stage(const StageArg *a) {
     int threads = ((a->threads ? a->threads : usable_cores()) + share - 1) / share;
     if (d->ordinal < 0) {
         Pool *pool = pool_new(threads);
-        if (d->n_pieces) load_weights(a->m, d, pool);
+        if (m->load) load_weights(m, d, pool);
         cpu_device(d, pool);
     } else {
         cuda_device(d, d->ordinal);
@@ -5201,12 +5194,7 @@ void model_start(Model *m, const Opening *o) {
         note("the CPU's weights (%.1f GB) do not fit in this machine's memory (%.1f GB): running "
              "from the disk, slowly", (double)weights / 1e9, (double)memory / 1e9);
     m->mlock = o->mlock;
-    bool gpus = false;          // the bar is theirs
-    for (Device *d = m->stage; d < m->stage + m->n_stages && (fits || o->mlock); d++) {
-        gpus |= d->ordinal >= 0;
-        if (d->ordinal < 0) m->load += find_pieces(m, d);
-    }
-    if (gpus) m->load = 0;
+    m->load = fits || o->mlock;
     for (const Shard *s = m->store.shards; s < m->store.shards + m->store.n_shards && fits; s++)
         madvise((void *)(uintptr_t)s->map.p, s->map.n, MADV_HUGEPAGE);
     start_stages(m, o->threads);

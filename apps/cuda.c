@@ -484,21 +484,8 @@ typedef struct {
     _Atomic size_t next;
 } Upload;
 
-static struct {
-    pthread_mutex_t lock;
-    int64_t done, all;          // bytes, of all GPUs
-} bar = { .lock = PTHREAD_MUTEX_INITIALIZER };
-
 void upload_expect(const CopyJob *list, size_t n) {
-    pthread_mutex_lock(&bar.lock);
-    for (size_t i = 0; i < n; i++) bar.all += (int64_t)list[i].bytes;
-    pthread_mutex_unlock(&bar.lock);
-}
-
-static void bar_move(size_t bytes) {
-    pthread_mutex_lock(&bar.lock);
-    progress("loading", bar.done += (int64_t)bytes, bar.all);
-    pthread_mutex_unlock(&bar.lock);
+    for (size_t i = 0; i < n; i++) loading_expect(list[i].bytes);
 }
 
 static bool has_e4m3_nan(const char *p, size_t n) {
@@ -533,7 +520,7 @@ static void *upload_thread(void *arg) {
         CU(g, MemcpyHtoDAsync, j->to, buf[turn], j->bytes, stream);
         CU(g, EventRecord, free_again[turn], stream);
         madvise((void *)page, j->bytes, MADV_COLD);
-        bar_move(j->bytes);
+        loading_move(j->bytes);
         if (i + UPLOAD_THREADS >= u->n) continue;
         page = (uintptr_t)ahead->from & ~(uintptr_t)4095;
         madvise((void *)page, ahead->bytes, MADV_WILLNEED);

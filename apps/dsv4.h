@@ -71,6 +71,8 @@ uint64_t heap_pop(Heap *h);
 
 // A bar that overwrites itself, on a terminal only; done >= total clears it.
 void progress(const char *what, int64_t done, int64_t total);
+void loading_expect(size_t bytes);          // one bar of weights for all devices, whose threads add
+void loading_move(size_t bytes);            // to what is to be loaded, and to what has been
 
 // Classes of code points: the rest, L and M, N, P and S, White_Space (apps/unicode.c). What is not
 // below N_CLASSES is C_OTHER.

@@ -1,5 +1,6 @@
 // Small tools: errors, checked sizes, memory, strings, UTF-8, maps, heaps, clock, progress.
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -241,4 +242,21 @@ void progress(const char *what, int64_t done, int64_t total) {
     fprintf(stderr, "\r# %s [%.*s%*s] %3d %%%s", what, full, "##############################",
             width - full, "", total ? (int)(100 * done / total) : 100, done >= total ? "\r\033[K" : "");
     fflush(stderr);
+}
+
+static struct {
+    pthread_mutex_t lock;
+    int64_t done, all;          // bytes, of all devices
+} loading = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+void loading_expect(size_t bytes) {
+    pthread_mutex_lock(&loading.lock);
+    loading.all += (int64_t)bytes;
+    pthread_mutex_unlock(&loading.lock);
+}
+
+void loading_move(size_t bytes) {
+    pthread_mutex_lock(&loading.lock);
+    progress("loading", loading.done += (int64_t)bytes, loading.all);
+    pthread_mutex_unlock(&loading.lock);
 }
